@@ -1,0 +1,1 @@
+"""Hardware documents: YAML in, `Cluster` out."""

@@ -1,0 +1,1 @@
+"""Model documents: Hugging Face `config.json` in, `MoEModel` out."""
