@@ -1,0 +1,5 @@
+"""`python -m moesim` is the `moesim` command."""
+
+from moesim.cli.main import main
+
+main()
