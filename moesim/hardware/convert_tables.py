@@ -1,0 +1,247 @@
+"""Measured kernel and collective timings: CSV (plain or gzip) in, Parquet in SI units out.
+
+Columns keep their source names unless they carry a unit: `latency` → `latency_s`, `X_us` → `X_s`, `X_bandwidth_gbps` → `X_Bps`.
+`latency` is milliseconds, except in all-to-all tables by backend and phase, where the source states microseconds. Collective tables give
+`message_size` in elements of the full buffer; `message_bytes` is added. Same input → same bytes with the same pyarrow.
+Run: `python -m moesim.hardware.convert_tables SOURCE_FOLDER TARGET_FOLDER --licence TEXT --origin TEXT`.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moesim.errors import HardwareError, describe
+from moesim.files import read_bytes, write_atomic
+
+MAX_CSV_BYTES = 512 * 2**20
+ELEMENT_BYTES = {"half": 2, "float16": 2, "bfloat16": 2, "int8": 1, "fp8": 1, "float32": 4}
+AIC_ORIGIN = "Python package aiconfigurator-core 0.12.0 (repository ai-dynamo/aiconfigurator, src/aiconfigurator_core/systems)"
+AIC_LICENCE = "Apache-2.0, (c) NVIDIA CORPORATION & AFFILIATES"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A table layout, recognised by columns that only it has."""
+
+    kind: str
+    columns: frozenset[str]
+    """Source columns that must be there."""
+    description: str
+    latency_unit_s: float = 1e-3
+    """Seconds per unit of the source's `latency` column."""
+
+
+# Order matters: the first layout whose columns are all there wins.
+LAYOUTS = (
+    Layout(
+        kind="moe_a2a", columns=frozenset({"comm_backend", "phase", "latency"}), latency_unit_s=1e-6,
+        description="Expert dispatch or combine (phase) of one backend; one call; num_tokens per GPU",
+    ),
+    Layout(
+        kind="deepep_ll", columns=frozenset({"dispatch_avg_t_us", "combine_avg_t_us"}),
+        description="DeepEP low-latency dispatch and combine; num_token per GPU; 8 GPUs a node; Bps is bytes per second of one GPU",
+    ),
+    Layout(
+        kind="deepep_normal", columns=frozenset({"dispatch_transmit_us", "combine_transmit_us"}),
+        description="DeepEP high-throughput dispatch and combine; num_token per GPU; 8 GPUs a node; *_sms are the SMs given to communication",
+    ),
+    Layout(
+        kind="wideep_moe_eplb", columns=frozenset({"rank0_num_tokens", "num_slots", "latency"}),
+        description="MoE compute of the timed rank, with and without load balancing; num_tokens of all ranks, dp_num_tokens per rank, "
+        "rank0_num_tokens those that reach the timed rank",
+    ),
+    Layout(
+        kind="wideep_mla", columns=frozenset({"gemm_type", "num_heads", "isl", "latency"}),
+        description="A whole MLA block with its projections, one layer, one GPU; isl is the prompt length, step the KV length before the call",
+    ),
+    Layout(
+        kind="mla", columns=frozenset({"mla_dtype", "num_heads", "isl", "latency"}),
+        description="MLA attention kernel, one layer, one GPU; isl is the prompt length, step the KV length before the call",
+    ),
+    Layout(
+        kind="attention", columns=frozenset({"attn_dtype", "num_key_value_heads", "latency"}),
+        description="MHA or GQA attention kernel, one layer, one GPU; isl is the prompt length, step the KV length before the call; window_size 0 is full attention",
+    ),
+    Layout(
+        kind="moe", columns=frozenset({"moe_dtype", "num_experts", "topk", "moe_ep_size", "latency"}),
+        description="Fused MoE layer of one GPU; num_tokens, hidden_size, inter_size, topk, num_experts as in the model",
+    ),
+    Layout(kind="gemm", columns=frozenset({"gemm_dtype", "m", "n", "k", "latency"}), description="Dense matrix product [m,k]·[k,n] on one GPU"),
+    Layout(
+        kind="nccl", columns=frozenset({"nccl_dtype", "num_gpus", "message_size", "latency"}),
+        description="NCCL collective inside one node; message_size is the elements of the full buffer, message_bytes its bytes",
+    ),
+    Layout(
+        kind="custom_allreduce", columns=frozenset({"allreduce_dtype", "num_gpus", "message_size", "latency"}),
+        description="The engine's own all-reduce inside one node; message_size is the elements of the full buffer, message_bytes its bytes",
+    ),
+)
+REMARKS = {
+    "moe_sglang0.5.14": "At moe_ep_size > 1 the balanced rows do not fall as 1/EP and are slower than the power_law rows: use moe_ep_size = 1 for cost models",
+    "wideep_moe_generation_sglang0.5.10": "num_tokens is the total over all EP ranks",
+    "wideep_moe_context_sglang0.5.10": "The meaning of num_tokens (total, per rank, received) is unresolved: do not calibrate on it",
+    "mla_context_sglang0.5.14": "Some keys occur twice: two runs",
+    "mla_generation_sglang0.5.14": "Some keys occur twice: two runs",
+}
+
+
+def recognise(columns: Sequence[str]) -> Layout | None:
+    """Return the layout that has these source columns, or None."""
+    return next((layout for layout in LAYOUTS if layout.columns <= set(columns)), None)
+
+
+def read_csv(path: Path) -> dict[str, list[str]]:
+    """Return the columns of a CSV file (gzip if the name ends in `.gz`) as lists of text.
+
+    Raises HardwareError if the file is too big, damaged, ragged, empty, or has a column twice.
+    """
+    data = read_bytes(path, limit=MAX_CSV_BYTES, error=HardwareError)
+    if path.suffix == ".gz":
+        try:
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
+                data = stream.read(MAX_CSV_BYTES + 1)
+        except (OSError, EOFError, zlib.error) as cause:
+            raise HardwareError(f"{path}: is not a gzip file ({cause}); copy it again") from None
+        if len(data) > MAX_CSV_BYTES:
+            raise HardwareError(describe(str(path), "decompressed size", f"> {MAX_CSV_BYTES} B", f"must be <= {MAX_CSV_BYTES} B"))
+    try:
+        rows = list(csv.reader(io.StringIO(data.decode("utf-8"), newline=""), strict=True))
+    except (UnicodeDecodeError, csv.Error) as cause:
+        raise HardwareError(f"{path}: is not a CSV file in UTF-8 ({cause})") from None
+    if len(rows) < 2 or not rows[0]:
+        raise HardwareError(f"{path}: has no rows; a table is one header line and at least one row")
+    header, body = rows[0], rows[1:]
+    if len(set(header)) != len(header):
+        raise HardwareError(describe(str(path), "header", header, "must name every column once"))
+    for number, row in enumerate(body, start=2):
+        if len(row) != len(header):
+            raise HardwareError(describe(str(path), f"line {number}", f"{len(row)} cells", f"must have {len(header)} cells"))
+    return {name: [row[index] for row in body] for index, name in enumerate(header)}
+
+
+def to_si(columns: Mapping[str, list[str]], layout: Layout | None, place: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the columns as arrays in SI units, and the unit of each column that has one.
+
+    Raises HardwareError if a time or bandwidth is not a number, is not finite, or is negative.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    units: dict[str, str] = {}
+    for name, cells in columns.items():
+        if name == "latency":
+            new, unit, factor = "latency_s", "s", layout.latency_unit_s if layout else 1e-3
+        elif name.endswith("_us"):
+            new, unit, factor = name[:-3] + "_s", "s", 1e-6
+        elif name.endswith("_bandwidth_gbps"):
+            new, unit, factor = name[: -len("_bandwidth_gbps")] + "_Bps", "B/s", 1e9
+        else:
+            arrays[name] = _plain(cells)
+            continue
+        try:
+            values = np.array([float(cell) for cell in cells])
+        except ValueError as cause:
+            raise HardwareError(f"{place}: {name} must hold numbers ({cause})") from None
+        if not np.isfinite(values).all() or (values < 0).any():
+            raise HardwareError(describe(place, name, values[~(values >= 0) | ~np.isfinite(values)][0], "must be finite and >= 0"))
+        # Dividing by an exact power of ten rounds once; multiplying by 1e-3 would round twice.
+        arrays[new], units[new] = (values * factor if factor >= 1 else values / round(1 / factor)), unit
+    if "message_size" in arrays:
+        dtype_column = next((name for name in ("nccl_dtype", "allreduce_dtype") if name in arrays), None)
+        units["message_size"] = "elements"
+        if dtype_column is not None:
+            unknown = sorted(set(arrays[dtype_column]) - set(ELEMENT_BYTES))
+            if unknown:
+                raise HardwareError(describe(place, dtype_column, unknown[0], f"must be one of {sorted(ELEMENT_BYTES)}"))
+            arrays["message_bytes"] = arrays["message_size"] * np.array([ELEMENT_BYTES[name] for name in arrays[dtype_column]], dtype=np.int64)
+            units["message_bytes"] = "B"
+    return arrays, units
+
+
+def _plain(cells: list[str]) -> np.ndarray:
+    if all(re.fullmatch(r"[+-]?\d{1,18}", cell) for cell in cells):
+        return np.array([int(cell) for cell in cells], dtype=np.int64)
+    try:
+        return np.array([float(cell) for cell in cells])
+    except ValueError:
+        return np.array(cells, dtype=object)
+
+
+def write_table(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write arrays as a checksummed zstd Parquet file; text becomes a sorted dictionary."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fields, columns = [], []
+    for name, array in arrays.items():
+        if array.dtype == object:
+            names, codes = np.unique(array.astype(str), return_inverse=True)
+            column: pa.Array = pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int16)), pa.array(names.tolist(), pa.string()))
+        else:
+            column = pa.array(array)
+        columns.append(column)
+        fields.append(pa.field(name, column.type, nullable=False))
+    table = pa.Table.from_arrays(columns, schema=pa.schema(fields, metadata=dict(metadata)))
+    measured = [name for name in arrays if name.endswith(("_s", "_Bps"))]
+
+    def write(target: Path) -> None:
+        pq.write_table(
+            table, target, compression="zstd", compression_level=19, write_page_checksum=True, row_group_size=1 << 20, data_page_version="2.0",
+            use_dictionary=[name for name in arrays if name not in measured], column_encoding=dict.fromkeys(measured, "BYTE_STREAM_SPLIT"),
+        )
+
+    write_atomic(path, write)
+
+
+def convert_folder(source: Path, target: Path, *, origin: str = AIC_ORIGIN, licence: str = AIC_LICENCE) -> tuple[str, ...]:
+    """Convert every `*.csv` and `*.csv.gz` of `source` to `target/<stem>.parquet`; return the stems.
+
+    Raises HardwareError if `source` is not a folder or holds no CSV file.
+    """
+    source, target = Path(source), Path(target)
+    if not source.is_dir():
+        raise HardwareError(f"{source}: is not a folder; give the folder that holds the CSV files")
+    paths = sorted(path for path in source.iterdir() if path.name.endswith((".csv", ".csv.gz")))
+    if not paths:
+        raise HardwareError(f"{source}: holds no *.csv or *.csv.gz file")
+    stems = []
+    for path in paths:
+        stem = path.name.removesuffix(".gz").removesuffix(".csv")
+        columns = read_csv(path)
+        layout = recognise(list(columns))
+        arrays, units = to_si(columns, layout, str(path))
+        version = re.search(r"(?:sglang|trtllm|vllm|nccl)\d[\w.]*$", stem)
+        description = (layout.description if layout else "Measured timings") + (f". {REMARKS[stem]}" if stem in REMARKS else "")
+        metadata = {
+            "kind": layout.kind if layout else "unknown", "description": description, "source": origin, "licence": licence,
+            "version": version.group() if version else "", "units": json.dumps(units, sort_keys=True),
+        }
+        write_table(target / f"{stem}.parquet", arrays, metadata)
+        stems.append(stem)
+    return tuple(stems)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Convert the folder named on the command line."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m moesim.hardware.convert_tables", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--origin", default=AIC_ORIGIN, help="where the numbers come from")
+    parser.add_argument("--licence", default=AIC_LICENCE)
+    given = parser.parse_args(arguments)
+    for stem in convert_folder(given.source, given.target, origin=given.origin, licence=given.licence):
+        print(stem)
+
+
+if __name__ == "__main__":
+    main()
