@@ -91,11 +91,20 @@ class Plan:
             raise PlanError(describe(place, "slot_rank", [int(ranks.min()), int(ranks.max())], f"must be non-decreasing within 0..{self.num_ranks - 1}"))
         if table.min() < -1 or table.max() >= self.num_experts:
             layer, slot = np.argwhere((table < -1) | (table >= self.num_experts))[0]
-            raise PlanError(describe(place, f"slot_to_expert[{layer}][{slot}]", int(table[layer, slot]), f"must be an expert in 0..{self.num_experts - 1}, or -1 for an empty slot"))
+            raise PlanError(
+                describe(
+                    place,
+                    f"slot_to_expert[{layer}][{slot}]",
+                    int(table[layer, slot]),
+                    f"must be an expert in 0..{self.num_experts - 1}, or -1 for an empty slot",
+                )
+            )
         missing = self.replicas_LE_of(table, self.num_experts) == 0
         if missing.any():
             layer, expert = np.argwhere(missing)[0]
-            raise PlanError(f"{place}: layer {layer} has no slot for expert {expert} ({int(missing.sum())} missing in all); every expert needs at least one slot")
+            raise PlanError(
+                f"{place}: layer {layer} has no slot for expert {expert} ({int(missing.sum())} missing in all); every expert needs at least one slot"
+            )
         if self.share_LS is not None:
             object.__setattr__(self, "share_LS", self._checked_share(place, table))
         table.setflags(write=False)
@@ -158,9 +167,25 @@ class Plan:
     def check_model(self, *, name: str, num_experts: int, moe_layer_ids: Sequence[int]) -> None:
         """Raise PlanError if the plan was not made for a model with these experts and MoE layers."""
         if self.num_experts != num_experts:
-            raise PlanError(describe(self.source, "num_experts", self.num_experts, f"must equal the {num_experts} experts of {name}", f"the plan was made for {self.model}; solve again for {name}"))
+            raise PlanError(
+                describe(
+                    self.source,
+                    "num_experts",
+                    self.num_experts,
+                    f"must equal the {num_experts} experts of {name}",
+                    f"the plan was made for {self.model}; solve again for {name}",
+                )
+            )
         if self.moe_layer_ids != tuple(moe_layer_ids):
-            raise PlanError(describe(self.source, "moe_layer_ids", list(self.moe_layer_ids), f"must equal the MoE layers of {name}, {list(moe_layer_ids)}", f"the plan was made for {self.model}; solve again for {name}"))
+            raise PlanError(
+                describe(
+                    self.source,
+                    "moe_layer_ids",
+                    list(self.moe_layer_ids),
+                    f"must equal the MoE layers of {name}, {list(moe_layer_ids)}",
+                    f"the plan was made for {self.model}; solve again for {name}",
+                )
+            )
 
     # --- identity and files ---------------------------------------------------------------------
 
@@ -213,7 +238,20 @@ class Plan:
             raise PlanError(describe(place, "schema", node.get("schema"), f"must be {SCHEMA!r}", "import other formats with `moesim plan import`"))
         node = dict(node)
         stamp = node.pop("sha256", None)
-        required = {"schema", "model", "num_experts", "moe_layer_ids", "num_ranks", "parallel", "slot_rank", "slot_to_expert", "share", "policies", "fingerprints", "result"}
+        required = {
+            "schema",
+            "model",
+            "num_experts",
+            "moe_layer_ids",
+            "num_ranks",
+            "parallel",
+            "slot_rank",
+            "slot_to_expert",
+            "share",
+            "policies",
+            "fingerprints",
+            "result",
+        }
         if set(node) != required:
             extra, missing = sorted(set(node) - required), sorted(required - set(node))
             raise PlanError(f"{place}: unknown keys {extra}, missing keys {missing}; a plan has exactly {sorted(required)}")
@@ -262,8 +300,15 @@ def linear(*, model: str, num_experts: int, moe_layer_ids: Sequence[int], num_ra
     else:
         raise PlanError(describe("placement", "kind", kind, "must be linear, round_robin or random"))
     return Plan(
-        model=model, num_experts=num_experts, moe_layer_ids=tuple(moe_layer_ids), slot_to_expert_LS=table, slot_rank_S=slot_rank,
-        num_ranks=num_ranks, parallel=Parallel(ep=num_ranks, dp=num_ranks), result={"solver": kind, "status": "BASELINE"}, source=f"--placement {kind}",
+        model=model,
+        num_experts=num_experts,
+        moe_layer_ids=tuple(moe_layer_ids),
+        slot_to_expert_LS=table,
+        slot_rank_S=slot_rank,
+        num_ranks=num_ranks,
+        parallel=Parallel(ep=num_ranks, dp=num_ranks),
+        result={"solver": kind, "status": "BASELINE"},
+        source=f"--placement {kind}",
     )
 
 

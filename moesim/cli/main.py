@@ -27,7 +27,19 @@ COMMANDS = {
 def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name.ljust(width)}  {text}" for name, text in COMMANDS.items()]
-    return "\n".join(["Usage: moesim COMMAND [ARGS]...", "", "Simulate and plan Mixture-of-Experts deployments.", "", "Commands:", *lines, "", "moesim COMMAND --help explains a command; moesim --version prints the version.", ""])
+    return "\n".join(
+        [
+            "Usage: moesim COMMAND [ARGS]...",
+            "",
+            "Simulate and plan Mixture-of-Experts deployments.",
+            "",
+            "Commands:",
+            *lines,
+            "",
+            "moesim COMMAND --help explains a command; moesim --version prints the version.",
+            "",
+        ]
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,0 +1,115 @@
+"""Ops and Programs: what a batch does on a stage, without any time.
+
+An Op occupies one lane (a serial queue: `compute`, `comm`, `copy`) of each of its ranks, in the order of the
+Program. A local Op has one Job per rank. A collective Op has send and receive Jobs: a rank's sends run from the
+moment it arrives, its receives from the moment the last rank of its group arrives, and it leaves when both are
+done. Work is in seconds at the full rate of the Job's port. Shapes: R ranks, P independent passes ([R] or [P, R]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from moesim.errors import SimulationError
+
+COMPUTE, COMM, COPY = "compute", "comm", "copy"
+
+Decide = Callable[[np.ndarray], np.ndarray]
+"""A decision hook: the times at which the Op could start on each rank → its work on each rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Work on one port of every rank."""
+
+    port: str
+    """Shared hardware that the work occupies: `sm`, `scale_up.out`, `scale_out.in`, `host.in` …"""
+    work_s: np.ndarray
+    """float64 [R] or [P, R]: seconds at full rate."""
+    side: Literal["send", "recv"] = "send"
+    """`send` starts when the rank arrives, `recv` when the whole group has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """One step of a Program on some ranks."""
+
+    label: str
+    """What it is, for breakdowns: `attention`, `dispatch`, `experts` …"""
+    lane: str
+    jobs: tuple[Job, ...]
+    deps: tuple[int, ...] = ()
+    """Earlier Ops of the Program that must have ended on the same rank."""
+    group_R: np.ndarray | None = None
+    """int [R]: process group of every rank for a collective; None for a local Op."""
+    ranks_R: np.ndarray | None = None
+    """bool [R]: ranks that take part; None: all."""
+    layer: int = -1
+    provenance: np.ndarray | int = 0
+    """uint8 class code of the work, broadcastable to it."""
+    decide: Decide | None = None
+    """Called once when the Op is reached; replaces the work of the first Job (a miss that must be loaded)."""
+
+
+@dataclass(slots=True)
+class Program:
+    """Ops in issue order; a lane runs its Ops in this order on every rank."""
+
+    num_ranks: int
+    ops: list[Op] = field(default_factory=list)
+
+    def add(self, op: Op) -> int:
+        """Append `op` and return its index. Raises SimulationError if it depends on itself or a later Op."""
+        index = len(self.ops)
+        if any(not 0 <= dep < index for dep in op.deps):
+            raise SimulationError(f"program: op {index} ({op.label}) depends on {op.deps}, must depend on earlier ops only; a dependency is cyclic")
+        if not op.jobs:
+            raise SimulationError(f"program: op {index} ({op.label}) has no job; every op occupies a port")
+        for job in op.jobs:
+            if job.work_s.shape[-1] != self.num_ranks:
+                raise SimulationError(f"program: op {index} ({op.label}) has work for {job.work_s.shape[-1]} ranks, must be {self.num_ranks}")
+            if not (np.isfinite(job.work_s).all() and (job.work_s >= 0).all()):
+                raise SimulationError(f"program: op {index} ({op.label}) has work that is not finite and >= 0; check its costs")
+        self.ops.append(op)
+        return index
+
+    def local(
+        self,
+        label: str,
+        work_s: np.ndarray,
+        *,
+        lane: str = COMPUTE,
+        port: str = "sm",
+        deps: Sequence[int] = (),
+        layer: int = -1,
+        provenance: np.ndarray | int = 0,
+        ranks_R: np.ndarray | None = None,
+        decide: Decide | None = None,
+    ) -> int:
+        """Append an Op in which every rank works alone for `work_s` ([R] or [P, R] seconds)."""
+        job = Job(port=port, work_s=np.asarray(work_s, dtype=np.float64))
+        return self.add(Op(label=label, lane=lane, jobs=(job,), deps=tuple(deps), layer=layer, provenance=provenance, ranks_R=ranks_R, decide=decide))
+
+    def collective(
+        self,
+        label: str,
+        send_s: np.ndarray,
+        recv_s: np.ndarray,
+        *,
+        group_R: np.ndarray,
+        port: str,
+        lane: str = COMM,
+        deps: Sequence[int] = (),
+        layer: int = -1,
+        provenance: np.ndarray | int = 0,
+        ranks_R: np.ndarray | None = None,
+    ) -> int:
+        """Append an exchange within groups: `send_s` from a rank's arrival, `recv_s` from its group's."""
+        send = Job(port=f"{port}.out", work_s=np.asarray(send_s, dtype=np.float64))
+        recv = Job(port=f"{port}.in", work_s=np.asarray(recv_s, dtype=np.float64), side="recv")
+        group = np.asarray(group_R)
+        return self.add(Op(label=label, lane=lane, jobs=(send, recv), deps=tuple(deps), group_R=group, layer=layer, provenance=provenance, ranks_R=ranks_R))
