@@ -79,6 +79,8 @@ class Device:
     power_idle_w: float | None = None
     power_peak_w: float | None = None
     source: str = ""
+    l2_bytes: float | None = None
+    """Last-level cache on the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +108,11 @@ class Cluster:
     def num_ranks(self) -> int:
         """Devices in all."""
         return self.devices_per_node * self.num_nodes
+
+    @property
+    def memory(self) -> Tier:
+        """The device's own memory: `hbm`, or `dram` on a CPU."""
+        return self.tiers["hbm" if "hbm" in self.tiers else "dram"]
 
     def node_of(self, rank: int) -> int:
         """Return the node of a rank."""

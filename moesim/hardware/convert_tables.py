@@ -70,7 +70,7 @@ LAYOUTS = (
     ),
     Layout(
         kind="attention", columns=frozenset({"attn_dtype", "num_key_value_heads", "latency"}),
-        description="MHA or GQA attention kernel, one layer, one GPU; isl is the prompt length, step the KV length before the call; window_size 0 is full attention",
+        description="MHA or GQA kernel, one layer, one GPU; isl is the prompt length, step the KV length before the call; window_size 0: full",
     ),
     Layout(
         kind="moe", columns=frozenset({"moe_dtype", "num_experts", "topk", "moe_ep_size", "latency"}),

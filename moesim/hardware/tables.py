@@ -90,7 +90,8 @@ def _path(source: Cluster | Path | str, stem: str) -> tuple[Path, tuple[int, int
         status = path.stat()
     except OSError:
         near = difflib.get_close_matches(stem, table_names(folder), n=1)
-        raise HardwareError(f"{folder}: has no table {stem!r}; " + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(table_names(folder)) or 'none'}")) from None
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(table_names(folder)) or 'none'}"
+        raise HardwareError(f"{folder}: has no table {stem!r}; {hint}") from None
     if status.st_size > MAX_TABLE_BYTES:
         raise HardwareError(describe(str(path), "size", f"{status.st_size} B", f"must be <= {MAX_TABLE_BYTES} B"))
     return path, (status.st_mtime_ns, status.st_size)
