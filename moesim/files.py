@@ -79,10 +79,7 @@ def read_yaml(path: Path, *, limit: int = 4 * 2**20, error: type[InputError] = I
     base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
     class Loader(base):  # type: ignore[misc, valid-type]
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise error(f"{path}: YAML aliases (*name) are not allowed; write the value out")
-            return super().compose_node(parent, index)
+        pass
 
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
         result: dict[Any, Any] = {}
@@ -97,7 +94,9 @@ def read_yaml(path: Path, *, limit: int = 4 * 2**20, error: type[InputError] = I
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
-        node = yaml.load(text, Loader=Loader)  # noqa: S506 - a SafeLoader subclass
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=base)):
+            raise error(f"{path}: YAML aliases (*name) are not allowed; write the value out")
+        node = yaml.load(text, Loader=Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as cause:
         raise error(f"{path}: is not valid YAML ({' '.join(str(cause).split())}); repair the file") from None
     _check_depth(node, str(path), error)

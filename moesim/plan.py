@@ -122,8 +122,8 @@ class Plan:
         layer, slot = np.nonzero(table >= 0)
         np.add.at(total, (layer, table[layer, slot]), share[layer, slot])
         if np.abs(total - 1).max() > 1e-6:
-            layer, expert = np.unravel_index(int(np.abs(total - 1).argmax()), total.shape)
-            raise PlanError(describe(place, f"shares of layer {layer}, expert {expert}", float(total[layer, expert]), "must sum to 1"))
+            row, expert = divmod(int(np.abs(total - 1).argmax()), self.num_experts)
+            raise PlanError(describe(place, f"shares of layer {row}, expert {expert}", float(total[row, expert]), "must sum to 1"))
         share.setflags(write=False)
         return share
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import simpy
 
+from moesim.errors import SimulationError
 from moesim.sim.evaluate import Times, evaluate
 from moesim.sim.flows import Busy, Flow, Hop, claims, finish_time, is_done, moved, op_share, rate_steps
 from moesim.sim.ops import Program
@@ -72,6 +73,18 @@ class Engine:
             self._rates.forget_before(self.now)
         self._schedule_flow_end()
         return run.times
+
+    def execute_passes(self, program: Program) -> Generator[Any, Any, Times]:
+        """Run the P independent passes of `program` one after another as one event; Times count from 0 in every pass.
+
+        Raises SimulationError if Flows are in flight: then passes have to be executed one by one.
+        """
+        if self.flows or self._running:
+            raise SimulationError("engine: passes side by side need the cluster for themselves; execute them one by one while flows are in flight")
+        self.evaluations += 1
+        times = evaluate(program, 0.0)
+        yield self.env.timeout(float(np.sum(times.finish)))
+        return times
 
     def _evaluate(self, run: _Running) -> None:
         self.evaluations += 1

@@ -1,0 +1,170 @@
+"""Replays forward passes: an Actor that compiles their routing, builds their Program and lets the engine run it.
+
+Consecutive passes of one phase are handled side by side in one array evaluation (a pass ends with a barrier over all
+ranks, so passes are independent), as many as memory allows. Shapes: P passes, L MoE layers, R ranks, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from moesim.balance import Balance
+from moesim.sim.batch import PassShape, stack
+from moesim.sim.build import ProgramBuilder
+from moesim.sim.engine import Engine
+from moesim.sim.ledger import Ledger
+from moesim.sim.loads import LoadCompiler, StepLoads
+
+MAX_PASSES = 64
+MAX_TOKENS = 1 << 18
+MAX_PAIR_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward pass as a trace gives it."""
+
+    step: int
+    shape: PassShape
+    experts_TLK: np.ndarray
+    rank_T: np.ndarray
+    valid_TLK: np.ndarray | None
+
+
+@dataclass(slots=True)
+class LoadSums:
+    """Running sums over passes of what balance and traffic are read from."""
+
+    mean_L: np.ndarray
+    max_L: np.ndarray
+    ratio_sum: float = 0.0
+    ratio_count: int = 0
+    routed: int = 0
+    copies_remote: int = 0
+    copies_remote_node: int = 0
+    token_layers: int = 0
+    expert_LE: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+
+    def add(self, loads: StepLoads, slot_to_expert_LS: np.ndarray, devices_per_node: int) -> None:
+        """Book the loads of P passes."""
+        load_PLR = loads.rank_load_PLR
+        mean, most = load_PLR.mean(axis=2), load_PLR.max(axis=2)
+        self.mean_L += mean.sum(axis=0)
+        self.max_L += most.sum(axis=0)
+        loaded = most > 0
+        self.ratio_sum += float((mean[loaded] / most[loaded]).sum())
+        self.ratio_count += int(loaded.sum())
+        self.routed += int(loads.routed_PLR.sum())
+        self.token_layers += int(loads.tokens_PR.sum()) * load_PLR.shape[1]
+        ranks = load_PLR.shape[2]
+        home = np.arange(ranks)
+        self.copies_remote += int(loads.copy_PLRR.sum()) - int(loads.copy_PLRR[:, :, home, home].sum())
+        self.copies_remote_node += int(loads.node_PLRN.sum()) - int(loads.node_PLRN[:, :, home, home // devices_per_node].sum())
+        slot_LS = loads.slot_PLS.sum(axis=0)
+        layer, slot = np.nonzero(slot_to_expert_LS >= 0)
+        np.add.at(self.expert_LE, (layer, slot_to_expert_LS[layer, slot]), slot_LS[layer, slot])
+
+    @property
+    def balance(self) -> Balance:
+        """Balance over all layers and passes; the worst layer is judged over all passes together."""
+        most = float(self.max_L.sum())
+        if most == 0:
+            return Balance(mean_over_max=1.0, layer_mean=1.0, worst_layer=1.0)
+        loaded = self.max_L > 0
+        return Balance(
+            mean_over_max=float(self.mean_L.sum()) / most,
+            layer_mean=self.ratio_sum / self.ratio_count,
+            worst_layer=float((self.mean_L[loaded] / self.max_L[loaded]).min()),
+        )
+
+
+@dataclass(slots=True)
+class ReplayRun:
+    """Everything a replay leaves behind."""
+
+    ledger: Ledger
+    sums: LoadSums
+    tokens: int = 0
+    steps: int = 0
+    local_bytes: float = 0.0
+    intra_node_bytes: float = 0.0
+    inter_node_bytes: float = 0.0
+    kv_entries_peak: float = 0.0
+    tokens_peak: float = 0.0
+
+
+def chunks(passes: Iterable[Pass], *, num_layers: int, num_ranks: int) -> Iterator[list[Pass]]:
+    """Group consecutive passes of one phase as far as memory allows."""
+    limit = max(1, min(MAX_PASSES, int(MAX_PAIR_BYTES // (40 * num_layers * num_ranks**2))))
+    batch: list[Pass] = []
+    tokens = 0
+    for item in passes:
+        if batch and (len(batch) >= limit or tokens + len(item.rank_T) > MAX_TOKENS or item.shape.is_prefill_P[0] != batch[0].shape.is_prefill_P[0]):
+            yield batch
+            batch, tokens = [], 0
+        batch.append(item)
+        tokens += len(item.rank_T)
+    if batch:
+        yield batch
+
+
+def run_passes(
+    passes: Iterable[Pass],
+    *,
+    builder: ProgramBuilder,
+    compiler: LoadCompiler,
+    keep_passes: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> ReplayRun:
+    """Replay `passes` in order on an empty cluster and return what happened; `progress` is called with the passes done."""
+    plan, cluster = builder.plan, builder.cluster
+    layers = plan.num_layers
+    sums = LoadSums(mean_L=np.zeros(layers), max_L=np.zeros(layers), expert_LE=np.zeros((layers, plan.num_experts), dtype=np.int64))
+    run = ReplayRun(ledger=Ledger(cluster.num_ranks, keep_passes=keep_passes), sums=sums)
+    engine = Engine(cluster.num_ranks)
+
+    def batches() -> Generator[Any, Any, None]:
+        for batch in chunks(passes, num_layers=layers, num_ranks=cluster.num_ranks):
+            loads = compile_batch(compiler, batch)
+            shape = stack([item.shape for item in batch])
+            program, traffic = builder.build(shape, loads, bool(batch[0].shape.is_prefill_P[0]))
+            begin = engine.now
+            times = yield from engine.execute_passes(program)
+            overhead = builder.settings.host_overhead_us * 1e-6
+            run.ledger.record(program, times, steps=[item.step for item in batch], begin_s=begin, overhead_s=overhead)
+            if overhead:
+                yield engine.env.timeout(overhead * len(batch))
+            sums.add(loads, plan.slot_to_expert_LS, cluster.devices_per_node)
+            run.tokens += int(loads.tokens_PR.sum())
+            run.steps += len(batch)
+            run.local_bytes += float(traffic.local_P.sum())
+            run.intra_node_bytes += float(traffic.intra_node_P.sum())
+            run.inter_node_bytes += float(traffic.inter_node_P.sum())
+            run.kv_entries_peak = max(run.kv_entries_peak, float(shape.kv_entries_PR.max()))
+            run.tokens_peak = max(run.tokens_peak, float(shape.tokens_PR.max()))
+            if progress is not None:
+                progress(run.steps)
+
+    engine.env.process(batches())
+    engine.env.run()
+    return run
+
+
+def compile_batch(compiler: LoadCompiler, batch: list[Pass]) -> StepLoads:
+    """Compile the routing of several passes in one call."""
+    if len(batch) == 1:
+        return compiler.compile(experts_TLK=batch[0].experts_TLK, rank_T=batch[0].rank_T, valid_TLK=batch[0].valid_TLK)
+    lengths = [len(item.rank_T) for item in batch]
+    valid = None
+    if any(item.valid_TLK is not None for item in batch):
+        valid = np.concatenate([np.ones(item.experts_TLK.shape, dtype=bool) if item.valid_TLK is None else item.valid_TLK for item in batch])
+    return compiler.compile(
+        experts_TLK=np.concatenate([item.experts_TLK for item in batch]),
+        rank_T=np.concatenate([item.rank_T for item in batch]),
+        valid_TLK=valid,
+        pass_start_P=np.cumsum([0, *lengths[:-1]]),
+    )
