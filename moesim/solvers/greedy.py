@@ -1,0 +1,143 @@
+"""The default solver: greedy copies and packing for all layers in lock step, then a local search to the bound.
+
+Experts are first put into a canonical order (falling load), so that renaming them changes nothing. With several
+windows the search lowers the risk measure over windows; for `worst` and `cvar` it is rerun with the weights of the
+windows moved towards the bad ones, and the best placement seen is kept.
+Options: `risk` (mean, worst, cvar:ALPHA), `rounds` (swap rounds), `restarts` (further counts of copies tried where a gap stays).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moesim.errors import InputError, describe
+from moesim.solvers import metrics
+from moesim.solvers.bounds import layer_bound_KL
+from moesim.solvers.packing import capped_copies_LE, copies_LE, pack_LRC, to_slots_LS
+from moesim.solvers.problem import PlacementProblem
+from moesim.solvers.result import PlacementResult, make_result
+from moesim.solvers.search import Deadline, expired, improve
+from moesim.solvers.state import SearchState
+
+RESTARTS: tuple[tuple[float, bool], ...] = ((0.9, False), (0.85, True), (0.95, False), (0.8, True), (1.0, False))
+"""Further ways to count copies: (largest copy as a share of the mean rank, spread leftovers over light experts)."""
+RESTART_GAP = 1.002
+"""Layers whose cost exceeds their bound by this factor are worth a restart."""
+RISK_ROUNDS = 4
+"""Reruns with moved window weights for a risk measure other than the mean."""
+
+
+def int_option(options: Mapping[str, Any], key: str, default: int, low: int, high: int) -> int:
+    """Return an integer option within low..high, or raise InputError."""
+    value = options.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InputError(describe("solver options", key, value, f"must be an integer in {low}..{high}"))
+    return value
+
+
+def cost_weight_KL(problem: PlacementProblem, weight_K: np.ndarray) -> np.ndarray:
+    """Return float64 [K, L]: weight of a window's slowest rank in the cost of a layer, so that the costs sum to the imbalance."""
+    ideal = metrics.ideal_KL(problem.load_KLE, problem.speed_R).sum(axis=1)
+    per_window = np.divide(weight_K, ideal, out=np.zeros(len(ideal)), where=ideal > 0)
+    return np.repeat(per_window[:, None], problem.num_layers, axis=1)
+
+
+def _canonical_order(problem: PlacementProblem) -> np.ndarray:
+    """Return [L, E]: experts by falling weighted load, ties by the load of every window; only true twins keep their own order."""
+    load = problem.load_KLE
+    key = (load * problem.window_weight_K[:, None, None]).sum(axis=0)  # type: ignore[index]
+    order = np.empty(key.shape, dtype=np.int64)
+    for layer in range(key.shape[0]):
+        order[layer] = np.lexsort((*(-load[k, layer] for k in range(len(load))), -key[layer]))
+    return order
+
+
+@dataclass(slots=True)
+class _Search:
+    """One problem in canonical expert order, with what its searches have in common."""
+
+    problem: PlacementProblem
+    load_KLE: np.ndarray
+    bound_KL: np.ndarray
+    rounds: int
+    deadline: Deadline
+    moves: int = 0
+    late: bool = False
+
+    def pack(self, copies: np.ndarray, weight_KL: np.ndarray, layers: np.ndarray) -> np.ndarray:
+        problem = self.problem
+        return pack_LRC(self.load_KLE[:, layers], weight_KL[:, layers], copies, problem.fill_R, problem.speed_R, allow_duplicates=problem.allow_duplicates_on_rank)
+
+    def improve(self, table_LRC: np.ndarray, weight_KL: np.ndarray, layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Search from a placement of some layers; return the better one and the time of every window's slowest rank."""
+        weight = weight_KL[:, layers]
+        state = SearchState.of(self.load_KLE[:, layers], weight, table_LRC, self.problem.speed_R, allow_duplicates=self.problem.allow_duplicates_on_rank)
+        made, cut = improve(state, (self.bound_KL[:, layers] * weight).sum(axis=0), max_rounds=self.rounds, deadline=self.deadline)
+        self.moves, self.late = self.moves + made, self.late or cut
+        return state.table_LRC, state.time_KLR().max(axis=2)
+
+    def from_scratch(self, weight_KL: np.ndarray, restarts: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pack and search all layers, then try other counts of copies on the layers that stay off their bound."""
+        problem, fill = self.problem, self.problem.fill_R
+        scaled = self.load_KLE * weight_KL[..., None]
+        mean, slots = scaled.sum(axis=0), int(fill.sum())
+        cap = slots if problem.allow_duplicates_on_rank else int((fill > 0).sum())
+        every = np.arange(problem.num_layers)
+        table, peak_KL = self.improve(self.pack(copies_LE(mean, slots, cap), weight_KL, every), weight_KL, every)
+        floor = (self.bound_KL * weight_KL).sum(axis=0) * RESTART_GAP
+        windows = problem.num_windows > 1
+        for target, spread in (((0.0, False),) if windows else ()) + RESTARTS[:restarts]:
+            layers = np.flatnonzero((peak_KL * weight_KL).sum(axis=0) > floor)
+            if slots == problem.num_experts or layers.size == 0:
+                break
+            if expired(self.deadline):
+                self.late = True
+                break
+            if target == 0.0:
+                copies = copies_LE(scaled[:, layers].max(axis=0), slots, cap)
+            else:
+                copies = capped_copies_LE(mean[layers], slots, cap, floor[layers] / RESTART_GAP * target, spread=spread)
+            other, other_KL = self.improve(self.pack(copies, weight_KL, layers), weight_KL, layers)
+            wins = ((other_KL - peak_KL[:, layers]) * weight_KL[:, layers]).sum(axis=0) < 0
+            table[layers[wins]], peak_KL[:, layers[wins]] = other[wins], other_KL[:, wins]
+        return table, peak_KL
+
+
+def search_table_LRC(problem: PlacementProblem, options: Mapping[str, Any], deadline: Deadline, bound_KL: np.ndarray) -> tuple[np.ndarray, int, bool]:
+    """Return the placement table [L, R, C], the moves made, and whether the deadline cut the search short."""
+    risk = str(options.get("risk", "mean"))
+    order = _canonical_order(problem)
+    search = _Search(problem, np.take_along_axis(problem.load_KLE, order[None], axis=2), bound_KL, int_option(options, "rounds", 2000, 0, 10**6), deadline)
+    weight_K: np.ndarray = problem.window_weight_K  # type: ignore[assignment]
+    ideal_KL = metrics.ideal_KL(problem.load_KLE, problem.speed_R)
+    table, peak_KL = search.from_scratch(cost_weight_KL(problem, weight_K), int_option(options, "restarts", len(RESTARTS), 0, len(RESTARTS)))
+    if problem.num_windows > 1 and risk != "mean":
+        every, ideal = np.arange(problem.num_layers), ideal_KL.sum(axis=1)
+        current, weights, value = table, weight_K, metrics.fold_windows(peak_KL, ideal_KL, weight_K, risk)
+        for _ in range(RISK_ROUNDS):
+            ratio = np.divide(peak_KL.sum(axis=1), ideal, out=np.ones(len(ideal)), where=ideal > 0)
+            weights = 0.5 * weights + 0.5 * metrics.risk_weights(ratio, weight_K, risk)
+            current, peak_KL = search.improve(current.copy(), cost_weight_KL(problem, weights), every)
+            now = metrics.fold_windows(peak_KL, ideal_KL, weight_K, risk)
+            if now > value:
+                value, table = now, current
+    named = np.take_along_axis(order, np.maximum(table, 0).reshape(len(table), -1), axis=1).reshape(table.shape)
+    return np.where(table >= 0, named, -1).astype(np.int32), search.moves, search.late
+
+
+def solve_greedy(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline = None, options: Mapping[str, Any] | None = None) -> PlacementResult:
+    """Place experts by greedy packing and local search; the seed is unused, the search is deterministic."""
+    options = options or {}
+    bound_KL = layer_bound_KL(problem)
+    table, moves, late = search_table_LRC(problem, options, deadline, bound_KL)
+    slots = to_slots_LS(table, problem.slots_per_rank_R)
+    if problem.previous is not None:
+        from moesim.solvers.assignment import relabel_LS
+
+        slots = relabel_LS(problem, slots)
+    status = "TIME_LIMIT" if late else "FEASIBLE"
+    return make_result(problem, slots, solver="greedy", status=status, iterations=moves, risk=str(options.get("risk", "mean")), bound_KL=bound_KL)

@@ -1,0 +1,173 @@
+"""The placement problem: expert loads in one or more windows, ranks with slots, and what may not change.
+
+A window is a stretch of a trace with its own load; K windows say what the plan must be good for. A placement
+fills every slot of every rank, except that a rank never needs more slots than there are experts when an
+expert may not sit twice on one rank: such slots stay empty (-1).
+Shapes: K windows, L MoE layers, E experts, R ranks, S = Σ slots_per_rank_R slots in rank order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moesim.errors import InfeasibleError, InputError, describe
+
+PLACE = "placement problem"
+MAX_CELLS = 1 << 27
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementProblem:
+    """Where should every expert live, in how many copies?"""
+
+    load_KLE: np.ndarray
+    """float64 [K, L, E] (or [L, E]: one window): tokens per expert, finite and >= 0."""
+    num_ranks: int
+    """R, ranks that share the experts of a layer."""
+    slots_per_rank_R: np.ndarray
+    """int [R] (or one number for all): expert slots of every rank."""
+    ranks_per_node: int = 0
+    """Consecutive ranks that share a node; 0: all of them."""
+    num_groups: int = 1
+    """Routing groups of experts; only the hierarchical EPLB policy looks at them."""
+    previous: np.ndarray | None = None
+    """int [L, S]: the running placement, to be moved away from as little as possible; None: there is none."""
+    move_budget_slots: int | None = None
+    """Slot positions, over all layers, whose expert may differ from `previous`; None: no limit."""
+    allow_duplicates_on_rank: bool = False
+    """True where one rank may hold an expert twice (it never helps, but some planners do it)."""
+    device_speed_R: np.ndarray | None = None
+    """float64 [R]: relative speed of every rank, > 0; None: all equal."""
+    window_weight_K: np.ndarray | None = None
+    """float64 [K]: importance of every window, >= 0, made to sum to 1; None: all equal."""
+
+    def __post_init__(self) -> None:
+        load = np.array(self.load_KLE, dtype=np.float64)
+        load = load[None] if load.ndim == 2 else load
+        if load.ndim != 3 or load.size == 0:
+            raise InputError(describe(PLACE, "load shape", load.shape, "must be [windows, layers, experts] or [layers, experts], all > 0"))
+        if load.size > MAX_CELLS:
+            raise InputError(describe(PLACE, "load size", load.size, f"must be <= {MAX_CELLS} numbers", "merge windows"))
+        bad = ~np.isfinite(load) | (load < 0)
+        if bad.any():
+            window, layer, expert = (int(i) for i in np.argwhere(bad)[0])
+            raise InputError(describe(PLACE, f"load of window {window}, layer {layer}, expert {expert}", float(load[window, layer, expert]), "must be finite and >= 0"))
+        if not 1 <= self.num_ranks <= 65536:
+            raise InputError(describe(PLACE, "num_ranks", self.num_ranks, "must be in 1..65536"))
+        slots = np.array(self.slots_per_rank_R)
+        if slots.dtype.kind not in "iu":
+            raise InputError(describe(PLACE, "slots_per_rank", slots.tolist(), "must hold integers"))
+        slots = np.full(self.num_ranks, slots, dtype=np.int64) if slots.ndim == 0 else slots.astype(np.int64)
+        if slots.shape != (self.num_ranks,) or (slots < 0).any() or int(slots.sum()) * load.shape[1] > MAX_CELLS:
+            raise InputError(describe(PLACE, "slots_per_rank", slots.tolist(), f"must be one number >= 0 for each of the {self.num_ranks} ranks"))
+        self._set(load_KLE=load, slots_per_rank_R=slots, ranks_per_node=self.ranks_per_node or self.num_ranks)
+        if self.ranks_per_node < 1 or (self.num_ranks % self.ranks_per_node and self.ranks_per_node < self.num_ranks):
+            raise InputError(describe(PLACE, "ranks_per_node", self.ranks_per_node, f"must divide the {self.num_ranks} ranks"))
+        if not 1 <= self.num_groups <= self.num_experts or self.num_experts % self.num_groups:
+            raise InputError(describe(PLACE, "num_groups", self.num_groups, f"must divide the {self.num_experts} experts"))
+        self._set(
+            device_speed_R=self._vector("device_speed", self.device_speed_R, self.num_ranks, positive=True),
+            window_weight_K=self._vector("window_weight", self.window_weight_K, self.num_windows, positive=False),
+        )
+        self._set(window_weight_K=self.window_weight_K / self.window_weight_K.sum())  # type: ignore[union-attr, operator]
+        self._check_room()
+        self._check_previous()
+
+    def _set(self, **values: object) -> None:
+        for name, value in values.items():
+            if isinstance(value, np.ndarray):
+                value.setflags(write=False)
+            object.__setattr__(self, name, value)
+
+    def _vector(self, key: str, value: np.ndarray | None, length: int, *, positive: bool) -> np.ndarray:
+        if value is None:
+            return np.ones(length)
+        vector = np.array(value, dtype=np.float64)
+        if vector.shape != (length,) or not np.isfinite(vector).all() or (vector < 0).any() or vector.sum() <= 0 or (positive and (vector <= 0).any()):
+            raise InputError(describe(PLACE, key, vector.tolist(), f"must be {length} finite number(s) {'> 0' if positive else '>= 0 with a positive sum'}"))
+        return vector
+
+    def _check_room(self) -> None:
+        room = int(self.fill_R.sum())
+        if room < self.num_experts:
+            kind = "" if self.num_slots == room else f" ({self.num_slots} slots, but a rank cannot use more than one per expert)"
+            raise InfeasibleError(
+                f"{PLACE}: every layer needs {self.num_experts} slots, one per expert, but the {self.num_ranks} ranks give {room}{kind}: "
+                f"{self.num_experts - room} missing per layer, first in layer 0; add slots or ranks"
+            )
+
+    def _check_previous(self) -> None:
+        if self.move_budget_slots is not None and (self.move_budget_slots < 0 or self.previous is None):
+            raise InputError(describe(PLACE, "move_budget_slots", self.move_budget_slots, "must be >= 0 and needs a previous placement"))
+        if self.previous is None:
+            return
+        table = np.array(self.previous, dtype=np.int32)
+        if table.shape != (self.num_layers, self.num_slots):
+            raise InputError(describe(PLACE, "previous shape", table.shape, f"must be [layers, slots] = {(self.num_layers, self.num_slots)}", "the running plan has other layers or slots"))
+        if table.min() < -1 or table.max() >= self.num_experts:
+            raise InputError(describe(PLACE, "previous", [int(table.min()), int(table.max())], f"must hold experts in 0..{self.num_experts - 1}, or -1"))
+        self._set(previous=table)
+        for layer, row in enumerate(table):
+            absent = np.setdiff1d(np.arange(self.num_experts), row)
+            if absent.size:
+                raise InputError(f"{PLACE}: previous placement has no slot for expert {absent[0]} in layer {layer} ({absent.size} missing there); it cannot be running")
+
+    @property
+    def num_windows(self) -> int:
+        """K, windows."""
+        return int(self.load_KLE.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        """L, MoE layers."""
+        return int(self.load_KLE.shape[1])
+
+    @property
+    def num_experts(self) -> int:
+        """E, experts of a layer."""
+        return int(self.load_KLE.shape[2])
+
+    @property
+    def num_slots(self) -> int:
+        """S, slots of a layer over all ranks."""
+        return int(self.slots_per_rank_R.sum())
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that the ranks form."""
+        return max(1, self.num_ranks // self.ranks_per_node)
+
+    @property
+    def fill_R(self) -> np.ndarray:
+        """int64 [R]: slots of every rank that a placement fills."""
+        return self.slots_per_rank_R if self.allow_duplicates_on_rank else np.minimum(self.slots_per_rank_R, self.num_experts)
+
+    @property
+    def speed_R(self) -> np.ndarray:
+        """float64 [R]: relative speed of every rank."""
+        return np.ones(self.num_ranks) if self.device_speed_R is None else self.device_speed_R
+
+    @property
+    def slot_rank_S(self) -> np.ndarray:
+        """int64 [S]: rank that owns every slot."""
+        return np.repeat(np.arange(self.num_ranks), self.slots_per_rank_R)
+
+    @property
+    def rigid(self) -> bool:
+        """True where a placement keeps no duplicate and no needless empty slot of a running one (bounds may rely on it)."""
+        if self.allow_duplicates_on_rank:
+            return False
+        return self.previous is None or self.move_budget_slots is None or not irregular_LR(self, self.previous).any()
+
+
+def irregular_LR(problem: PlacementProblem, table_LS: np.ndarray) -> np.ndarray:
+    """Return bool [L, R]: ranks that hold an expert twice or leave a slot empty that should be filled."""
+    result = np.zeros((problem.num_layers, problem.num_ranks), dtype=bool)
+    ends = np.cumsum(problem.slots_per_rank_R)
+    for rank, (start, end) in enumerate(zip(ends - problem.slots_per_rank_R, ends, strict=True)):
+        rows = np.sort(table_LS[:, start:end], axis=1)
+        twice = ((rows[:, 1:] == rows[:, :-1]) & (rows[:, 1:] >= 0)).any(axis=1)
+        result[:, rank] = (twice & (not problem.allow_duplicates_on_rank)) | ((rows >= 0).sum(axis=1) < problem.fill_R[rank])
+    return result
