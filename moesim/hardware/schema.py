@@ -22,7 +22,7 @@ def _quantity(dimension: str, low: float, high: float, *, above: bool = True) ->
     def convert(value: Any) -> float:
         if isinstance(value, str) and len(value) > 60:
             raise ValueError("must be a short text, a number with a unit")
-        if value is not None and not isinstance(value, (str, int, float)):
+        if not isinstance(value, (str, int, float)):
             raise ValueError(f"must be a number with a unit of {dimension}, not a {type(value).__name__}")
         result = parse(value, dimension)
         if result < low or (above and result == low):

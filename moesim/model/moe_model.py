@@ -29,7 +29,9 @@ class Attention:
     sliding_window: int | None = None
     """Window of the layers that have one (gpt-oss: every second layer)."""
     sliding_every: int | None = None
-    """Every how many layers a sliding-window layer occurs; None: no such layers."""
+    """Every how many layers a sliding-window layer occurs (nearest integer; exact in `sliding_layer_ids`); None: no such layers."""
+    sliding_layer_ids: tuple[int, ...] = ()
+    """Layers with the sliding window."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
