@@ -1,0 +1,241 @@
+"""One layer's attention block: norm, projections, rotary and cache write, core attention, output projection.
+
+Prefill time of the core is linear in causal work L·(L + c) of the prompt length L, decode time in batch and KV length; both come from grids per head
+shape. A cached prefix of P tokens adds new·P pairs, at the time per pair that the second difference of the prompt grid shows. MLA of DeepSeek-V3's
+dimensions has a table of the whole block, projections included. All sizes are per rank; `tp` ranks share the heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from moesim.costs.gemm import Gemm
+from moesim.costs.interpolation import Grid, identity, quadratic
+from moesim.costs.provenance import Policy, Provenance, Timing, total, zero_where
+from moesim.costs.roofline import Roofline
+from moesim.costs.tables import Tables
+from moesim.errors import CostError, describe
+from moesim.model.moe_model import DTYPE_BYTES, Attention, MoEModel
+
+Phase = Literal["prefill", "decode"]
+PHASES = ("prefill", "decode")
+CORE_OFFSET, BLOCK_OFFSET = 512.0, 2048.0
+"""Tokens at which the linear part of prefill equals the quadratic one; chosen by leave-one-out error (see benchmarks/bench_costs.py)."""
+_DEEPSEEK_V3 = dict(q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+
+
+@dataclass(frozen=True, slots=True)
+class _Core:
+    """A grid of one head shape and what it takes to use it for another."""
+
+    grid: Grid
+    scale: float
+    worst: Provenance
+    pair_s: float
+    """Seconds per (new token, cached token) pair of one sequence, prefill only."""
+
+
+class AttentionCost:
+    """Times of the attention block of one model on one device."""
+
+    def __init__(self, model: MoEModel, tables: Tables, gemm: Gemm, roofline: Roofline, policy: Policy, linear_dtype: str) -> None:
+        self._model = model
+        self._tables = tables
+        self._gemm = gemm
+        self._roofline = roofline
+        self._policy = policy
+        self._dtype = linear_dtype
+        self._cores: dict[tuple[object, ...], _Core | None] = {}
+        self._bytes = DTYPE_BYTES.get(model.dtype, 2.0)
+        self._kv_bytes = DTYPE_BYTES.get(model.kv_dtype, 2.0)
+
+    def __call__(self, *, phase: str, sequences: np.ndarray, new_tokens: np.ndarray, context: np.ndarray, tp: int) -> Timing:
+        """Return the time of one layer's block; see `CostModel.attention`."""
+        if phase not in PHASES:
+            raise CostError(describe("attention", "phase", phase, f"must be one of {', '.join(PHASES)}"))
+        if tp < 1 or self._model.attention.num_heads % tp:
+            raise CostError(describe("attention", "tp", tp, f"must divide the {self._model.attention.num_heads} heads of {self._model.name}"))
+        arrays = np.broadcast_arrays(*(np.asarray(value, dtype=np.float64) for value in (sequences, new_tokens, context)))
+        tokens = np.maximum(arrays[1], 0.0)
+        batch = np.clip(arrays[0], 1.0, np.maximum(tokens, 1.0))
+        kv_length = np.maximum(arrays[2], tokens / batch)
+        norm = self._roofline.stream("norm", 3.0 * tokens * self._model.hidden_size * self._bytes)
+        if self._model.attention.kind == "mla":
+            block = self._mla(phase, batch, tokens, kv_length, tp)
+        else:
+            block = self._gqa(phase, batch, tokens, kv_length, tp)
+        return zero_where(total(norm, *block), tokens <= 0)
+
+    # --- MHA and GQA ------------------------------------------------------------------------------------------
+
+    def _gqa(self, phase: str, batch: np.ndarray, tokens: np.ndarray, kv_length: np.ndarray, tp: int) -> tuple[Timing, ...]:
+        attention, hidden = self._model.attention, self._model.hidden_size
+        heads, kv_heads = attention.num_heads // tp, max(attention.num_kv_heads // tp, 1)
+        width = (heads + 2 * kv_heads) * attention.head_dim
+        return (
+            self._gemm("attention.qkv", tokens, width, hidden, self._dtype),
+            self._roofline.stream("rotary", 2.0 * tokens * width * self._bytes),
+            self._layers_mean(phase, batch, tokens, kv_length, heads, kv_heads, attention),
+            self._gemm("attention.output", tokens, hidden, heads * attention.head_dim, self._dtype),
+        )
+
+    def _layers_mean(
+        self, phase: str, batch: np.ndarray, tokens: np.ndarray, kv_length: np.ndarray, heads: int, kv_heads: int, attention: Attention
+    ) -> Timing:
+        full = self.core(phase, batch, tokens, kv_length, heads=heads, kv_heads=kv_heads, head_dim=attention.head_dim)
+        if not attention.sliding_window or not attention.sliding_every:
+            return full
+        windowed = self.core(phase, batch, tokens, kv_length, heads=heads, kv_heads=kv_heads, head_dim=attention.head_dim, window=attention.sliding_window)
+        share = 1.0 / attention.sliding_every
+        return total(windowed.scaled(share), full.scaled(1.0 - share))
+
+    def core(
+        self, phase: str, batch: np.ndarray, tokens: np.ndarray, kv_length: np.ndarray, *, heads: int, kv_heads: int, head_dim: int,
+        window: int = 0, value_dim: int = 0,
+    ) -> Timing:
+        """Return the time of the attention kernel alone; `value_dim` differs from `head_dim` in MLA's expanded form only."""
+        key = (phase, heads, kv_heads, head_dim, window)
+        if key not in self._cores:
+            self._cores[key] = self._gqa_core(phase, heads, kv_heads, head_dim, window)
+        narrower = (head_dim + (value_dim or head_dim)) / (2.0 * head_dim)
+        seen = np.minimum(kv_length, window) if window else kv_length
+        read = batch * seen * 2.0 * kv_heads * head_dim * self._kv_bytes
+        found = self._cores[key]
+        if found is None:
+            table = self._tables.label("attn_context" if phase == "prefill" else "attn_generation")
+            missing = f"num_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim}, window_size={window}"
+            self._policy.fall_back(f"attention.{phase}", table, missing, Provenance.ROOFLINE)
+            new = tokens / batch
+            pairs = batch * new * np.minimum(kv_length - new / 2, seen)
+            return self._roofline.kernel(4.0 * pairs * heads * head_dim * narrower, read + 4.0 * tokens * heads * head_dim, self._model.dtype)
+        worst = found.worst if narrower == 1.0 else Provenance.CALIBRATED
+        return self._evaluate(found, phase, batch, tokens, kv_length, read, window, worst, found.scale * narrower)
+
+    def _evaluate(
+        self, found: _Core, phase: str, batch: np.ndarray, tokens: np.ndarray, kv_length: np.ndarray, read: np.ndarray, window: int,
+        worst: Provenance, scale: float,
+    ) -> Timing:
+        if phase == "decode":
+            timed = found.grid(tokens, kv_length)
+            return timed.scaled(scale, worst)
+        new = tokens / batch
+        timed = found.grid(batch, new)
+        prefix = kv_length - new
+        if window:
+            prefix = np.minimum(prefix, window)
+        cached = prefix > 1e-9
+        pairs = np.where(cached, batch * new * prefix, 0.0)
+        seconds = (timed.seconds + pairs * found.pair_s) * scale
+        # Few new tokens over a long prefix: reading the cache is what takes the time.
+        seconds = np.where(cached, np.maximum(seconds, self._roofline.launch_s + read / self._roofline.reached_Bps), seconds)
+        codes = np.where(cached, np.uint8(Provenance.CALIBRATED), timed.provenance)
+        return Timing(seconds=seconds, provenance=np.maximum(codes, np.uint8(worst)))
+
+    def _gqa_core(self, phase: str, heads: int, kv_heads: int, head_dim: int, window: int) -> _Core | None:
+        kind, length = ("attn_context", "isl") if phase == "prefill" else ("attn_generation", "step")
+        names = ("num_heads", "num_key_value_heads", "head_dim", "window_size", "kv_cache_dtype", "attn_dtype", "batch_size", length, "latency_s")
+        cache = "fp8" if self._model.kv_dtype == "fp8" else "bfloat16"
+        rows = self._tables.rows(kind, *names, where={"kv_cache_dtype": cache, "attn_dtype": "bfloat16"})
+        if rows is None:
+            return None
+        wanted = np.array([heads, kv_heads, head_dim, window])
+        shapes = np.stack([rows[name] for name in names[:4]], axis=1)
+        codes = shapes @ np.array([1 << 44, 1 << 30, 1 << 16, 1])
+        first = np.unique(codes, return_index=True)[1]
+        known = shapes[first]
+        distance = np.abs(np.log2(known[:, :3] / wanted[:3])) @ np.array([1.0, 1.0, 4.0])
+        distance = distance + 64.0 * (known[:, 3] > 0) * (window == 0)
+        distance = distance + (np.abs(np.log2((known[:, 3] + 1) / (window + 1))) * (2.0 if window else 0.0))
+        best = int(np.argmin(distance))
+        used = known[best]
+        if window == 0 and used[3] > 0:
+            return None
+        mine = codes == codes[first[best]]
+        offset = 0 if phase == "prefill" else 1
+        grid = _build_grid(rows["batch_size"][mine], rows[length][mine] + offset, rows["latency_s"][mine], phase, CORE_OFFSET if not window else None)
+        work = float(wanted[0] * wanted[2]) / float(used[0] * used[2]) if phase == "prefill" else float(wanted[1] * wanted[2]) / float(used[1] * used[2])
+        exact = bool((used == wanted).all())
+        if not exact:
+            missing = f"num_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim}, window_size={window}"
+            self._policy.fall_back(f"attention.{phase}", self._tables.label(kind), missing, Provenance.CALIBRATED)
+        return _Core(grid, work, Provenance.MEASURED if exact else Provenance.CALIBRATED, _pair_seconds(grid) if phase == "prefill" else 0.0)
+
+    # --- MLA --------------------------------------------------------------------------------------------------
+
+    def _mla(self, phase: str, batch: np.ndarray, tokens: np.ndarray, kv_length: np.ndarray, tp: int) -> tuple[Timing, ...]:
+        attention, hidden = self._model.attention, self._model.hidden_size
+        heads = attention.num_heads // tp
+        cached_width = (attention.kv_lora_rank or 0) + (attention.qk_rope_head_dim or 0)
+        read = batch * kv_length * cached_width * self._kv_bytes
+        block = self._block(phase, heads)
+        if block is not None:
+            return (self._evaluate(block, phase, batch, tokens, kv_length, read, 0, block.worst, block.scale),)
+        nope, rope, value = attention.qk_nope_head_dim or 0, attention.qk_rope_head_dim or 0, attention.v_head_dim or attention.head_dim
+        lora, rank = attention.kv_lora_rank or 0, attention.q_lora_rank
+        parts = [self._gemm("attention.kv_a", tokens, (rank or 0) + cached_width, hidden, self._dtype)]
+        parts.append(self._gemm("attention.q_b", tokens, heads * (nope + rope), rank or hidden, self._dtype))
+        parts.append(self._roofline.stream("rotary", 2.0 * tokens * (heads * (nope + rope) + cached_width) * self._bytes))
+        if phase == "prefill":
+            parts.append(self._gemm("attention.kv_b", tokens, heads * (nope + value), lora, self._dtype))
+            parts.append(self.core(phase, batch, tokens, kv_length, heads=heads, kv_heads=heads, head_dim=nope + rope, value_dim=value))
+        else:
+            parts.append(self._gemm("attention.absorb_k", tokens, heads * lora, nope, "bfloat16"))
+            parts.append(self._mla_decode(batch, tokens, kv_length, read, heads))
+            parts.append(self._gemm("attention.absorb_v", tokens, heads * value, lora, "bfloat16"))
+        parts.append(self._gemm("attention.output", tokens, hidden, heads * value, self._dtype))
+        return tuple(parts)
+
+    def _block(self, phase: str, heads: int) -> _Core | None:
+        """Return the table of the whole MLA block, if the model has the dimensions it was measured at."""
+        key = ("block", phase, heads)
+        if key in self._cores:
+            return self._cores[key]
+        attention = self._model.attention
+        found: _Core | None = None
+        same = all(getattr(attention, name) == value for name, value in _DEEPSEEK_V3.items())
+        if same and self._model.hidden_size == 7168 and self._dtype == "fp8_block":
+            kind = "wideep_mla_context" if phase == "prefill" else "wideep_mla_generation"
+            rows = self._tables.rows(kind, "batch_size", "isl", "latency_s", where={"num_heads": heads, "kernel_source": "fa3"})
+            if rows is not None:
+                grid = _build_grid(rows["batch_size"], rows["isl"], rows["latency_s"], phase, BLOCK_OFFSET)
+                found = _Core(grid, 1.0, Provenance.MEASURED, _pair_seconds(grid) if phase == "prefill" else 0.0)
+        self._cores[key] = found
+        return found
+
+    def _mla_decode(self, batch: np.ndarray, tokens: np.ndarray, kv_length: np.ndarray, read: np.ndarray, heads: int) -> Timing:
+        attention = self._model.attention
+        lora, rope = attention.kv_lora_rank or 0, attention.qk_rope_head_dim or 0
+        key = ("mla_decode", heads)
+        if key not in self._cores:
+            self._cores[key] = None
+            if (lora, rope) == (512, 64):
+                cache = "fp8" if self._model.kv_dtype == "fp8" else "bfloat16"
+                rows = self._tables.rows("mla_generation", "batch_size", "step", "latency_s", where={"num_heads": heads, "kv_cache_dtype": cache})
+                if rows is not None:
+                    grid = _build_grid(rows["batch_size"], rows["step"] + 1, rows["latency_s"], "decode", None)
+                    self._cores[key] = _Core(grid, 1.0, Provenance.MEASURED, 0.0)
+        found = self._cores[key]
+        if found is not None:
+            return found.grid(tokens, kv_length)
+        missing = f"num_heads={heads}, kv_lora_rank={lora}, qk_rope_head_dim={rope}"
+        self._policy.fall_back("attention.decode", self._tables.label("mla_generation"), missing, Provenance.ROOFLINE)
+        flops = 2.0 * tokens * kv_length * heads * (2 * lora + rope)
+        return self._roofline.kernel(flops, read + 2.0 * tokens * heads * (2 * lora + rope), self._model.dtype)
+
+
+def _build_grid(batch: np.ndarray, length: np.ndarray, seconds: np.ndarray, phase: str, offset: float | None) -> Grid:
+    work = identity if phase == "decode" or offset is None else quadratic(offset)
+    return Grid.build(batch, length, seconds, column_work=work)
+
+
+def _pair_seconds(grid: Grid) -> float:
+    """Return the time per causal pair: the part of T(1, 2L) that two runs of L do not explain, per L² extra pairs."""
+    measured = np.flatnonzero(grid.measured[0])
+    lengths = {float(grid.columns[j]): float(grid.seconds[0, j]) for j in measured}
+    for length in sorted(lengths, reverse=True):
+        if length / 2 in lengths:
+            return max(lengths[length] - 2.0 * lengths[length / 2], 0.0) / (length / 2) ** 2
+    return 0.0

@@ -1,0 +1,213 @@
+"""Dispatch and combine: the link model on the bytes of every port, calibrated so that balanced traffic takes the measured time.
+
+    t_r = max(scale-up bytes / rate, scale-out bytes / rate) of rank r, out and in apart      n*_r = t_r / (t of one balanced token of the table)
+    time_r = table(n*_r)
+
+n* is the number of balanced tokens that would load the rank's busiest port as much. The rates are the slopes of the tables at large sizes. Times are
+those of the transfer kernels; the notification that precedes high-throughput dispatch between nodes is a synchronisation and is left out. Without
+a table: latency + bytes / (bandwidth · declared efficiency).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import log2
+
+import numpy as np
+
+from moesim.costs.interpolation import Curve
+from moesim.costs.links import LinkModel
+from moesim.costs.provenance import Policy, Provenance, Timing
+from moesim.costs.tables import Tables
+from moesim.costs.traffic import Ports, balanced_counts, devices_per_node, ports
+from moesim.errors import CostError, describe
+from moesim.model.moe_model import DTYPE_BYTES, MoEModel
+
+STAGES = ("dispatch", "combine")
+FP8_BLOCK = 128
+COMMUNICATION_SMS = 20
+TABLE_DEVICES = 8
+GROUP_LIMIT = 4
+"""Nodes a token may reach in the high-throughput tables: over 8 nodes only this keeps the table's combine below the NIC's bandwidth."""
+EVEN = 0.1
+"""Loads within this share of their mean count as the table's own (random, balanced) distribution."""
+_TABLES = {"normal": "normal", "low_latency": "ll"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangeTiming:
+    """Times of one all-to-all: a rank ends at max(own ready + send_s, ready of every source that sends to it + recv_s)."""
+
+    send_s: np.ndarray
+    """float64 [..., R]."""
+    recv_s: np.ndarray
+    """float64 [..., R]."""
+    provenance: np.ndarray
+    """uint8 [..., R]."""
+    bytes: dict[str, np.ndarray] = field(default_factory=dict)
+    """`local`, `intra_node` (scale-up link), `inter_node` (scale-out link): bytes over all ranks, [...]."""
+    port_bytes: dict[str, np.ndarray] = field(default_factory=dict)
+    """`intra_out`, `intra_in`, `inter_out`, `inter_in`: bytes of every rank's ports, [..., R]."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """One table: time against tokens per rank for a number of nodes, and the load that one token puts on the ports."""
+
+    curve: Curve
+    up: float
+    """Bytes per token over the scale-up port."""
+    out: float
+    shape: tuple[int, int, int, int, int]
+    """hidden, top-k, experts, nodes, devices per node."""
+
+    @property
+    def slope(self) -> float:
+        keys, seconds = self.curve.keys, self.curve.seconds
+        return float((seconds[-1] - seconds[-2]) / (keys[-1] - keys[-2]))
+
+
+class ExchangeCost:
+    """Times of dispatch and combine for one model on one cluster."""
+
+    def __init__(self, model: MoEModel, devices: int, tables: Tables, links: LinkModel, policy: Policy) -> None:
+        self._model = model
+        self._devices = devices
+        self._tables = tables
+        self._links = links
+        self._policy = policy
+        self._references: dict[tuple[str, str], dict[int, _Reference]] = {}
+
+    def payload_bytes(self, stage: str) -> float:
+        """Return the bytes of one token's copy: FP8 with one float32 scale per 128 values in dispatch of FP8 models, else the model's dtype."""
+        hidden = self._model.hidden_size
+        if stage == "dispatch" and self._model.expert_dtype == "fp8":
+            return hidden + 4.0 * -(-hidden // FP8_BLOCK)
+        return hidden * DTYPE_BYTES.get(self._model.dtype, 2.0)
+
+    def __call__(
+        self, algorithm: str, stage: str, *, assign_RR: np.ndarray | None, copy_RR: np.ndarray | None, node_RN: np.ndarray | None
+    ) -> ExchangeTiming:
+        """Return times and bytes; see `CostModel.exchange`."""
+        if stage not in STAGES:
+            raise CostError(describe("exchange", "stage", stage, f"must be one of {', '.join(STAGES)}"))
+        any_pairs = assign_RR if assign_RR is not None else copy_RR
+        if any_pairs is None:
+            raise CostError("exchange: assign_RR and copy_RR are missing; give the counts of tokens between ranks")
+        num_ranks = np.asarray(any_pairs).shape[-1]
+        devices = devices_per_node(num_ranks, self._devices)
+        copies = ports(algorithm, devices, assign_RR=assign_RR, copy_RR=copy_RR, node_RN=node_RN)
+        if stage == "combine":
+            copies = copies.reversed()
+        size = self.payload_bytes(stage)
+        moved = Ports(copies.up_out * size, copies.up_in * size, copies.out_out * size, copies.out_in * size, copies.local * size)
+        nodes = num_ranks // devices
+        if num_ranks == 1:
+            nothing = np.zeros(moved.local.shape)
+            sent = received = Timing(seconds=nothing, provenance=np.zeros(nothing.shape, dtype=np.uint8))
+        elif algorithm in _TABLES and self._reference(algorithm, stage):
+            sent = self._from_tables(algorithm, stage, moved.up_out, moved.out_out, nodes, devices)
+            received = self._from_tables(algorithm, stage, moved.up_in, moved.out_in, nodes, devices)
+        else:
+            if algorithm in _TABLES:
+                table = self._tables.label(f"deepep_{_TABLES[algorithm]}_1to8nodes")
+                self._policy.fall_back(f"exchange.{stage}", table, f"algorithm={algorithm}, node_num={nodes}", Provenance.ROOFLINE)
+            both = algorithm == "2dh"
+            sent = self._links.all_to_all(moved.up_out, moved.out_out, ranks=num_ranks, devices=devices, one_after_the_other=both)
+            received = self._links.all_to_all(moved.up_in, moved.out_in, ranks=num_ranks, devices=devices, one_after_the_other=both)
+        return ExchangeTiming(
+            send_s=sent.seconds, recv_s=received.seconds, provenance=np.maximum(sent.provenance, received.provenance),
+            bytes={"local": moved.local.sum(axis=-1), "intra_node": moved.up_out.sum(axis=-1), "inter_node": moved.out_out.sum(axis=-1)},
+            port_bytes={"intra_out": moved.up_out, "intra_in": moved.up_in, "inter_out": moved.out_out, "inter_in": moved.out_in},
+        )
+
+    # --- tables -----------------------------------------------------------------------------------------------
+
+    def _from_tables(self, algorithm: str, stage: str, up: np.ndarray, out: np.ndarray, nodes: int, devices: int) -> Timing:
+        references = self._reference(algorithm, stage)
+        up_rate = self._up_rate(references)
+        known = sorted(references)
+        high = next((count for count in known if count >= nodes), known[-1])
+        low = max((count for count in known if count <= nodes), default=high)
+        weight = 0.0 if low == high else log2(nodes / low) / log2(high / low)
+        seconds = np.zeros(up.shape)
+        codes = np.zeros(up.shape, dtype=np.uint8)
+        for count, share in ((low, 1.0 - weight), (high, weight)):
+            if share == 0:
+                continue
+            reference = references[count]
+            out_rate = self._out_rate(reference)
+            per_token = max(reference.up / up_rate, reference.out / out_rate)
+            tokens = np.maximum(up / up_rate, out / out_rate) / per_token
+            tokens = np.where(np.abs(tokens - np.round(tokens)) < 1e-9 * np.maximum(tokens, 1.0), np.round(tokens), tokens)
+            timed = reference.curve(tokens)
+            seconds += share * np.where(tokens > 0, timed.seconds, 0.0)
+            mean = tokens.mean(axis=-1, keepdims=True)
+            even = np.abs(tokens - mean) <= EVEN * mean
+            same = reference.shape == (self._model.hidden_size, self._model.top_k, self._model.num_experts, nodes, devices)
+            own = even & same & (share == 1.0)
+            # A grid key counts as measured only if every rank is on it.
+            own_codes = np.where((timed.provenance == 0) & (tokens == mean), np.uint8(0), np.maximum(timed.provenance, np.uint8(Provenance.INTERPOLATED)))
+            np.maximum(codes, np.where(own, own_codes, np.uint8(Provenance.CALIBRATED)), out=codes)
+        return Timing(seconds=seconds, provenance=np.where(seconds > 0, codes, np.uint8(0)))
+
+    @staticmethod
+    def _up_rate(references: dict[int, _Reference]) -> float:
+        """Return the bytes/s of the scale-up port: what the table of the fewest nodes reaches at large sizes."""
+        first = references[min(references)]
+        return first.up / first.slope
+
+    def _out_rate(self, reference: _Reference) -> float:
+        """Return the bytes/s of the scale-out port that this number of nodes reaches, at most the link's bandwidth."""
+        if reference.out == 0:
+            return self._links.out_Bps
+        return min(reference.out / reference.slope, self._links.out_Bps)
+
+    def _reference(self, algorithm: str, stage: str) -> dict[int, _Reference]:
+        key = (algorithm, stage)
+        if key not in self._references:
+            self._references[key] = self._load(algorithm, stage)
+        return self._references[key]
+
+    def _load(self, algorithm: str, stage: str) -> dict[int, _Reference]:
+        result: dict[int, _Reference] = {}
+        for kind in (f"deepep_{_TABLES[algorithm]}_1to8nodes", f"deepep_{_TABLES[algorithm]}_1node"):
+            for count, reference in self._load_kind(kind, algorithm, stage).items():
+                mine = (self._model.hidden_size, self._model.top_k, self._model.num_experts)
+                if count not in result or (reference.shape[:3] == mine and result[count].shape[:3] != mine):
+                    result[count] = reference
+        return result
+
+    def _load_kind(self, kind: str, algorithm: str, stage: str) -> dict[int, _Reference]:
+        latency = f"{stage}_transmit_s" if algorithm == "normal" else f"{stage}_avg_t_s"
+        where = {f"{stage}_sms": COMMUNICATION_SMS} if algorithm == "normal" else {}
+        rows = self._tables.rows(kind, "node_num", "hidden_size", "num_topk", "num_experts", "num_token", latency, where=where)
+        if rows is None:
+            return {}
+        model = self._model
+        # Nearest shape of every node count: the bytes of a token matter most, the experts (how copies spread) least.
+        distance = (
+            4 * np.abs(np.log2(rows["hidden_size"] / model.hidden_size)) + 2 * np.abs(np.log2(rows["num_topk"] / max(model.top_k, 1)))
+            + np.abs(np.log2(rows["num_experts"] / max(model.num_experts, 1)))
+        )
+        result = {}
+        for nodes in np.unique(rows["node_num"]).tolist():
+            at = np.flatnonzero(rows["node_num"] == nodes)
+            best = at[int(np.argmin(distance[at]))]
+            hidden, top_k, experts = (int(rows[name][best]) for name in ("hidden_size", "num_topk", "num_experts"))
+            same = (rows["hidden_size"][at] == hidden) & (rows["num_topk"][at] == top_k) & (rows["num_experts"][at] == experts)
+            order = at[same][np.argsort(rows["num_token"][at[same]], kind="stable")]
+            keys, first = np.unique(rows["num_token"][order], return_index=True)
+            if len(keys) < 2:
+                continue
+            curve = Curve(keys.astype(np.float64), rows[latency][order][first])
+            result[int(nodes)] = self._describe(algorithm, stage, curve, (hidden, top_k, experts, int(nodes)))
+        return result
+
+    def _describe(self, algorithm: str, stage: str, curve: Curve, shape: tuple[int, int, int, int]) -> _Reference:
+        hidden, top_k, experts, nodes = shape
+        limit = GROUP_LIMIT if algorithm == "normal" else None
+        counts = balanced_counts(num_ranks=nodes * TABLE_DEVICES, devices=TABLE_DEVICES, num_experts=experts, top_k=top_k, max_nodes=limit)
+        copies = ports(algorithm, TABLE_DEVICES, **counts)
+        size = hidden + 4.0 * -(-hidden // FP8_BLOCK) if stage == "dispatch" else 2.0 * hidden
+        return _Reference(curve, float(copies.up_out[0]) * size, float(copies.out_out[0]) * size, (*shape, TABLE_DEVICES))

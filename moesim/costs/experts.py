@@ -1,0 +1,272 @@
+"""Time of a rank's routed experts from its tokens per slot: grouped GEMM with a cost per activated expert and per tile of tokens.
+
+    seconds = anchor · (first(A) + Σ over slots of extra(m_c))         A: slots with tokens, m_c: tokens of slot c
+
+`first(A)` is the table's time with one token on each of A experts (weights are read once per activated expert), `extra(m)` what m tokens cost an
+expert beyond the first, linear in tile-rounded m. Both are read from balanced rows. Slots enter as a sum because tiles of all experts share the SMs.
+`anchor` is the table over the same formula for the balanced load of equal size, so a balanced grid point is reproduced exactly.
+Shapes: R ranks, C slots of a rank (padded). A shape that no row has is scaled from the nearest by hidden·ffn, to which bytes and FLOPs are proportional.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moesim.costs.interpolation import Curve, Work, identity, tiles
+from moesim.costs.provenance import Policy, Provenance, Timing
+from moesim.costs.roofline import Roofline
+from moesim.costs.tables import MOE_DTYPES, Tables
+from moesim.model.moe_model import DTYPE_BYTES, MoEModel
+
+TILE = 64.0
+MAX_TABLE = 1 << 16
+"""Tokens per expert up to which `extra` is tabulated; longer ones are computed."""
+TILED: Work = tiles((np.inf, TILE))
+
+
+@dataclass(frozen=True, slots=True)
+class Balanced:
+    """Balanced rows of one number of slots: total assignments of the rank against time."""
+
+    slots: int
+    assignments: np.ndarray
+    seconds: np.ndarray
+
+    @classmethod
+    def build(cls, slots: int, assignments: np.ndarray, seconds: np.ndarray) -> Balanced:
+        """Sort the rows and average those of equal load."""
+        keys, index = np.unique(assignments, return_inverse=True)
+        return cls(slots, keys.astype(np.float64), np.bincount(index.ravel(), weights=seconds) / np.bincount(index.ravel()))
+
+
+class ExpertLaw:
+    """The fitted cost of one expert shape."""
+
+    def __init__(self, rows: list[Balanced], *, scale: float, worst: Provenance, work: Work = TILED) -> None:
+        self.scale = scale
+        self.worst = worst
+        self._work = work
+        self._slots = np.array([item.slots for item in rows], dtype=np.float64)
+        self._first = self._fit_first(rows)
+        self._extra = self._fit_extra(rows)
+        self._table = np.zeros(1)
+        self._anchors = [(item, item.seconds / self._formula(item.slots, item.assignments)) for item in rows]
+
+    # --- the two curves ---------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _fit_first(rows: list[Balanced]) -> tuple[np.ndarray, np.ndarray]:
+        points: dict[float, float] = {}
+        for item in rows:
+            full = int(np.searchsorted(item.assignments, item.slots))
+            points[float(item.slots)] = float(item.seconds[min(full, len(item.seconds) - 1)])
+        if len(rows) == 1:
+            # One number of slots only: fewer tokens than slots activate one expert per assignment.
+            few = rows[0].assignments < rows[0].slots
+            points.update(zip(rows[0].assignments[few].tolist(), rows[0].seconds[few].tolist(), strict=True))
+        active = np.array(sorted(points))
+        seconds = np.array([points[key] for key in active.tolist()])
+        slope = (seconds[1] - seconds[0]) / (active[1] - active[0]) if len(active) > 1 else seconds[0] / active[0]
+        start = float(np.clip(seconds[0] - slope * active[0], 0.0, seconds[0]))
+        return np.concatenate([[0.0], active]), np.concatenate([[start], seconds])
+
+    def _fit_extra(self, rows: list[Balanced]) -> Curve:
+        points: dict[float, tuple[int, float]] = {}
+        for item in rows:
+            start = float(self._first_seconds(np.array(float(item.slots))))
+            for total, seconds in zip(item.assignments.tolist(), item.seconds.tolist(), strict=True):
+                per_slot = total / item.slots
+                # The largest rank speaks: few slots leave SMs idle.
+                if per_slot >= 1 and (per_slot not in points or points[per_slot][0] < item.slots):
+                    points[per_slot] = (item.slots, max((seconds - start) / item.slots, 0.0))
+        keys = np.array(sorted(points))
+        extra = np.maximum.accumulate(np.array([points[key][1] for key in keys.tolist()]))
+        return Curve(keys, extra, self._work)
+
+    def _first_seconds(self, active: np.ndarray) -> np.ndarray:
+        keys, seconds = self._first
+        slope = (seconds[-1] - seconds[-2]) / (keys[-1] - keys[-2])
+        return np.interp(active, keys, seconds) + np.maximum(active - keys[-1], 0.0) * slope
+
+    def _extra_seconds(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the cost of tokens beyond the first; past the last key at the reached FLOP/s, weights' reading included."""
+        last = float(self._extra.keys[-1])
+        inner = self._extra(np.minimum(tokens, last)).seconds
+        per_expert = float(self._extra.seconds[-1]) + self._unit
+        return inner + np.where(tokens > last, per_expert * (self._work(tokens) / self._work(np.array(last)) - 1.0), 0.0)
+
+    @property
+    def _unit(self) -> float:
+        keys, seconds = self._first
+        return float((seconds[-1] - seconds[0]) / keys[-1])
+
+    @property
+    def launch_s(self) -> float:
+        """Seconds of the operator that depend on no expert."""
+        return float(self._first[1][0])
+
+    def _formula(self, slots: float | np.ndarray, assignments: np.ndarray) -> np.ndarray:
+        """Return the formula at the balanced load: every slot has the quotient, some one more."""
+        quotient = np.floor(assignments / slots)
+        more = assignments - quotient * slots
+        active = np.minimum(assignments, slots)
+        body = more * self._extra_seconds(quotient + 1.0) + (slots - more) * self._extra_seconds(np.maximum(quotient, 1.0))
+        return self._first_seconds(active) + np.where(quotient > 0, body, 0.0)
+
+    # --- evaluation -------------------------------------------------------------------------------------------
+
+    def __call__(self, tokens: np.ndarray, present: np.ndarray | None) -> Timing:
+        """Return the time of every rank; tokens [..., C], present bool [..., C] or None."""
+        slots = np.full(tokens.shape[:-1], tokens.shape[-1]) if present is None else present.sum(axis=-1)
+        whole = tokens if tokens.dtype.kind in "iu" else np.ceil(tokens).astype(np.int64)
+        if present is not None:
+            whole = np.where(present, whole, 0)
+        peak = int(whole.max(initial=0))
+        if peak <= MAX_TABLE:
+            extra = self._lookup(peak)[whole].sum(axis=-1)
+        else:
+            extra = np.where(whole > 0, self._extra_seconds(np.maximum(whole, 1).astype(np.float64)), 0.0).sum(axis=-1)
+        active = np.count_nonzero(whole, axis=-1)
+        assignments = whole.sum(axis=-1)
+        start = (self._first_seconds(active.astype(np.float64)) - self.launch_s) * self.scale + self.launch_s
+        anchor, on_key, inside = self._anchor(slots, assignments)
+        seconds = anchor * (start + extra * self.scale)
+        lowest = (whole if present is None else np.where(present, whole, peak)).min(axis=-1, initial=peak)
+        even = whole.max(axis=-1, initial=0) - lowest <= 1
+        codes = np.where(even & on_key, np.uint8(0), np.where(even & inside, np.uint8(Provenance.INTERPOLATED), np.uint8(Provenance.CALIBRATED)))
+        idle = assignments == 0
+        return Timing(seconds=np.where(idle, 0.0, seconds), provenance=np.where(idle, np.uint8(0), np.maximum(codes, np.uint8(self.worst))))
+
+    def _lookup(self, peak: int) -> np.ndarray:
+        if len(self._table) <= peak:
+            size = max(2 * len(self._table), peak + 1, 1024)
+            table = np.concatenate([[0.0], self._extra_seconds(np.arange(1.0, size))])
+            self._table = table
+        return self._table
+
+    def _anchor(self, slots: np.ndarray, assignments: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return table over formula at the balanced load (between two numbers of slots: in log slots), whether it is a grid key, whether inside the grid."""
+        anchor = np.ones(assignments.shape)
+        on_key, inside = np.zeros(assignments.shape, dtype=bool), np.zeros(assignments.shape, dtype=bool)
+        known = self._slots
+        for count in np.unique(slots).tolist():
+            if count < 1:
+                continue
+            mine = slots == count
+            load = assignments[mine].astype(np.float64)
+            high = int(np.clip(np.searchsorted(known, count), 0, len(known) - 1))
+            low = high if known[high] <= count or high == 0 else high - 1
+            weight = 0.0 if low == high else float(np.log2(count / known[low]) / np.log2(known[high] / known[low]))
+            anchor[mine] = 0.0
+            for index, share in {low: 1.0 - weight, high: weight}.items() if low != high else ((low, 1.0),):
+                item, ratio = self._anchors[index]
+                anchor[mine] += share * np.interp(load * (item.slots / count), item.assignments, ratio)
+            item = self._anchors[low][0]
+            if item.slots == count:
+                on_key[mine] = np.isin(load, item.assignments)
+                inside[mine] = (load >= item.assignments[0]) & (load <= item.assignments[-1])
+        return anchor, on_key, inside
+
+
+class ExpertCost:
+    """Times of the routed experts of one model on one device."""
+
+    def __init__(self, model: MoEModel, tables: Tables, roofline: Roofline, policy: Policy) -> None:
+        self._model = model
+        self._tables = tables
+        self._roofline = roofline
+        self._policy = policy
+        self._laws: dict[int, ExpertLaw] = {}
+
+    def law(self, expert_tp: int) -> ExpertLaw:
+        """Return the fitted law for experts split over `expert_tp` ranks."""
+        if expert_tp not in self._laws:
+            self._laws[expert_tp] = self._build(expert_tp)
+        return self._laws[expert_tp]
+
+    def _build(self, expert_tp: int) -> ExpertLaw:
+        model = self._model
+        dtype = MOE_DTYPES.get(model.expert_dtype)
+        missing = f"moe_dtype={dtype or model.expert_dtype}, hidden_size={model.hidden_size}, inter_size={model.expert_ffn_size}, moe_tp_size={expert_tp}"
+        if dtype is not None:
+            rows = self._expert_parallel_rows(dtype) if expert_tp == 1 else []
+            if rows:
+                return ExpertLaw(rows, scale=1.0, worst=Provenance.MEASURED)
+            found = self._nearest(dtype, expert_tp)
+            if found is not None:
+                item, scale, exact = found
+                if not exact:
+                    self._policy.fall_back("experts", self._tables.label("moe"), missing, Provenance.CALIBRATED)
+                return ExpertLaw([item], scale=scale, worst=Provenance.MEASURED if exact else Provenance.CALIBRATED)
+        self._policy.fall_back("experts", self._tables.label("moe"), missing, Provenance.ROOFLINE)
+        return self._roofline_law(expert_tp)
+
+    def _expert_parallel_rows(self, dtype: str) -> list[Balanced]:
+        """Return the rows measured under expert parallelism: num_tokens counts all ranks, uniform routing."""
+        model = self._model
+        rows = self._tables.rows(
+            "wideep_moe_generation", "num_tokens", "topk", "num_experts", "moe_ep_size", "latency_s",
+            where={"moe_dtype": dtype, "hidden_size": model.hidden_size, "inter_size": model.expert_ffn_size, "moe_tp_size": 1, "distribution": "uniform"},
+        )
+        if rows is None:
+            return []
+        result = []
+        slots = rows["num_experts"] // rows["moe_ep_size"]
+        for count in np.unique(slots):
+            mine = slots == count
+            assignments = rows["num_tokens"][mine] * rows["topk"][mine] / rows["moe_ep_size"][mine]
+            result.append(Balanced.build(int(count), assignments, rows["latency_s"][mine]))
+        return result
+
+    def _nearest(self, dtype: str, expert_tp: int) -> tuple[Balanced, float, bool] | None:
+        """Return balanced one-rank rows of the nearest shape, the factor to this model's shape, and whether nothing differs."""
+        model = self._model
+        names = ("hidden_size", "inter_size", "num_experts", "topk", "moe_tp_size")
+        rows = self._tables.rows(
+            "moe", *names, "num_tokens", "latency_s", where={"moe_dtype": dtype, "moe_ep_size": 1, "distribution": "balanced"}
+        )
+        if rows is None:
+            return None
+        shapes = np.stack([rows[name] for name in names], axis=1)
+        known, inverse = np.unique(shapes, axis=0, return_inverse=True)
+        inverse = inverse.ravel()
+        wanted = np.array([model.hidden_size, model.expert_ffn_size, model.num_experts, model.top_k, expert_tp])
+        width = known[:, 1] / known[:, 4]
+        distance = (
+            4 * np.abs(np.log2(known[:, 0] / wanted[0])) + 4 * np.abs(np.log2(width / (wanted[1] / expert_tp)))
+            + np.abs(np.log2(known[:, 2] / wanted[2])) + np.abs(np.log2(known[:, 3] / wanted[3])) + 0.1 * (known[:, 4] != expert_tp)
+        )
+        for index in np.argsort(distance, kind="stable").tolist():
+            mine = inverse == index
+            hidden, ffn, experts, topk, split = (int(value) for value in known[index])
+            item = Balanced.build(experts, rows["num_tokens"][mine] * float(topk), rows["latency_s"][mine])
+            if self._reads_too_fast(item, hidden * ffn / split):
+                continue
+            exact = bool((known[index] == wanted).all()) and model.gated_ffn
+            matrices = 1.0 if model.gated_ffn else 2 / 3
+            return item, model.hidden_size * model.expert_ffn_size / expert_tp / (hidden * ffn / split) * matrices, exact
+        return None
+
+    def _reads_too_fast(self, item: Balanced, elements: float) -> bool:
+        """Return whether rows claim more weight traffic than the memory has: their routing was not balanced (group-limited gates)."""
+        full = min(int(np.searchsorted(item.assignments, item.slots)), len(item.seconds) - 1)
+        read = item.slots * 3.0 * elements * DTYPE_BYTES.get(self._model.expert_dtype, 2.0)
+        return bool(read / item.seconds[full] > self._roofline.memory_Bps)
+
+    def _roofline_law(self, expert_tp: int) -> ExpertLaw:
+        model = self._model
+        matrices = 3.0 if model.gated_ffn else 2.0
+        width = model.expert_ffn_size / expert_tp
+        weights = matrices * model.hidden_size * width
+        per_token = 2.0 * (2.0 * model.hidden_size + 3.0 * width)
+        slots = max(model.num_experts, 1)
+        tokens = np.concatenate([[1.0 / slots] if slots > 1 else [], [1.0], TILE * 2.0 ** np.arange(0, 11)])
+        per_expert = np.maximum(tokens, 1.0)
+        rate = self._roofline.flops("bfloat16" if model.expert_dtype in ("mxfp4", "int4") else model.expert_dtype)
+        moved = weights * DTYPE_BYTES.get(model.expert_dtype, 2.0) + per_expert * per_token
+        each = np.maximum(2.0 * weights * per_expert / rate, moved / self._roofline.declared_Bps)
+        seconds = 2.0 * self._roofline.declared_launch_s + np.minimum(tokens * slots, slots) * each
+        work = identity if self._roofline.is_cpu else TILED
+        return ExpertLaw([Balanced(slots, slots * tokens, seconds)], scale=1.0, worst=Provenance.ROOFLINE, work=work)

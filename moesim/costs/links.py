@@ -1,0 +1,168 @@
+"""Collectives and transfers: NCCL's tables inside a node, a ring over the links otherwise.
+
+Sizes are the bytes of the full buffer (all_reduce: the tensor; all_gather: the gathered result; reduce_scatter: the input). A group of N nodes × D
+devices reduces and gathers inside the node and rings over the NICs in between, each device carrying 1/D of the buffer.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moesim.costs.interpolation import Curve, drop_spikes
+from moesim.costs.provenance import Policy, Provenance, Timing, timing, total, zero_where
+from moesim.costs.tables import Tables
+from moesim.errors import CostError, describe
+from moesim.hardware.cluster import Cluster, Link
+
+OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter")
+_RING_PASSES = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "alltoall": 1.0}
+
+
+class LinkModel:
+    """Transfer times over the links of one cluster."""
+
+    def __init__(self, cluster: Cluster, tables: Tables, policy: Policy, engine: str) -> None:
+        self._cluster = cluster
+        self._tables = tables
+        self._policy = policy
+        self._engine = engine
+        self._up = cluster.links.get("scale_up") or cluster.links.get("host")
+        self._out = cluster.links.get("scale_out")
+        self.out_Bps = self._port_Bps(self._out) / max(cluster.fabric_oversubscription, 1.0) if self._out else float("inf")
+        """Bytes/s of a device's share of the scale-out link, one direction."""
+        self._curves: dict[tuple[str, int], tuple[Curve, float] | None] = {}
+
+    @staticmethod
+    def _port_Bps(link: Link) -> float:
+        return link.bandwidth_Bps / max(link.shared_by, 1)
+
+    # --- collectives ------------------------------------------------------------------------------------------
+
+    def collective(self, operation: str, nbytes: np.ndarray, ranks: int, nodes: int) -> Timing:
+        """Return the time of a collective over `ranks` devices on `nodes` nodes."""
+        if operation not in OPERATIONS:
+            raise CostError(describe("collective", "operation", operation, f"must be one of {', '.join(OPERATIONS)}"))
+        if nodes < 1 or ranks < 1 or ranks % nodes:
+            raise CostError(describe(f"collective {operation}", "ranks", f"{ranks} on {nodes} nodes", "must be the same number on every node"))
+        size = np.maximum(np.asarray(nbytes, dtype=np.float64), 0.0)
+        if ranks == 1:
+            return timing(np.zeros(size.shape), Provenance.MEASURED)
+        inside = ranks // nodes
+        if nodes == 1:
+            timed = self._inside(operation, size, ranks)
+        else:
+            between = self._between(operation, size / inside, nodes)
+            if inside == 1:
+                timed = between
+            elif operation == "all_reduce":
+                timed = total(self._inside("reduce_scatter", size, inside), between, self._inside("all_gather", size, inside))
+            else:
+                timed = total(self._inside(operation, size, inside), between)
+        return zero_where(timed, size <= 0)
+
+    def _inside(self, operation: str, size: np.ndarray, ranks: int) -> Timing:
+        found = self._curve(operation, ranks)
+        if found is not None:
+            curve, factor = found
+            if factor == 1.0:
+                return curve(size)
+            return timing(curve(size * factor).seconds, Provenance.CALIBRATED)
+        self._policy.fall_back(operation, self._tables.label("nccl"), f"op_name={operation}, num_gpus={ranks}", Provenance.ROOFLINE)
+        return self._ring(self._link("scale_up", self._up), operation, size, ranks, Provenance.ROOFLINE)
+
+    def _between(self, operation: str, size: np.ndarray, nodes: int) -> Timing:
+        # No table covers NCCL between nodes: with tables of this device the NIC model below is checked against DeepEP's, hence calibrated.
+        calibrated = self._tables.stem("nccl") is not None and self._tables.stem("deepep_normal_1to8nodes") is not None
+        if not calibrated:
+            self._policy.fall_back(operation, self._tables.label("nccl"), f"op_name={operation}, nodes={nodes}", Provenance.ROOFLINE)
+        code = Provenance.CALIBRATED if calibrated else Provenance.ROOFLINE
+        return self._ring(self._link("scale_out", self._out), operation, size, nodes, code)
+
+    def _ring(self, link: Link, operation: str, size: np.ndarray, members: int, code: Provenance) -> Timing:
+        passes = _RING_PASSES[operation] * (members - 1)
+        return timing(passes * link.latency_s + passes / members * size / self._reached(link, size / members), code)
+
+    def _curve(self, operation: str, ranks: int) -> tuple[Curve, float] | None:
+        """Return NCCL's curve of the nearest number of devices, and the factor on bytes that the ring's share of the buffer gives."""
+        key = (operation, ranks)
+        if key in self._curves:
+            return self._curves[key]
+        result: tuple[Curve, float] | None = None
+        rows = self._tables.rows("nccl", "num_gpus", "message_bytes", "latency_s", where={"op_name": operation, "nccl_dtype": "half"})
+        if rows is not None:
+            known = np.unique(rows["num_gpus"])
+            nearest = int(known[np.argmin(np.abs(np.log2(known / ranks)))])
+            mine = rows["num_gpus"] == nearest
+            curve = _sorted_curve(rows["message_bytes"][mine], rows["latency_s"][mine])
+            if operation == "all_reduce" and self._engine == "sglang":
+                curve = self._faster(curve, nearest)
+            result = (curve, ((ranks - 1) / ranks) / ((nearest - 1) / nearest))
+            if nearest != ranks:
+                self._policy.fall_back(operation, self._tables.label("nccl"), f"op_name={operation}, num_gpus={ranks}", Provenance.CALIBRATED)
+        self._curves[key] = result
+        return result
+
+    def _faster(self, curve: Curve, ranks: int) -> Curve:
+        """Return the engine's own all-reduce (inside a captured graph) at every size where it beats NCCL, as the engine chooses."""
+        rows = self._tables.rows("custom_allreduce", "message_bytes", "latency_s", where={"num_gpus": ranks, "backend": f"{self._engine}_graph"})
+        if rows is None:
+            return curve
+        own = _sorted_curve(*drop_spikes(*_sorted(rows["message_bytes"], rows["latency_s"])))
+        keys = np.union1d(curve.keys, own.keys)
+        return Curve(keys, np.minimum(curve(keys).seconds, own(keys).seconds))
+
+    # --- transfers --------------------------------------------------------------------------------------------
+
+    def p2p(self, nbytes: np.ndarray, nodes: int) -> Timing:
+        """Return the time of one message between two devices of a node, or of two nodes."""
+        size = np.maximum(np.asarray(nbytes, dtype=np.float64), 0.0)
+        if nodes > 1:
+            link = self._link("scale_out", self._out)
+            code = Provenance.CALIBRATED if self._tables.stem("deepep_normal_1to8nodes") else Provenance.ROOFLINE
+        else:
+            found = self._curve("alltoall", 2)
+            if found is not None:
+                return zero_where(timing(found[0](2.0 * size).seconds, Provenance.CALIBRATED), size <= 0)
+            link, code = self._link("scale_up", self._up), Provenance.ROOFLINE
+        if code is Provenance.ROOFLINE:
+            self._policy.fall_back("p2p", self._tables.label("nccl"), "op_name=alltoall, num_gpus=2" if nodes == 1 else f"nodes={nodes}", code)
+        return zero_where(timing(link.latency_s + size / self._reached(link, size), code), size <= 0)
+
+    def all_to_all(self, up: np.ndarray, out: np.ndarray, *, ranks: int, devices: int, one_after_the_other: bool) -> Timing:
+        """Return the time of the bytes on a rank's ports; the ports work side by side, or one after the other."""
+        found = self._curve("alltoall", devices) if devices > 1 else None
+        code = Provenance.CALIBRATED if found is not None else Provenance.ROOFLINE
+        if found is not None:
+            inside = np.where(up > 0, found[0](up * devices / (devices - 1)).seconds, 0.0)
+        else:
+            self._policy.fall_back("exchange", self._tables.label("nccl"), f"op_name=alltoall, num_gpus={devices}", code)
+            inside = self._transfer(self._up, "scale_up", up, devices - 1) if devices > 1 else np.zeros(up.shape)
+        between = self._transfer(self._out, "scale_out", out, ranks - devices) if ranks > devices else np.zeros(out.shape)
+        seconds = inside + between if one_after_the_other else np.maximum(inside, between)
+        return Timing(seconds=seconds, provenance=np.where(seconds > 0, np.uint8(code), np.uint8(0)))
+
+    def _transfer(self, link: Link | None, name: str, size: np.ndarray, messages: int) -> np.ndarray:
+        present = self._link(name, link)
+        return np.where(size > 0, present.latency_s + size / self._reached(present, size / max(messages, 1)), 0.0)
+
+    def _reached(self, link: Link, message: np.ndarray) -> np.ndarray:
+        """Return the bytes/s that messages of a size reach."""
+        bandwidth = self.out_Bps if link is self._out else self._port_Bps(link)
+        curve = link.efficiency
+        if len(curve.size_bytes) == 1:
+            return np.full(message.shape, bandwidth * curve.efficiency[0])
+        return bandwidth * np.interp(np.log(np.maximum(message, 1.0)), np.log(curve.size_bytes), curve.efficiency)
+
+    def _link(self, name: str, link: Link | None) -> Link:
+        if link is None:
+            raise CostError(f"{self._cluster.name}: links.{name} is missing; ranks that exchange data need it")
+        return link
+
+
+def _sorted(keys: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    distinct, first = np.unique(keys, return_index=True)
+    return distinct.astype(np.float64), seconds[first]
+
+
+def _sorted_curve(keys: np.ndarray, seconds: np.ndarray) -> Curve:
+    return Curve(*_sorted(keys, seconds))

@@ -1,0 +1,169 @@
+"""The cost model of one model on one cluster: every operator's time, with the class of each number.
+
+Arrays in, `Timing` out, any leading shape; no work takes no time. Tables of the cluster's device come first, then models calibrated on them, then the
+roofline; `strict` refuses what is worse than a recorded duration. One object serves one replay: what it read and fitted is kept.
+Shapes: R ranks, N nodes, C slots of a rank (padded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from moesim.costs.attention import AttentionCost
+from moesim.costs.exchange import ExchangeCost, ExchangeTiming
+from moesim.costs.experts import ExpertCost
+from moesim.costs.gemm import Gemm
+from moesim.costs.links import LinkModel
+from moesim.costs.provenance import Policy, Timing, timing, total, zero_where
+from moesim.costs.provenance import Provenance as Provenance
+from moesim.costs.roofline import Roofline
+from moesim.costs.tables import Tables
+from moesim.errors import CostError, describe
+from moesim.hardware.cluster import Cluster
+from moesim.model.moe_model import DTYPE_BYTES, MoEModel
+
+ENGINES = ("sglang", "trtllm", "vllm")
+
+
+class CostModel:
+    """Operator and collective times of `model` on `cluster`."""
+
+    def __init__(self, cluster: Cluster, model: MoEModel, *, strict: bool = False, backend: str = "sglang") -> None:
+        """Prepare the costs; tables are read when an operator first needs them.
+
+        strict: raise CostError, naming operator, table and missing key, instead of using a class worse than `TRACE`.
+        backend: the serving engine whose tables are preferred, one of `ENGINES`.
+        """
+        if backend not in ENGINES:
+            raise CostError(describe("costs", "backend", backend, f"must be one of {', '.join(ENGINES)}"))
+        self.cluster = cluster
+        self.model = model
+        self._policy = Policy(strict=strict, place=cluster.name)
+        tables = Tables(cluster, backend)
+        self._bytes = DTYPE_BYTES.get(model.dtype, 2.0)
+        self._linear = _linear_dtype(model)
+        self.roofline = Roofline(cluster, tables, self._policy)
+        self.gemm = Gemm(tables, self.roofline, self._policy)
+        self.links = LinkModel(cluster, tables, self._policy, backend)
+        self._attention = AttentionCost(model, tables, self.gemm, self.roofline, self._policy, self._linear)
+        self._experts = ExpertCost(model, tables, self.roofline, self._policy)
+        self._exchange = ExchangeCost(model, cluster.devices_per_node, tables, self.links, self._policy)
+
+    @property
+    def fallbacks(self) -> Mapping[str, str]:
+        """Operator → table and key that were missing, for the operators used so far."""
+        return dict(self._policy.taken)
+
+    # --- dense operators --------------------------------------------------------------------------------------
+
+    def attention(self, *, phase: str, sequences: np.ndarray, new_tokens: np.ndarray, context: np.ndarray, tp: int = 1) -> Timing:
+        """Return the time of ONE layer's attention block: norm, projections, core attention, output projection.
+
+        phase: `prefill` or `decode`. sequences, new_tokens, context [...]: per rank, sequences in the batch, their new tokens in all, and the mean
+        KV length with the new tokens. tp: ranks that share the heads. Raises CostError if tp does not divide the heads.
+        """
+        return self._attention(phase=phase, sequences=sequences, new_tokens=new_tokens, context=context, tp=tp)
+
+    def gate(self, tokens: np.ndarray) -> Timing:
+        """Return the time of norm, router GEMM and top-k for `tokens` [...] tokens."""
+        tokens = _float(tokens)
+        model = self.model
+        scores = self.gemm("gate", tokens, max(model.num_experts, 1), model.hidden_size, "bfloat16" if self._bytes <= 2 else model.dtype)
+        choose = self.roofline.stream("top_k", tokens * (8.0 * model.num_experts + 8.0 * model.top_k))
+        return total(self._norm(tokens), scores, choose)
+
+    def experts(self, slot_tokens: np.ndarray, *, slot_mask: np.ndarray | None = None, expert_tp: int = 1) -> Timing:
+        """Return the time of the routed experts of every rank.
+
+        slot_tokens [..., R, C]: tokens of every slot. slot_mask [R, C] or [..., R, C], True where the slot exists (None: all do). expert_tp: ranks
+        that share one expert.
+        """
+        tokens = np.asarray(slot_tokens)
+        present = None if slot_mask is None else np.broadcast_to(np.asarray(slot_mask, dtype=bool), tokens.shape)
+        return self._experts.law(expert_tp)(tokens, present)
+
+    def shared_experts(self, tokens: np.ndarray) -> Timing:
+        """Return the time of the shared experts of a layer, each rank computing them for its own tokens."""
+        return self._ffn("shared_experts", _float(tokens), self.model.shared_ffn_size)
+
+    def dense_ffn(self, tokens: np.ndarray, tp: int = 1) -> Timing:
+        """Return the time of a dense layer's norm and FFN, split over `tp` ranks."""
+        tokens = _float(tokens)
+        return total(self._norm(tokens), self._ffn("dense_ffn", tokens, -(-self.model.dense_ffn_size // tp)))
+
+    def head(self, tokens: np.ndarray, tp: int = 1) -> Timing:
+        """Return the time of the final norm and the LM head for `tokens` positions, the vocabulary split over `tp` ranks."""
+        tokens = _float(tokens)
+        dtype = "bfloat16" if self._bytes <= 2 else self.model.dtype
+        return total(self._norm(tokens), self.gemm("head", tokens, -(-self.model.vocab_size // tp), self.model.hidden_size, dtype))
+
+    def embedding(self, tokens: np.ndarray) -> Timing:
+        """Return the time of looking up `tokens` embeddings."""
+        return self.roofline.stream("embedding", 2.0 * _float(tokens) * self.model.hidden_size * self._bytes)
+
+    def _norm(self, tokens: np.ndarray) -> Timing:
+        return self.roofline.stream("norm", 3.0 * tokens * self.model.hidden_size * self._bytes)
+
+    def _ffn(self, operator: str, tokens: np.ndarray, width: int) -> Timing:
+        if width <= 0:
+            return timing(np.zeros(tokens.shape), Provenance.MEASURED)
+        up = 2 if self.model.gated_ffn else 1
+        parts = (
+            self.gemm(f"{operator}.up", tokens, up * width, self.model.hidden_size, self._linear),
+            self.roofline.stream(f"{operator}.activation", tokens * (up + 1.0) * width * self._bytes),
+            self.gemm(f"{operator}.down", tokens, self.model.hidden_size, width, self._linear),
+        )
+        return zero_where(total(*parts), tokens <= 0)
+
+    # --- communication ----------------------------------------------------------------------------------------
+
+    def all_reduce(self, nbytes: np.ndarray, ranks: int, *, nodes: int = 1) -> Timing:
+        """Return the time to sum tensors of `nbytes` [...] over `ranks` devices on `nodes` nodes."""
+        return self.links.collective("all_reduce", nbytes, ranks, nodes)
+
+    def all_gather(self, nbytes: np.ndarray, ranks: int, *, nodes: int = 1) -> Timing:
+        """Return the time until every device holds the `nbytes` [...] that all hold together."""
+        return self.links.collective("all_gather", nbytes, ranks, nodes)
+
+    def reduce_scatter(self, nbytes: np.ndarray, ranks: int, *, nodes: int = 1) -> Timing:
+        """Return the time to sum tensors of `nbytes` [...] and leave each device its share."""
+        return self.links.collective("reduce_scatter", nbytes, ranks, nodes)
+
+    def p2p(self, nbytes: np.ndarray, *, nodes: int = 1) -> Timing:
+        """Return the time of one message of `nbytes` [...] between two devices of a node (nodes = 1) or of two nodes (2)."""
+        return self.links.p2p(nbytes, nodes)
+
+    def exchange(
+        self, algorithm: str, stage: str, *, assign_RR: np.ndarray | None = None, copy_RR: np.ndarray | None = None, node_RN: np.ndarray | None = None
+    ) -> ExchangeTiming:
+        """Return times and bytes of dispatch or combine; counts are always in the direction of dispatch.
+
+        algorithm: `normal`, `low_latency`, `direct` or `2dh`; stage: `dispatch` or `combine`. assign_RR [..., R, R]: (token, expert) pairs from source to
+        target rank; copy_RR: distinct tokens per target rank; node_RN [..., R, N]: distinct tokens per target node. Only `low_latency` needs
+        assign_RR, only the others copy_RR, only `normal` over several nodes node_RN. Raises CostError if a count that is needed is missing, or the
+        ranks do not fill their nodes.
+        """
+        return self._exchange(algorithm, stage, assign_RR=assign_RR, copy_RR=copy_RR, node_RN=node_RN)
+
+    @staticmethod
+    def default_algorithm(phase: str) -> str:
+        """Return the exchange algorithm that a phase uses unless told otherwise."""
+        return "normal" if phase == "prefill" else "low_latency"
+
+    def payload_bytes(self, stage: str) -> float:
+        """Return the bytes of one token's copy in `dispatch` or `combine`."""
+        return self._exchange.payload_bytes(stage)
+
+
+
+def _float(tokens: np.ndarray) -> np.ndarray:
+    return np.maximum(np.asarray(tokens, dtype=np.float64), 0.0)
+
+
+def _linear_dtype(model: MoEModel) -> str:
+    """Return the `gemm_dtype` of the dense linear layers."""
+    if model.weight_dtype == "fp8":
+        return "fp8_block" if model.weight_block else "fp8"
+    return "bfloat16" if model.weight_dtype in ("bfloat16", "float16") else model.weight_dtype
