@@ -1,0 +1,94 @@
+"""Open a trace by whatever names it, and fit it to a model.
+
+A reference is a name in the shipped library, a `moetrace/1` folder, a stored .zip of one, or `synthetic:…`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from moesim.errors import TraceError, describe
+from moesim.files import canonical_json, sha256_hex
+from moesim.traces.archive import MANIFEST
+from moesim.traces.routing_trace import MappedSource, RoutingTrace, TraceShape
+
+
+def library() -> dict[str, Path]:
+    """Return the shipped traces by name."""
+    folder = Path(str(resources.files("moesim.traces"))) / "library"
+    return {path.name: path for path in sorted(folder.iterdir()) if (path / MANIFEST).is_file()} if folder.is_dir() else {}
+
+
+def open_trace(ref: str, *, shape: TraceShape | None = None, seed: int = 0) -> RoutingTrace:
+    """Open the trace that `ref` names; `synthetic:…` needs the `shape` of a model.
+
+    Raises TraceError if it does not exist or breaks a rule of its format.
+    """
+    from moesim.traces.synth import PREFIX, open_synthetic
+
+    if ref.startswith(PREFIX):
+        if shape is None:
+            raise TraceError(f"{ref}: a synthetic trace takes its layers and experts from a model; give --model")
+        return open_synthetic(ref, shape, seed=seed)
+    from moesim.traces.reader import open_stored
+
+    path = Path(ref)
+    if not path.exists():
+        shipped = library()
+        if ref not in shipped:
+            raise TraceError(f"{ref}: is neither a trace folder, a .zip nor a shipped trace; shipped: {', '.join(shipped) or 'none'}; or synthetic:balanced, synthetic:zipf:1.0 …")
+        path = shipped[ref]
+    return open_stored(path)
+
+
+def check_fits(trace: RoutingTrace, shape: TraceShape, map_layers: str | None = None) -> RoutingTrace:
+    """Return the trace as routing of a model with `shape`, or raise TraceError naming what differs.
+
+    map_layers: None demands equal MoE layers; `cycle` repeats the trace's layers over the model's; `0:3,1:4,…` gives, for
+    trace layer row 0, 1 …, the model layer that it plays (every MoE layer of the model exactly once).
+    """
+    own = trace.shape
+    for name, key in (("num_experts", "experts"), ("top_k", "top-k")):
+        if getattr(own, name) != getattr(shape, name):
+            raise TraceError(describe(trace.source, key, getattr(own, name), f"must be the {getattr(shape, name)} of {shape.model}", f"the trace was recorded on {own.model}"))
+    if map_layers is None:
+        if own.moe_layer_ids != shape.moe_layer_ids:
+            raise TraceError(describe(
+                trace.source, f"{own.num_layers} layers", list(own.moe_layer_ids), f"must be the {shape.num_layers} MoE layers of {shape.model}, {list(shape.moe_layer_ids)[:8]}…",
+                "give --map-layers cycle, or --map-layers 0:3,1:4,… (trace layer row:model layer)",
+            ))
+        return trace if own == shape else replace(trace, shape=shape)
+    rows = _layer_rows(trace, shape, map_layers)
+    note = {"map_layers": map_layers, "mapped_from": list(own.moe_layer_ids)}
+    common = {
+        "shape": shape, "provenance": {**trace.provenance, **note}, "fingerprint": sha256_hex(canonical_json([trace.fingerprint, rows, list(shape.moe_layer_ids)])), "resized": None,
+    }
+    if trace.kind == "counts":
+        assert trace.counts is not None
+        counts = trace.counts
+        return replace(trace, **common, counts=lambda: np.ascontiguousarray(counts()[:, rows]))
+    assert trace.tokens is not None
+    return replace(trace, **common, tokens=MappedSource(trace.tokens, lambda batch: batch.take_layers(rows)))
+
+
+def _layer_rows(trace: RoutingTrace, shape: TraceShape, text: str) -> list[int]:
+    """Return, for every MoE layer of the model, the layer row of the trace that plays it."""
+    own = trace.shape.num_layers
+    if text == "cycle":
+        return [index % own for index in range(shape.num_layers)]
+    played: dict[int, int] = {}
+    for pair in text.split(","):
+        row, colon, layer = pair.partition(":")
+        if not colon or not row.strip().isdecimal() or not layer.strip().isdecimal() or len(pair) > 16:
+            raise TraceError(describe("--map-layers", "pair", pair, "must be ROW:LAYER, like 0:3", "or give --map-layers cycle"))
+        if int(row) >= own or int(layer) not in shape.moe_layer_ids or int(layer) in played:
+            raise TraceError(describe("--map-layers", "pair", pair, f"must name a trace row < {own} and a MoE layer of {shape.model}, once", f"MoE layers: {list(shape.moe_layer_ids)}"))
+        played[int(layer)] = int(row)
+    missing = [layer for layer in shape.moe_layer_ids if layer not in played]
+    if missing:
+        raise TraceError(describe("--map-layers", "layers without a row", missing, f"must be none: every MoE layer of {shape.model} needs one"))
+    return [played[layer] for layer in shape.moe_layer_ids]
