@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StrictBool, Tag, model_validator
 
 from moesim.units import parse
 
@@ -83,6 +83,14 @@ class CurveDoc(_Strict):
         return self
 
 
+def _form(value: Any) -> str:
+    return "curve" if isinstance(value, (dict, CurveDoc)) else "share"
+
+
+# Chosen by form, so that an error speaks of the form that was written.
+Efficiency = Annotated[Annotated[Share, Tag("share")] | Annotated[CurveDoc, Tag("curve")], Discriminator(_form)]
+
+
 class PowerDoc(_Strict):
     """Power drawn by one device."""
 
@@ -116,7 +124,7 @@ class TierDoc(_Strict):
     datasheet: Rate | None = None
     latency: Seconds = 0.0
     attached_to: Literal["device", "node"] = "device"
-    shared: bool = False
+    shared: StrictBool = False
     link: Literal["scale_up", "scale_out", "host", "disk"] | None = None
     source: Text = ""
 
@@ -137,11 +145,11 @@ class LinkDoc(_Strict):
     bandwidth: Rate
     datasheet: Rate | None = None
     latency: Seconds
-    duplex: bool = True
+    duplex: StrictBool = True
     discipline: Literal["fair", "serial", "priority"] = "fair"
     shared_by: Annotated[Whole, Field(ge=1, le=MAX_DEVICES_PER_NODE)] | Literal["node"] = 1
     """Devices that share one port, at most all of a node."""
-    efficiency: Share | CurveDoc = 1.0
+    efficiency: Efficiency = 1.0
     kind: Text = ""
     source: Text = ""
 
