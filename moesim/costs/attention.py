@@ -201,7 +201,11 @@ class AttentionCost:
             rows = self._tables.rows(kind, "batch_size", "isl", "latency_s", where={"num_heads": heads, "kernel_source": "fa3"})
             if rows is not None:
                 grid = _build_grid(rows["batch_size"], rows["isl"], rows["latency_s"], phase, BLOCK_OFFSET)
-                found = _Core(grid, 1.0, Provenance.MEASURED, _pair_seconds(grid) if phase == "prefill" else 0.0)
+                own = self._model.kv_dtype == "fp8"
+                if not own:
+                    self._policy.fall_back(f"attention.{phase}", self._tables.label(kind), f"kv_cache_dtype={self._model.kv_dtype}", Provenance.CALIBRATED)
+                worst = Provenance.MEASURED if own else Provenance.CALIBRATED
+                found = _Core(grid, 1.0, worst, _pair_seconds(grid) if phase == "prefill" else 0.0)
         self._cores[key] = found
         return found
 

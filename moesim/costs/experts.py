@@ -119,23 +119,27 @@ class ExpertLaw:
 
     def __call__(self, tokens: np.ndarray, present: np.ndarray | None) -> Timing:
         """Return the time of every rank; tokens [..., C], present bool [..., C] or None."""
-        slots = np.full(tokens.shape[:-1], tokens.shape[-1]) if present is None else present.sum(axis=-1)
         whole = tokens if tokens.dtype.kind in "iu" else np.ceil(tokens).astype(np.int64)
+        slots = np.array(tokens.shape[-1]) if present is None else present.sum(axis=-1)
         if present is not None:
             whole = np.where(present, whole, 0)
+        # A matrix product sums the short last axis several times faster than a reduction.
+        ones = np.ones(whole.shape[-1])
         peak = int(whole.max(initial=0))
         if peak <= MAX_TABLE:
-            extra = self._lookup(peak)[whole].sum(axis=-1)
+            extra = self._lookup(peak)[whole] @ ones
         else:
-            extra = np.where(whole > 0, self._extra_seconds(np.maximum(whole, 1).astype(np.float64)), 0.0).sum(axis=-1)
-        active = np.count_nonzero(whole, axis=-1)
-        assignments = whole.sum(axis=-1)
-        start = (self._first_seconds(active.astype(np.float64)) - self.launch_s) * self.scale + self.launch_s
+            extra = np.where(whole > 0, self._extra_seconds(np.maximum(whole, 1).astype(np.float64)), 0.0) @ ones
+        active = (whole > 0).astype(np.float64) @ ones
+        assignments = whole.astype(np.float64) @ ones
+        start = (self._first_seconds(active) - self.launch_s) * self.scale + self.launch_s
         anchor, on_key, inside = self._anchor(slots, assignments)
         seconds = anchor * (start + extra * self.scale)
-        lowest = (whole if present is None else np.where(present, whole, peak)).min(axis=-1, initial=peak)
-        even = whole.max(axis=-1, initial=0) - lowest <= 1
-        codes = np.where(even & on_key, np.uint8(0), np.where(even & inside, np.uint8(Provenance.INTERPOLATED), np.uint8(Provenance.CALIBRATED)))
+        codes = np.full(seconds.shape, Provenance.CALIBRATED, dtype=np.uint8)
+        if self.worst < Provenance.CALIBRATED and inside.any():
+            lowest = (whole if present is None else np.where(present, whole, peak)).min(axis=-1, initial=peak)
+            even = inside & (whole.max(axis=-1, initial=0) - lowest <= 1)
+            codes = np.where(even, np.where(on_key, np.uint8(Provenance.MEASURED), np.uint8(Provenance.INTERPOLATED)), codes)
         idle = assignments == 0
         return Timing(seconds=np.where(idle, 0.0, seconds), provenance=np.where(idle, np.uint8(0), np.maximum(codes, np.uint8(self.worst))))
 
@@ -148,14 +152,15 @@ class ExpertLaw:
 
     def _anchor(self, slots: np.ndarray, assignments: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return table over formula at the balanced load (between two numbers of slots: in log slots), whether it is a grid key, whether inside the grid."""
+        slots = np.broadcast_to(slots, assignments.shape) if slots.ndim else slots
         anchor = np.ones(assignments.shape)
         on_key, inside = np.zeros(assignments.shape, dtype=bool), np.zeros(assignments.shape, dtype=bool)
         known = self._slots
         for count in np.unique(slots).tolist():
             if count < 1:
                 continue
-            mine = slots == count
-            load = assignments[mine].astype(np.float64)
+            mine = slots == count if slots.ndim else np.ones(assignments.shape, dtype=bool)
+            load = assignments[mine]
             high = int(np.clip(np.searchsorted(known, count), 0, len(known) - 1))
             low = high if known[high] <= count or high == 0 else high - 1
             weight = 0.0 if low == high else float(np.log2(count / known[low]) / np.log2(known[high] / known[low]))
@@ -224,20 +229,23 @@ class ExpertCost:
         """Return balanced one-rank rows of the nearest shape, the factor to this model's shape, and whether nothing differs."""
         model = self._model
         names = ("hidden_size", "inter_size", "num_experts", "topk", "moe_tp_size")
-        rows = self._tables.rows(
-            "moe", *names, "num_tokens", "latency_s", where={"moe_dtype": dtype, "moe_ep_size": 1, "distribution": "balanced"}
-        )
+        where = {"moe_dtype": dtype, "moe_ep_size": 1, "distribution": "balanced"}
+        rows = self._tables.rows("moe", *names, "kernel_source", "num_tokens", "latency_s", where=where)
         if rows is None:
             return None
         shapes = np.stack([rows[name] for name in names], axis=1)
-        known, inverse = np.unique(shapes, axis=0, return_inverse=True)
+        known, first, inverse = np.unique(shapes, axis=0, return_index=True, return_inverse=True)
         inverse = inverse.ravel()
+        sources, source = np.unique(rows["kernel_source"].astype(str), return_inverse=True)
+        usual = int(np.bincount(source.ravel(), minlength=len(sources)).argmax())
         wanted = np.array([model.hidden_size, model.expert_ffn_size, model.num_experts, model.top_k, expert_tp])
         width = known[:, 1] / known[:, 4]
         distance = (
             4 * np.abs(np.log2(known[:, 0] / wanted[0])) + 4 * np.abs(np.log2(width / (wanted[1] / expert_tp)))
             + np.abs(np.log2(known[:, 2] / wanted[2])) + np.abs(np.log2(known[:, 3] / wanted[3])) + 0.1 * (known[:, 4] != expert_tp)
         )
+        # Another kernel of the same dtype serves other kinds of experts (without gates); it is used for its own shapes only.
+        distance = distance + 16.0 * (source.ravel()[first] != usual) * (distance > 0)
         for index in np.argsort(distance, kind="stable").tolist():
             mine = inverse == index
             hidden, ffn, experts, topk, split = (int(value) for value in known[index])

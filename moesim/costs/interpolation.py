@@ -2,7 +2,7 @@
 
 A GPU works in tiles, so 65 rows cost what 80 or 128 do: a curve is linear in `work(x)`, the size rounded up to the tile, and in x itself
 where two keys fall into one tile. Every grid key is reproduced exactly. Below the first key the first value holds (launch-bound);
-above the last one time grows in proportion to work.
+above the last one a curve's time grows in proportion to work, a grid's linearly with the slope of its last cell.
 """
 
 from __future__ import annotations
@@ -52,20 +52,20 @@ class Bracket:
     inside: np.ndarray
 
 
-def bracket(keys: np.ndarray, query: np.ndarray, work: Work) -> Bracket:
-    """Locate `query` on the sorted axis `keys` (at least one key)."""
+def bracket(keys: np.ndarray, query: np.ndarray, work: Work, *, extend: bool = False) -> Bracket:
+    """Locate `query` on the sorted axis `keys` (at least one key); `extend` lets the weight exceed 1 above the last key instead of scaling."""
     if len(keys) == 1:
         shape = query.shape
         growth = np.maximum(work(query) / work(keys[:1].astype(np.float64)), 1.0)
         return Bracket(np.zeros(shape, dtype=np.intp), np.zeros(shape), growth, query == keys[0], query == keys[0])
     low = np.clip(np.searchsorted(keys, query, side="right") - 1, 0, len(keys) - 2)
     left, right = keys[low], keys[low + 1]
-    inner = np.clip(query, keys[0], keys[-1])
+    inner = np.clip(query, keys[0], np.inf if extend else keys[-1])
     work_left, work_right, work_query = work(left), work(right), work(inner)
     same = work_right <= work_left
     weight = np.where(same, inner - left, work_query - work_left) / np.where(same, right - left, work_right - work_left)
     last = float(work(keys[-1:].astype(np.float64))[0])
-    beyond = np.where(query > keys[-1], work(np.maximum(query, keys[-1])) / last, 1.0)
+    beyond = np.ones(query.shape) if extend else np.where(query > keys[-1], work(np.maximum(query, keys[-1])) / last, 1.0)
     return Bracket(low, weight, beyond, (query == left) | (query == right), (query >= keys[0]) & (query <= keys[-1]))
 
 
@@ -112,28 +112,37 @@ class Grid:
         measured = count > 0
         table = np.where(measured, sums / np.maximum(count, 1), np.nan)
         down, across = row_work(rows.astype(np.float64)), column_work(columns.astype(np.float64))
+        # Holes lie at large rows × columns, where time is linear in work along a row.
+        for j in range(2, shape[1]):
+            step = (table[:, j - 1] - table[:, j - 2]) * (across[j] - across[j - 1]) / (across[j - 1] - across[j - 2])
+            table[:, j] = np.where(np.isnan(table[:, j]), table[:, j - 1] + np.maximum(step, 0.0), table[:, j])
         for i in range(1, shape[0]):
             table[i] = np.where(np.isnan(table[i]), table[i - 1] * (down[i] / down[i - 1]), table[i])
         for i in range(shape[0] - 2, -1, -1):
             table[i] = np.where(np.isnan(table[i]), table[i + 1], table[i])
-        for j in range(1, shape[1]):
-            table[:, j] = np.where(np.isnan(table[:, j]), table[:, j - 1] * (across[j] / across[j - 1]), table[:, j])
         return cls(rows.astype(np.float64), columns.astype(np.float64), table, measured, row_work, column_work)
 
     def __call__(self, row: np.ndarray, column: np.ndarray) -> Timing:
         """Return the time at every pair of sizes."""
         row, column = np.broadcast_arrays(row, column)
-        down, across = bracket(self.rows, row, self.row_work), bracket(self.columns, column, self.column_work)
-        seconds = np.zeros(row.shape)
+        down, across = bracket(self.rows, row, self.row_work, extend=True), bracket(self.columns, column, self.column_work, extend=True)
+        seconds, at_edge = np.zeros(row.shape), np.zeros(row.shape)
         known = down.inside & across.inside
-        for i, weight_i in ((down.low, 1.0 - down.weight), (np.minimum(down.low + 1, len(self.rows) - 1), down.weight)):
-            for j, weight_j in ((across.low, 1.0 - across.weight), (np.minimum(across.low + 1, len(self.columns) - 1), across.weight)):
-                weight = weight_i * weight_j
-                seconds = seconds + weight * self.seconds[i, j]
-                known = known & (self.measured[i, j] | (weight == 0))
-        seconds = seconds * down.beyond * across.beyond
+        for i, weight_i, edge_i in _corners(down, len(self.rows)):
+            for j, weight_j, edge_j in _corners(across, len(self.columns)):
+                seconds = seconds + weight_i * weight_j * self.seconds[i, j]
+                at_edge = at_edge + edge_i * edge_j * self.seconds[i, j]
+                known = known & (self.measured[i, j] | (weight_i * weight_j == 0))
+        # Noise must not make a larger size cheaper than the border of the grid.
+        seconds = np.where(down.inside & across.inside, seconds, np.maximum(seconds, at_edge) * down.beyond * across.beyond)
         codes = np.where(known, np.where(down.on_key & across.on_key, _MEASURED, _INTERPOLATED), _CALIBRATED)
         return Timing(seconds=seconds, provenance=codes)
+
+
+def _corners(at: Bracket, keys: int) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]:
+    """Return (index, weight, weight when held at the border) of both neighbours."""
+    edge = np.minimum(at.weight, 1.0)
+    return (at.low, 1.0 - at.weight, 1.0 - edge), (np.minimum(at.low + 1, keys - 1), at.weight, edge)
 
 
 def drop_spikes(keys: np.ndarray, seconds: np.ndarray, factor: float = 3.0) -> tuple[np.ndarray, np.ndarray]:

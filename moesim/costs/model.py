@@ -91,6 +91,8 @@ class CostModel:
     def dense_ffn(self, tokens: np.ndarray, tp: int = 1) -> Timing:
         """Return the time of a dense layer's norm and FFN, split over `tp` ranks."""
         tokens = _float(tokens)
+        if self.model.dense_ffn_size <= 0:
+            return timing(np.zeros(tokens.shape), Provenance.MEASURED)
         return total(self._norm(tokens), self._ffn("dense_ffn", tokens, -(-self.model.dense_ffn_size // tp)))
 
     def head(self, tokens: np.ndarray, tp: int = 1) -> Timing:
