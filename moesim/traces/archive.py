@@ -117,7 +117,12 @@ class ZipArchive:
                             raise TraceError(describe(self.place, "member", info.filename, "is not a file of a trace", remedy))
                         if name in self._members:
                             raise TraceError(describe(self.place, "member", info.filename, "appears twice", remedy))
-                        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size or stat.S_ISLNK(info.external_attr >> 16):
+                        if (
+                            info.compress_type != zipfile.ZIP_STORED
+                            or info.flag_bits & 1
+                            or info.compress_size != info.file_size
+                            or stat.S_ISLNK(info.external_attr >> 16)
+                        ):
                             raise TraceError(describe(self.place, "member", info.filename, "must be stored without compression or encryption", remedy))
                         self._members[name] = (_data_start(file, info, size, self.place), info.file_size)
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as cause:

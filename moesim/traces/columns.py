@@ -50,8 +50,17 @@ def open_writer(path: Any, spec: Spec) -> Any:
 
     names = [name for name in spec if name in DICTIONARY_COLUMNS]
     return pq.ParquetWriter(
-        path, schema_of(spec), version="2.6", compression="zstd", compression_level=3, use_dictionary=names, write_statistics=[name for name in spec if name == "step"],
-        write_page_checksum=True, store_schema=False, data_page_size=1 << 20, dictionary_pagesize_limit=1 << 18,
+        path,
+        schema_of(spec),
+        version="2.6",
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=names,
+        write_statistics=[name for name in spec if name == "step"],
+        write_page_checksum=True,
+        store_schema=False,
+        data_page_size=1 << 20,
+        dictionary_pagesize_limit=1 << 18,
     )
 
 
@@ -63,7 +72,9 @@ def to_table(spec: Spec, columns: Mapping[str, np.ndarray]) -> Any:
     for name, kind in spec.items():
         values = np.ascontiguousarray(columns[name])
         if isinstance(kind, int):
-            arrays.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(kind), len(values), [None, pa.py_buffer(values.reshape(len(values), -1).view(np.uint8).data)]))
+            arrays.append(
+                pa.FixedSizeBinaryArray.from_buffers(pa.binary(kind), len(values), [None, pa.py_buffer(values.reshape(len(values), -1).view(np.uint8).data)])
+            )
         else:
             arrays.append(pa.Array.from_buffers(pa.from_numpy_dtype(kind), len(values), [None, pa.py_buffer(values.astype(kind, copy=False).data)]))
     return pa.Table.from_arrays(arrays, schema=schema_of(spec))
@@ -84,7 +95,14 @@ class TableReader:
 
         self.file, self.spec, self.place = file, spec, place
         try:
-            self._parquet = pq.ParquetFile(pa.PythonFile(file, mode="r"), page_checksum_verification=True, memory_map=False, pre_buffer=False, thrift_string_size_limit=16 << 20, thrift_container_size_limit=1 << 20)
+            self._parquet = pq.ParquetFile(
+                pa.PythonFile(file, mode="r"),
+                page_checksum_verification=True,
+                memory_map=False,
+                pre_buffer=False,
+                thrift_string_size_limit=16 << 20,
+                thrift_container_size_limit=1 << 20,
+            )
             self._metadata = self._parquet.metadata
             self._check(rows)
         except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as cause:
@@ -107,7 +125,11 @@ class TableReader:
             else:
                 fits = column.physical_type == _PHYSICAL[kind.itemsize]
             if not fits or column.max_definition_level or column.max_repetition_level:
-                raise TraceError(describe(place, f"column {name}", f"{column.physical_type}({column.length})", f"must be a required column of {width_of(kind)} B values", remedy))
+                raise TraceError(
+                    describe(
+                        place, f"column {name}", f"{column.physical_type}({column.length})", f"must be a required column of {width_of(kind)} B values", remedy
+                    )
+                )
         self.arrow_schema = schema.to_arrow_schema()
         for name, kind in self.spec.items():
             if not isinstance(kind, int) and str(self.arrow_schema.field(name).type) != kind.name:
@@ -115,7 +137,15 @@ class TableReader:
         row_bytes = sum(width_of(kind) for kind in self.spec.values())
         self.rows_of_group = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         if sum(self.rows_of_group) != rows or any(not 0 < n <= MAX_GROUP_ROWS or n * row_bytes > MAX_GROUP_BYTES for n in self.rows_of_group):
-            raise TraceError(describe(place, "row group", max(self.rows_of_group, default=0), f"must have 1..{min(MAX_GROUP_ROWS, MAX_GROUP_BYTES // row_bytes)} rows", "write smaller row groups"))
+            raise TraceError(
+                describe(
+                    place,
+                    "row group",
+                    max(self.rows_of_group, default=0),
+                    f"must have 1..{min(MAX_GROUP_ROWS, MAX_GROUP_BYTES // row_bytes)} rows",
+                    "write smaller row groups",
+                )
+            )
 
     def statistics(self, group: int, column: int) -> tuple[int, int] | None:
         """Return the smallest and largest value that the footer claims, if any."""
@@ -148,7 +178,15 @@ class TableReader:
         for index, (name, kind) in enumerate(self.spec.items()):
             chunk = chunks.column(index)
             if chunk.compression not in ("ZSTD", "UNCOMPRESSED") or not set(chunk.encodings) <= _ENCODINGS or chunk.num_values != rows or chunk.file_path:
-                raise TraceError(describe(self.place, f"column {name}", f"{chunk.compression} {chunk.encodings} {chunk.num_values} values", f"must be zstd with {rows} values", "record it again"))
+                raise TraceError(
+                    describe(
+                        self.place,
+                        f"column {name}",
+                        f"{chunk.compression} {chunk.encodings} {chunk.num_values} values",
+                        f"must be zstd with {rows} values",
+                        "record it again",
+                    )
+                )
             start = chunk.data_page_offset
             if chunk.has_dictionary_page and chunk.dictionary_page_offset:
                 start = min(start, chunk.dictionary_page_offset)
@@ -163,6 +201,10 @@ class TableReader:
             if chunk.null_count:
                 raise ValueError("a value is missing")
             width = width_of(kind)
-            flat = np.frombuffer(chunk.buffers()[1], dtype=np.uint8, count=len(chunk) * width, offset=chunk.offset * width) if len(chunk) else np.empty(0, np.uint8)
+            flat = (
+                np.frombuffer(chunk.buffers()[1], dtype=np.uint8, count=len(chunk) * width, offset=chunk.offset * width)
+                if len(chunk)
+                else np.empty(0, np.uint8)
+            )
             parts.append(flat.reshape(len(chunk), width) if isinstance(kind, int) else flat.view(kind))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -27,12 +27,23 @@ FACTS = ("parallel", "clock", "sampling", "dropped_rows")
 _KEYS = {"schema", "kind", "model", "ids", "columns", "windows", "num_rows", "provenance", "shards", "sha256", *FACTS}
 
 STEPS_SPEC: Spec = {
-    "step": np.dtype("<u4"), "rank": np.dtype("<u2"), "map_epoch": np.dtype("<u4"), "n_prefill": np.dtype("<u4"), "n_decode": np.dtype("<u4"),
-    "t_start_ns": np.dtype("<i8"), "t_end_ns": np.dtype("<i8"),
+    "step": np.dtype("<u4"),
+    "rank": np.dtype("<u2"),
+    "map_epoch": np.dtype("<u4"),
+    "n_prefill": np.dtype("<u4"),
+    "n_decode": np.dtype("<u4"),
+    "t_start_ns": np.dtype("<i8"),
+    "t_end_ns": np.dtype("<i8"),
 }
 KERNELS_SPEC: Spec = {
-    "step": np.dtype("<u4"), "rank": np.dtype("<u2"), "layer": np.dtype("<u2"), "stage": np.dtype("<u1"), "t_ns": np.dtype("<i8"), "dur_ns": np.dtype("<i8"),
-    "bytes": np.dtype("<i8"), "tokens": np.dtype("<u4"),
+    "step": np.dtype("<u4"),
+    "rank": np.dtype("<u2"),
+    "layer": np.dtype("<u2"),
+    "stage": np.dtype("<u1"),
+    "t_ns": np.dtype("<i8"),
+    "dur_ns": np.dtype("<i8"),
+    "bytes": np.dtype("<i8"),
+    "tokens": np.dtype("<u4"),
 }
 STAGES = ("attention", "router", "dispatch", "experts", "combine", "shared", "dense", "other")
 """Meaning of `kernels.stage`; `layer` is the index in the model."""
@@ -76,7 +87,14 @@ class Manifest:
         """Return the JSON object without its stamp."""
         shape = self.shape
         facts = dict(self.facts)
-        model = {"name": shape.model, "num_experts": shape.num_experts, "top_k": shape.top_k, "moe_layer_ids": list(shape.moe_layer_ids), "num_groups": shape.num_groups, "top_k_groups": shape.top_k_groups}
+        model = {
+            "name": shape.model,
+            "num_experts": shape.num_experts,
+            "top_k": shape.top_k,
+            "moe_layer_ids": list(shape.moe_layer_ids),
+            "num_groups": shape.num_groups,
+            "top_k_groups": shape.top_k_groups,
+        }
         return {
             "schema": SCHEMA,
             "kind": self.kind,
@@ -107,7 +125,12 @@ class Manifest:
 def token_spec(shape: TraceShape, columns: Columns) -> Spec:
     """Return the columns of `tokens-NNNNN.parquet`."""
     spec: dict[str, np.dtype[Any] | int] = {
-        "step": np.dtype("<u4"), "rank": np.dtype("<u2"), "request": np.dtype("<u8"), "position": np.dtype("<u4"), "phase": np.dtype("<u1"), "routes": shape.row_bytes,
+        "step": np.dtype("<u4"),
+        "rank": np.dtype("<u2"),
+        "request": np.dtype("<u8"),
+        "position": np.dtype("<u4"),
+        "phase": np.dtype("<u1"),
+        "routes": shape.row_bytes,
     }
     choices = shape.num_layers * shape.top_k
     if columns.weights:
@@ -133,12 +156,22 @@ def parse_manifest(text: bytes, place: str) -> Manifest:
     schema = node.get("schema")
     if schema != SCHEMA:
         newer = isinstance(schema, str) and schema.startswith("moetrace/")
-        raise TraceError(describe(place, "schema", schema, f"must be {SCHEMA!r}", "this trace needs a newer moesim" if newer else "import other formats with `moesim trace import`"))
+        raise TraceError(
+            describe(
+                place,
+                "schema",
+                schema,
+                f"must be {SCHEMA!r}",
+                "this trace needs a newer moesim" if newer else "import other formats with `moesim trace import`",
+            )
+        )
     if set(node) != _KEYS:
         raise TraceError(f"{place}: unknown keys {sorted(set(node) - _KEYS)[:8]}, missing keys {sorted(_KEYS - set(node))}; record or import the trace again")
     content = {key: value for key, value in node.items() if key != "sha256"}
     if node["sha256"] != sha256_hex(canonical_json(content)):
-        raise TraceError(describe(place, "sha256", node["sha256"], "must be the SHA-256 of the content", "the file was changed or damaged; copy or record it again"))
+        raise TraceError(
+            describe(place, "sha256", node["sha256"], "must be the SHA-256 of the content", "the file was changed or damaged; copy or record it again")
+        )
     if node["ids"] != "logical":
         raise TraceError(describe(place, "ids", node["ids"], "must be 'logical'", "map physical ids to logical ones when recording or importing"))
     kind = _one_of(node["kind"], ("tokens", "counts"), place, "kind")
@@ -159,10 +192,19 @@ def parse_manifest(text: bytes, place: str) -> Manifest:
             raise TraceError(f"{place}: shards must be tokens-00000.parquet, tokens-00001.parquet … in order; record the trace again")
         if sum(shard.rows for shard in data) != num_rows:
             raise TraceError(describe(place, "num_rows", num_rows, f"must be the sum of the shards' rows, {sum(s.rows for s in data)}"))
-    elif [shard.path for shard in data] != ["counts.parquet"] or any(s.path.startswith("tokens") for s in shards) or data[0].rows != len(windows) * shape.num_layers or num_rows != len(windows):
-        raise TraceError(f"{place}: a counts trace has one shard counts.parquet of windows × layers = {len(windows) * shape.num_layers} rows; record the trace again")
+    elif (
+        [shard.path for shard in data] != ["counts.parquet"]
+        or any(s.path.startswith("tokens") for s in shards)
+        or data[0].rows != len(windows) * shape.num_layers
+        or num_rows != len(windows)
+    ):
+        raise TraceError(
+            f"{place}: a counts trace has one shard counts.parquet of windows × layers = {len(windows) * shape.num_layers} rows; record the trace again"
+        )
     facts = {"parallel": node["parallel"], "clock": node["clock"], "sampling": node["sampling"], "dropped_rows": dropped, "model": model_facts}
-    return Manifest(kind=kind, shape=shape, columns=columns, windows=tuple(windows), num_rows=num_rows, provenance=node["provenance"], shards=shards, facts=facts)
+    return Manifest(
+        kind=kind, shape=shape, columns=columns, windows=tuple(windows), num_rows=num_rows, provenance=node["provenance"], shards=shards, facts=facts
+    )
 
 
 def _shape(node: Any, place: str) -> tuple[TraceShape, dict[str, Any]]:
@@ -173,7 +215,12 @@ def _shape(node: Any, place: str) -> tuple[TraceShape, dict[str, Any]]:
         raise TraceError(describe(place, "model", node, "must have a name and a list of moe_layer_ids"))
     try:
         shape = TraceShape(
-            model=node["name"], num_experts=node["num_experts"], top_k=node["top_k"], moe_layer_ids=tuple(layers), num_groups=node["num_groups"], top_k_groups=node["top_k_groups"],
+            model=node["name"],
+            num_experts=node["num_experts"],
+            top_k=node["top_k"],
+            moe_layer_ids=tuple(layers),
+            num_groups=node["num_groups"],
+            top_k_groups=node["top_k_groups"],
         )
     except TypeError:
         raise TraceError(describe(place, "model", node, "must hold integers")) from None

@@ -6,20 +6,20 @@ A reference is a name in the shipped library, a `moetrace/1` folder, a stored .z
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moesim.errors import TraceError, describe
 from moesim.files import canonical_json, sha256_hex
 from moesim.traces.archive import MANIFEST
-from moesim.traces.routing_trace import MappedSource, RoutingTrace, TraceShape
+from moesim.traces.routing_trace import SYNTHETIC, MappedSource, RoutingTrace, TraceShape
 
 
 def library() -> dict[str, Path]:
     """Return the shipped traces by name."""
-    folder = Path(str(resources.files("moesim.traces"))) / "library"
+    folder = Path(__file__).parent / "library"
     return {path.name: path for path in sorted(folder.iterdir()) if (path / MANIFEST).is_file()} if folder.is_dir() else {}
 
 
@@ -28,9 +28,9 @@ def open_trace(ref: str, *, shape: TraceShape | None = None, seed: int = 0) -> R
 
     Raises TraceError if it does not exist or breaks a rule of its format.
     """
-    from moesim.traces.synth import PREFIX, open_synthetic
+    if ref.startswith(SYNTHETIC):
+        from moesim.traces.synth import open_synthetic
 
-    if ref.startswith(PREFIX):
         if shape is None:
             raise TraceError(f"{ref}: a synthetic trace takes its layers and experts from a model; give --model")
         return open_synthetic(ref, shape, seed=seed)
@@ -40,7 +40,7 @@ def open_trace(ref: str, *, shape: TraceShape | None = None, seed: int = 0) -> R
     if not path.exists():
         shipped = library()
         if ref not in shipped:
-            raise TraceError(f"{ref}: is neither a trace folder, a .zip nor a shipped trace; shipped: {', '.join(shipped) or 'none'}; or synthetic:balanced, synthetic:zipf:1.0 …")
+            raise TraceError(f"{ref}: is neither a trace folder, a .zip nor a shipped trace; shipped: {', '.join(shipped) or 'none'}; or synthetic:zipf:1.0 …")
         path = shipped[ref]
     return open_stored(path)
 
@@ -54,18 +54,30 @@ def check_fits(trace: RoutingTrace, shape: TraceShape, map_layers: str | None = 
     own = trace.shape
     for name, key in (("num_experts", "experts"), ("top_k", "top-k")):
         if getattr(own, name) != getattr(shape, name):
-            raise TraceError(describe(trace.source, key, getattr(own, name), f"must be the {getattr(shape, name)} of {shape.model}", f"the trace was recorded on {own.model}"))
+            raise TraceError(
+                describe(
+                    trace.source, key, getattr(own, name), f"must be the {getattr(shape, name)} of {shape.model}", f"the trace was recorded on {own.model}"
+                )
+            )
     if map_layers is None:
         if own.moe_layer_ids != shape.moe_layer_ids:
-            raise TraceError(describe(
-                trace.source, f"{own.num_layers} layers", list(own.moe_layer_ids), f"must be the {shape.num_layers} MoE layers of {shape.model}, {list(shape.moe_layer_ids)[:8]}…",
-                "give --map-layers cycle, or --map-layers 0:3,1:4,… (trace layer row:model layer)",
-            ))
+            raise TraceError(
+                describe(
+                    trace.source,
+                    f"{own.num_layers} layers",
+                    list(own.moe_layer_ids),
+                    f"must be the {shape.num_layers} MoE layers of {shape.model}, {list(shape.moe_layer_ids)[:8]}…",
+                    "give --map-layers cycle, or --map-layers 0:3,1:4,… (trace layer row:model layer)",
+                )
+            )
         return trace if own == shape else replace(trace, shape=shape)
     rows = _layer_rows(trace, shape, map_layers)
     note = {"map_layers": map_layers, "mapped_from": list(own.moe_layer_ids)}
-    common = {
-        "shape": shape, "provenance": {**trace.provenance, **note}, "fingerprint": sha256_hex(canonical_json([trace.fingerprint, rows, list(shape.moe_layer_ids)])), "resized": None,
+    common: dict[str, Any] = {
+        "shape": shape,
+        "provenance": {**trace.provenance, **note},
+        "fingerprint": sha256_hex(canonical_json([trace.fingerprint, rows, list(shape.moe_layer_ids)])),
+        "resized": None,
     }
     if trace.kind == "counts":
         assert trace.counts is not None
@@ -86,7 +98,15 @@ def _layer_rows(trace: RoutingTrace, shape: TraceShape, text: str) -> list[int]:
         if not colon or not row.strip().isdecimal() or not layer.strip().isdecimal() or len(pair) > 16:
             raise TraceError(describe("--map-layers", "pair", pair, "must be ROW:LAYER, like 0:3", "or give --map-layers cycle"))
         if int(row) >= own or int(layer) not in shape.moe_layer_ids or int(layer) in played:
-            raise TraceError(describe("--map-layers", "pair", pair, f"must name a trace row < {own} and a MoE layer of {shape.model}, once", f"MoE layers: {list(shape.moe_layer_ids)}"))
+            raise TraceError(
+                describe(
+                    "--map-layers",
+                    "pair",
+                    pair,
+                    f"must name a trace row < {own} and a MoE layer of {shape.model}, once",
+                    f"MoE layers: {list(shape.moe_layer_ids)}",
+                )
+            )
         played[int(layer)] = int(row)
     missing = [layer for layer in shape.moe_layer_ids if layer not in played]
     if missing:

@@ -34,8 +34,14 @@ def open_stored(path: Path) -> RoutingTrace:
     for shard in manifest.shards:
         store.check_size(shard)
     common: dict[str, Any] = {
-        "shape": manifest.shape, "kind": manifest.kind, "num_rows": manifest.num_rows, "provenance": manifest.provenance, "facts": manifest.facts,
-        "fingerprint": manifest.fingerprint, "source": archive.place, "tables": store.table,
+        "shape": manifest.shape,
+        "kind": manifest.kind,
+        "num_rows": manifest.num_rows,
+        "provenance": manifest.provenance,
+        "facts": manifest.facts,
+        "fingerprint": manifest.fingerprint,
+        "source": archive.place,
+        "tables": store.table,
     }
     synthetic = manifest.provenance.get("synthetic")
     if isinstance(synthetic, str):
@@ -59,7 +65,15 @@ class _Store:
     def check_size(self, shard: Shard) -> None:
         size = self.archive.size(shard.path)
         if size != shard.bytes:
-            raise TraceError(describe(self.place(shard), "size", f"{size} B", f"must be {shard.bytes} B as in the manifest", "the shard is truncated or was replaced; copy or record it again"))
+            raise TraceError(
+                describe(
+                    self.place(shard),
+                    "size",
+                    f"{size} B",
+                    f"must be {shard.bytes} B as in the manifest",
+                    "the shard is truncated or was replaced; copy or record it again",
+                )
+            )
 
     def open(self, shard: Shard) -> BinaryIO:
         """Return a handle on a shard whose content has been verified through this trace."""
@@ -74,7 +88,15 @@ class _Store:
             if left or file.read(1):
                 raise TraceError(describe(self.place(shard), "size", "another", f"must be {shard.bytes} B as in the manifest", "copy or record it again"))
             if digest.hexdigest() != shard.sha256:
-                raise TraceError(describe(self.place(shard), "sha256", digest.hexdigest(), f"must be {shard.sha256} as in the manifest", "the shard is damaged; copy or record it again"))
+                raise TraceError(
+                    describe(
+                        self.place(shard),
+                        "sha256",
+                        digest.hexdigest(),
+                        f"must be {shard.sha256} as in the manifest",
+                        "the shard is damaged; copy or record it again",
+                    )
+                )
         except OSError as cause:
             file.close()
             raise TraceError(f"{self.place(shard)}: cannot be read ({cause.strerror or cause}); check the disk") from None
@@ -185,7 +207,11 @@ class StoredTokens:
         if "valid" in columns:
             valid = np.unpackbits(columns["valid"], axis=1, count=cube[1] * cube[2], bitorder="little").view(bool).reshape(cube)
         batch = TokenBatch(
-            step_T=columns["step"], rank_T=columns["rank"], request_T=columns["request"], position_T=columns["position"], phase_T=columns["phase"],
+            step_T=columns["step"],
+            rank_T=columns["rank"],
+            request_T=columns["request"],
+            position_T=columns["position"],
+            phase_T=columns["phase"],
             experts_TLK=columns["routes"].reshape(-1).view(shape.dtype).reshape(cube),
             weights_TLK=columns["weights"].reshape(-1).view(f"<f{np.dtype(weights).itemsize}").reshape(cube) if weights else None,
             predicted_TLK=columns["predicted"].reshape(-1).view(shape.dtype).reshape(cube) if "predicted" in columns else None,

@@ -7,17 +7,18 @@ Shapes: T tokens, L MoE layers (rows of `moe_layer_ids`), K choices (best first)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
 from moesim.errors import TraceError, describe
-from moesim.files import sha256_hex
 
 PREFILL, DECODE, TRAIN, DUMMY = 0, 1, 2, 3
 PHASES = ("prefill", "decode", "train", "dummy")
+SYNTHETIC = "synthetic:"
+"""How a reference to a synthetic trace starts."""
 MAX_COUNTS = 1 << 24
 """Most cells (windows × layers × experts) of a table of counts."""
 
@@ -40,7 +41,12 @@ class TraceShape:
     """Groups a token may reach."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (("num_experts", 1, 65536), ("top_k", 1, min(self.num_experts, 1024)), ("num_groups", 1, self.num_experts), ("top_k_groups", 1, self.num_groups)):
+        for name, low, high in (
+            ("num_experts", 1, 65536),
+            ("top_k", 1, min(self.num_experts, 1024)),
+            ("num_groups", 1, self.num_experts),
+            ("top_k_groups", 1, self.num_groups),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise TraceError(describe(f"shape of {self.model}", name, value, f"must be an integer in {low}..{high}"))
@@ -48,7 +54,14 @@ class TraceShape:
         if not 1 <= len(ids) <= 4096 or any(not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 65536 for i in ids) or len(set(ids)) != len(ids):
             raise TraceError(describe(f"shape of {self.model}", "moe_layer_ids", list(ids), "must be 1..4096 distinct layers in 0..65535"))
         if self.num_experts % self.num_groups or self.top_k_groups * (self.num_experts // self.num_groups) < self.top_k:
-            raise TraceError(describe(f"shape of {self.model}", "num_groups", self.num_groups, f"must divide {self.num_experts} experts, and {self.top_k_groups} groups must hold top-{self.top_k}"))
+            raise TraceError(
+                describe(
+                    f"shape of {self.model}",
+                    "num_groups",
+                    self.num_groups,
+                    f"must divide {self.num_experts} experts, and {self.top_k_groups} groups must hold top-{self.top_k}",
+                )
+            )
         if self.row_bytes > 1 << 20:
             raise TraceError(describe(f"shape of {self.model}", "bytes of a token's routes", self.row_bytes, "must be <= 1 MiB"))
 
@@ -105,7 +118,10 @@ class TokenBatch:
 
     def take(self, rows: np.ndarray | slice) -> TokenBatch:
         """Return the given rows."""
-        return TokenBatch(**{name: None if (value := getattr(self, name)) is None else value[rows] for name in TokenBatch.__dataclass_fields__})
+        columns: dict[str, Any] = {name: getattr(self, name) for name in TokenBatch.__dataclass_fields__}
+        for name, value in columns.items():
+            columns[name] = None if value is None else value[rows]
+        return TokenBatch(**columns)
 
     def take_layers(self, rows: Sequence[int]) -> TokenBatch:
         """Return all tokens with the given layer rows, which may repeat."""
@@ -150,18 +166,6 @@ class BatchSource(Protocol):
     def read(self, index: int) -> TokenBatch:
         """Return the rows of one unit."""
         ...
-
-
-class MemorySource:
-    """Rows held in memory."""
-
-    def __init__(self, batches: Iterable[TokenBatch]) -> None:
-        self._batches = [batch for batch in batches if len(batch)]
-        self.groups: Sequence[GroupInfo] = [GroupInfo(rows=len(b), step_min=int(b.step_T.min()), step_max=int(b.step_T.max())) for b in self._batches]
-
-    def read(self, index: int) -> TokenBatch:
-        """Return the rows of one unit."""
-        return self._batches[index]
 
 
 class MappedSource:
@@ -263,7 +267,11 @@ class RoutingTrace:
                 else:
                     table[key] = count
                     if len(table) * cells > MAX_COUNTS:
-                        raise TraceError(describe(self.source, "windows × layers × experts", len(table) * cells, f"must be <= {MAX_COUNTS}", "ask for windows of several steps"))
+                        raise TraceError(
+                            describe(
+                                self.source, "windows × layers × experts", len(table) * cells, f"must be <= {MAX_COUNTS}", "ask for windows of several steps"
+                            )
+                        )
         if not table:
             return ("all",), np.zeros((1, self.shape.num_layers, self.shape.num_experts), dtype=np.int64)
         keys = sorted(table)
@@ -303,43 +311,12 @@ def count_LE(batch: TokenBatch, num_experts: int) -> np.ndarray:
     return result
 
 
-def fingerprint_of(shape: TraceShape, parts: Iterable[np.ndarray | None]) -> str:
-    """Return a SHA-256 over a shape and arrays, for traces that were not read from a file."""
-    import hashlib
-
-    digest = hashlib.sha256(repr(shape).encode())
-    for part in parts:
-        digest.update(b"-" if part is None else repr((part.dtype.str, part.shape)).encode() + np.ascontiguousarray(part).tobytes())
-    return sha256_hex(digest.digest())
-
-
-def from_batches(shape: TraceShape, batches: Iterable[TokenBatch], *, source: str, provenance: Mapping[str, Any] | None = None, facts: Mapping[str, Any] | None = None) -> RoutingTrace:
-    """Build a token trace from batches in memory; raise TraceError on an expert id outside 0..E-1."""
-    kept = [batch for batch in batches if len(batch)]
-    for batch in kept:
-        check_batch(batch, shape, source)
-    fingerprint = fingerprint_of(shape, (getattr(batch, name) for batch in kept for name in TokenBatch.__dataclass_fields__))
-    return RoutingTrace(
-        shape=shape, kind="tokens", num_rows=sum(map(len, kept)), provenance=dict(provenance or {}), facts=dict(facts or {}),
-        fingerprint=fingerprint, source=source, tokens=MemorySource(kept),
-    )
-
-
-def from_counts(shape: TraceShape, counts_WLE: np.ndarray, names: Sequence[str], *, source: str, provenance: Mapping[str, Any] | None = None, facts: Mapping[str, Any] | None = None) -> RoutingTrace:
-    """Build a counts trace; `counts_WLE` holds integers >= 0."""
-    table = np.ascontiguousarray(counts_WLE, dtype=np.int64)
-    check_counts(table, shape, len(names), source)
-    table.setflags(write=False)
-    return RoutingTrace(
-        shape=shape, kind="counts", num_rows=len(table), provenance=dict(provenance or {}), facts=dict(facts or {}), fingerprint=fingerprint_of(shape, [table]),
-        source=source, counts=lambda: table, stored_windows=tuple(names),
-    )
-
-
 def check_counts(table: np.ndarray, shape: TraceShape, windows: int, place: str) -> None:
     """Raise TraceError unless `table` is a table of counts of this shape."""
     if table.shape != (windows, shape.num_layers, shape.num_experts) or not windows:
-        raise TraceError(describe(place, "counts shape", list(table.shape), f"must be [windows={windows}, layers={shape.num_layers}, experts={shape.num_experts}]"))
+        raise TraceError(
+            describe(place, "counts shape", list(table.shape), f"must be [windows={windows}, layers={shape.num_layers}, experts={shape.num_experts}]")
+        )
     if table.size > MAX_COUNTS:
         raise TraceError(describe(place, "windows × layers × experts", table.size, f"must be <= {MAX_COUNTS}", "merge windows"))
     if table.min() < 0 or table.max() > 1 << 48:
@@ -349,10 +326,19 @@ def check_counts(table: np.ndarray, shape: TraceShape, windows: int, place: str)
 def check_batch(batch: TokenBatch, shape: TraceShape, place: str) -> None:
     """Raise TraceError unless a batch has this shape and its ids are in range."""
     if batch.experts_TLK.shape[1:] != (shape.num_layers, shape.top_k) or batch.experts_TLK.dtype != shape.dtype:
-        raise TraceError(describe(place, "experts", f"{batch.experts_TLK.dtype} {list(batch.experts_TLK.shape)}", f"must be {shape.dtype} [tokens, {shape.num_layers}, {shape.top_k}]"))
+        raise TraceError(
+            describe(
+                place,
+                "experts",
+                f"{batch.experts_TLK.dtype} {list(batch.experts_TLK.shape)}",
+                f"must be {shape.dtype} [tokens, {shape.num_layers}, {shape.top_k}]",
+            )
+        )
     for name in ("experts_TLK", "predicted_TLK"):
         ids = getattr(batch, name)
         if ids is not None and ids.size and shape.num_experts <= np.iinfo(shape.dtype).max and int(ids.max()) >= shape.num_experts:
-            raise TraceError(describe(place, "expert id", int(ids.max()), f"must be < {shape.num_experts}, the number of experts", "the model or the id width is wrong"))
+            raise TraceError(
+                describe(place, "expert id", int(ids.max()), f"must be < {shape.num_experts}, the number of experts", "the model or the id width is wrong")
+            )
     if len(batch) and int(batch.phase_T.max()) > DUMMY:
         raise TraceError(describe(place, "phase", int(batch.phase_T.max()), f"must be 0..3 ({', '.join(PHASES)})"))

@@ -71,7 +71,14 @@ def iter_steps(trace: RoutingTrace, *, num_ranks: int, tokens_per_step: int | No
             order = np.argsort(rank_T.astype(np.uint16) if num_ranks <= 65536 else rank_T, kind="stable")
             rank_T, batch = rank_T[order], batch.take(order)
         yield StepTokens(
-            step=number, phase_T=batch.phase_T, rank_T=rank_T, request_T=batch.request_T, position_T=batch.position_T, experts_TLK=batch.experts_TLK, valid_TLK=batch.valid_TLK, num_dummy=dummies,
+            step=number,
+            phase_T=batch.phase_T,
+            rank_T=rank_T,
+            request_T=batch.request_T,
+            position_T=batch.position_T,
+            experts_TLK=batch.experts_TLK,
+            valid_TLK=batch.valid_TLK,
+            num_dummy=dummies,
         )
 
 
@@ -168,15 +175,26 @@ def _sampled(trace: RoutingTrace, tokens_per_step: int | None, seed: int) -> Ite
         if not recorded:
             continue
         if tokens > MAX_STEP_TOKENS:
-            raise TraceError(describe(trace.source, f"tokens of window {trace.stored_windows[window]}", tokens, f"must be <= {MAX_STEP_TOKENS}", "give --tokens-per-step"))
+            raise TraceError(
+                describe(trace.source, f"tokens of window {trace.stored_windows[window]}", tokens, f"must be <= {MAX_STEP_TOKENS}", "give --tokens-per-step")
+            )
         experts = np.empty((tokens, shape.num_layers, shape.top_k), dtype=shape.dtype)
         for layer in range(shape.num_layers):
             generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, window, layer])))
             try:
                 experts[:, layer] = draw_TK(generator, tokens, count_LE[layer].astype(np.float64), shape)
             except ValueError as cause:
-                raise TraceError(f"{trace.source}: window {trace.stored_windows[window]}, layer {shape.moe_layer_ids[layer]}: {cause}; check the counts and top-k") from None
-        yield TokenBatch(
-            step_T=np.full(tokens, window, dtype=np.uint32), rank_T=np.zeros(tokens, dtype=np.uint16), request_T=np.full(tokens, window, dtype=np.uint64),
-            position_T=np.arange(tokens, dtype=np.uint32), phase_T=np.full(tokens, PREFILL, dtype=np.uint8), experts_TLK=experts,
-        ), 0
+                raise TraceError(
+                    f"{trace.source}: window {trace.stored_windows[window]}, layer {shape.moe_layer_ids[layer]}: {cause}; check the counts and top-k"
+                ) from None
+        yield (
+            TokenBatch(
+                step_T=np.full(tokens, window, dtype=np.uint32),
+                rank_T=np.zeros(tokens, dtype=np.uint16),
+                request_T=np.full(tokens, window, dtype=np.uint64),
+                position_T=np.arange(tokens, dtype=np.uint32),
+                phase_T=np.full(tokens, PREFILL, dtype=np.uint8),
+                experts_TLK=experts,
+            ),
+            0,
+        )

@@ -25,9 +25,8 @@ from moesim.errors import TraceError, describe
 from moesim.files import sha256_hex
 from moesim.traces import sampling
 from moesim.traces.manifest import Columns
-from moesim.traces.routing_trace import PHASES, GroupInfo, RoutingTrace, TokenBatch, TraceShape
+from moesim.traces.routing_trace import PHASES, SYNTHETIC, GroupInfo, RoutingTrace, TokenBatch, TraceShape
 
-PREFIX = "synthetic:"
 KINDS = {"balanced": None, "zipf": (0.0, 10.0), "power-law": (0.0, 10.0), "markov": (0.0, 1.0), "topics": (1, 4096)}
 """Kind → range of its parameter."""
 _OPTIONS = {"tokens": (1, 1 << 22), "steps": (1, 1 << 20), "requests": (1, 1 << 22), "seed": (0, 2**63 - 1)}
@@ -55,12 +54,12 @@ class Synthetic:
         """Return the full specification as text."""
         parameter = "" if self.kind == "balanced" else f":{self.parameter:g}"
         extra = {"markov": f",skew={self.skew:g},temporal={self.temporal:g}", "topics": f",skew={self.skew:g},focus={self.focus:g}"}.get(self.kind, "")
-        return f"{PREFIX}{self.kind}{parameter},tokens={self.tokens},steps={self.steps},requests={self.requests},seed={self.seed},phase={self.phase}{extra}"
+        return f"{SYNTHETIC}{self.kind}{parameter},tokens={self.tokens},steps={self.steps},requests={self.requests},seed={self.seed},phase={self.phase}{extra}"
 
 
 def parse_spec(text: str, *, seed: int = 0) -> Synthetic:
     """Parse `synthetic:…`; raise TraceError naming the part that is wrong. `seed` is the default of `seed=`."""
-    head, *rest = text.removeprefix(PREFIX).split(",")
+    head, *rest = text.removeprefix(SYNTHETIC).split(",")
     kind, colon, parameter_text = head.partition(":")
     if kind not in KINDS:
         raise TraceError(describe(text, "kind", kind, f"must be one of {list(KINDS)}", "for example synthetic:zipf:1.0"))
@@ -82,7 +81,15 @@ def parse_spec(text: str, *, seed: int = 0) -> Synthetic:
         elif name == "phase" and value in PHASES[:3]:
             values[name] = value
         else:
-            raise TraceError(describe(text, "option", part, f"is not an option of {kind}", "options: tokens, steps, requests, seed, phase=prefill|decode|train; markov: skew, temporal; topics: skew, focus"))
+            raise TraceError(
+                describe(
+                    text,
+                    "option",
+                    part,
+                    f"is not an option of {kind}",
+                    "options: tokens, steps, requests, seed, phase=prefill|decode|train; markov: skew, temporal; topics: skew, focus",
+                )
+            )
     spec = Synthetic(**values, tokens_given="tokens" in values, requests_given="requests" in values)  # type: ignore[arg-type]
     if kind == "topics" and "skew" not in values:
         spec = replace(spec, skew=1.0)
@@ -121,8 +128,16 @@ def _open(spec: Synthetic, shape: TraceShape) -> RoutingTrace:
         raise TraceError(describe(spec.canonical(), "topics", spec.parameter, "needs too large a table", "use fewer topics"))
     text = spec.canonical()
     return RoutingTrace(
-        shape=shape, kind="tokens", num_rows=spec.tokens * spec.steps, provenance={"tool": "moesim", "synthetic": text}, fingerprint=sha256_hex(f"{text}|{shape}".encode()), source=text,
-        is_synthetic=True, synthetic=text, tokens=_Generated(spec, shape), resized=None if spec.tokens_given else lambda tokens: _open(_with_requests(replace(spec, tokens=tokens)), shape),
+        shape=shape,
+        kind="tokens",
+        num_rows=spec.tokens * spec.steps,
+        provenance={"tool": "moesim", "synthetic": text},
+        fingerprint=sha256_hex(f"{text}|{shape}".encode()),
+        source=text,
+        is_synthetic=True,
+        synthetic=text,
+        tokens=_Generated(spec, shape),
+        resized=None if spec.tokens_given else lambda tokens: _open(_with_requests(replace(spec, tokens=tokens)), shape),
     )
 
 

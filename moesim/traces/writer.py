@@ -31,7 +31,14 @@ class TraceWriter:
     """Writes one trace; use as a context manager: leaving it normally writes the manifest, an exception does not."""
 
     def __init__(
-        self, path: Path, shape: TraceShape, *, columns: Columns | None = None, provenance: Mapping[str, Any] | None = None, facts: Mapping[str, Any] | None = None, shard_groups: int = SHARD_GROUPS,
+        self,
+        path: Path,
+        shape: TraceShape,
+        *,
+        columns: Columns | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Any] | None = None,
+        shard_groups: int = SHARD_GROUPS,
     ) -> None:
         self.path, self.shape, self.columns = Path(path), shape, columns or Columns()
         self.provenance, self.facts = dict(provenance or {}), dict(facts or {})
@@ -93,7 +100,13 @@ class TraceWriter:
 
     def _write_group(self, batch: TokenBatch) -> None:
         rows = len(batch)
-        values: dict[str, np.ndarray] = {"step": batch.step_T, "rank": batch.rank_T, "request": batch.request_T, "position": batch.position_T, "phase": batch.phase_T}
+        values: dict[str, np.ndarray] = {
+            "step": batch.step_T,
+            "rank": batch.rank_T,
+            "request": batch.request_T,
+            "position": batch.position_T,
+            "phase": batch.phase_T,
+        }
         experts = batch.experts_TLK
         valid = batch.valid_TLK if self.columns.valid else None
         if self.columns.valid:
@@ -165,8 +178,14 @@ class TraceWriter:
         self._flush(final=True)
         self._finish_shard()
         manifest = Manifest(
-            kind="counts" if self._windows else "tokens", shape=self.shape, columns=self.columns, windows=self._windows, num_rows=self._num_rows,
-            provenance=self.provenance, shards=(*self._shards, *self._tables), facts=self.facts,
+            kind="counts" if self._windows else "tokens",
+            shape=self.shape,
+            columns=self.columns,
+            windows=self._windows,
+            num_rows=self._num_rows,
+            provenance=self.provenance,
+            shards=(*self._shards, *self._tables),
+            facts=self.facts,
         )
         write_atomic(self.path / MANIFEST, manifest.to_json())
         self.manifest = manifest

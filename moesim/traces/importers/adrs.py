@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +67,6 @@ def read(source: Path, options: ImportOptions) -> RoutingTrace:
         raise TraceError(f"{place}: load_history is empty")
     size = options.merge_windows
     names = [f"window {i}" if size == 1 else f"windows {i * size}..{min(count, i * size + size) - 1}" for i in range(len(windows))]
-    from dataclasses import replace
-
     return counts_trace("adrs", source, np.concatenate(windows), names, replace(options, merge_windows=1), notes)
 
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from moesim.errors import TraceError, describe
 from moesim.files import read_bytes
-from moesim.traces.routing_trace import DUMMY, PHASES, PREFILL, RoutingTrace, TokenBatch, TraceShape, from_batches, from_counts
+from moesim.traces.in_memory import from_batches, from_counts
+from moesim.traces.routing_trace import DUMMY, PHASES, PREFILL, RoutingTrace, TokenBatch, TraceShape
 
 MAX_ARRAY_BYTES = 2 << 30
 MAX_CSV_BYTES = 4 << 30
@@ -51,6 +52,8 @@ class ImportOptions:
     """Column of a CSV whose values name the windows."""
     merge_windows: int = 1
     """Consecutive windows to add up."""
+    provenance: tuple[tuple[str, str], ...] = ()
+    """What the caller knows about the origin: source, licence, hardware, date."""
 
     def __post_init__(self) -> None:
         if self.layer_base not in (0, 1):
@@ -62,16 +65,21 @@ class ImportOptions:
             raise TraceError(describe("import", "phase", self.phase, f"must be one of {list(PHASES[:3])}"))
 
 
-def provenance(form: str, source: Path, notes: Sequence[str]) -> dict[str, Any]:
+def provenance(form: str, source: Path, options: ImportOptions, notes: Sequence[str]) -> dict[str, Any]:
     """Return the origin of an imported trace: format, file name and hash, and what was decided."""
     result: dict[str, Any] = {"tool": "moesim", "imported_from": form, "file": source.name, "notes": list(notes)}
     if source.is_file():
         with source.open("rb") as file:
             result["file_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return result
+    taken = sorted({"synthetic", "derived_from", "transforms", *result} & {key for key, _ in options.provenance})
+    if taken:
+        raise TraceError(describe("import", "provenance keys", taken, "are set by the importer", "choose other names, like source or licence"))
+    return {**dict(options.provenance), **result}
 
 
-def shape_for(options: ImportOptions, place: str, *, layers: Sequence[int], experts_seen: int, top_k: int | None, notes: list[str], exact_experts: bool = False) -> TraceShape:
+def shape_for(
+    options: ImportOptions, place: str, *, layers: Sequence[int], experts_seen: int, top_k: int | None, notes: list[str], exact_experts: bool = False
+) -> TraceShape:
     """Return the shape of an imported trace.
 
     layers: model layer of every row. experts_seen: 1 + largest id, or the width of a table (`exact_experts`).
@@ -80,14 +88,32 @@ def shape_for(options: ImportOptions, place: str, *, layers: Sequence[int], expe
     if options.shape is not None:
         model = options.shape
         if options.experts not in (None, model.num_experts) or options.top_k not in (None, model.top_k):
-            raise TraceError(describe("import", "experts, top-k", (options.experts, options.top_k), f"must agree with {model.model}: {model.num_experts}, {model.top_k}", "leave them out"))
+            raise TraceError(
+                describe(
+                    "import",
+                    "experts, top-k",
+                    (options.experts, options.top_k),
+                    f"must agree with {model.model}: {model.num_experts}, {model.top_k}",
+                    "leave them out",
+                )
+            )
         if experts_seen > model.num_experts or (exact_experts and experts_seen != model.num_experts):
-            raise TraceError(describe(place, "experts", experts_seen, f"must be the {model.num_experts} experts of {model.model}", "give the model that was recorded"))
+            raise TraceError(
+                describe(place, "experts", experts_seen, f"must be the {model.num_experts} experts of {model.model}", "give the model that was recorded")
+            )
         if top_k not in (None, model.top_k):
             raise TraceError(describe(place, "top-k", top_k, f"must be the {model.top_k} of {model.model}", "give the model that was recorded"))
         strange = [layer for layer in layers if layer not in model.moe_layer_ids]
         if strange:
-            raise TraceError(describe(place, "layers", strange[:8], f"must be MoE layers of {model.model}, {list(model.moe_layer_ids)[:8]}…", "give --layer-base 1 if the source counts from 1"))
+            raise TraceError(
+                describe(
+                    place,
+                    "layers",
+                    strange[:8],
+                    f"must be MoE layers of {model.model}, {list(model.moe_layer_ids)[:8]}…",
+                    "give --layer-base 1 if the source counts from 1",
+                )
+            )
         if len(layers) < model.num_layers:
             notes.append(f"{len(layers)} of the {model.num_layers} MoE layers of {model.model} are recorded")
         return replace(model, moe_layer_ids=tuple(layers))
@@ -116,10 +142,20 @@ def moe_rows(table_WLE: np.ndarray, options: ImportOptions, place: str, notes: l
         if rows == len(layers):
             return layers, table_WLE
         if rows <= max(layers):
-            raise TraceError(describe(place, "layer rows", rows, f"must be the {len(layers)} MoE layers or all layers of {options.shape.model} (> {max(layers)})", "give the model that was recorded"))
+            raise TraceError(
+                describe(
+                    place,
+                    "layer rows",
+                    rows,
+                    f"must be the {len(layers)} MoE layers or all layers of {options.shape.model} (> {max(layers)})",
+                    "give the model that was recorded",
+                )
+            )
         extra = [row for row in np.flatnonzero(used).tolist() if row not in layers]
         if extra:
-            raise TraceError(describe(place, "layers with counts", extra[:8], f"must be MoE layers of {options.shape.model}", "give the model that was recorded"))
+            raise TraceError(
+                describe(place, "layers with counts", extra[:8], f"must be MoE layers of {options.shape.model}", "give the model that was recorded")
+            )
         notes.append(f"{rows} rows are all layers of the model; {rows - len(layers)} dense rows without counts left out")
         return layers, table_WLE[:, layers]
     layers = np.flatnonzero(used).tolist()
@@ -130,7 +166,9 @@ def moe_rows(table_WLE: np.ndarray, options: ImportOptions, place: str, notes: l
     return layers, table_WLE[:, layers]
 
 
-def counts_trace(form: str, source: Path, table_WLE: np.ndarray, names: Sequence[str], options: ImportOptions, notes: list[str], *, place: str | None = None) -> RoutingTrace:
+def counts_trace(
+    form: str, source: Path, table_WLE: np.ndarray, names: Sequence[str], options: ImportOptions, notes: list[str], *, place: str | None = None
+) -> RoutingTrace:
     """Build the counts trace of a table [W, rows, E]: MoE rows selected, empty windows dropped, windows merged."""
     place = place or str(source)
     if table_WLE.ndim != 3 or not table_WLE.size:
@@ -142,27 +180,29 @@ def counts_trace(form: str, source: Path, table_WLE: np.ndarray, names: Sequence
     if table_WLE.dtype.kind not in "iu" or table_WLE.min() < 0:
         raise TraceError(f"{place}: counts must be integers >= 0")
     table_WLE = table_WLE.astype(np.int64, copy=False)
-    filled = table_WLE.any(axis=(1, 2))
+    filled: np.ndarray = np.asarray(table_WLE.any(axis=(1, 2)))
     if not filled.all() and filled.any():
         notes.append(f"{int((~filled).sum())} windows without counts left out")
         table_WLE, names = table_WLE[filled], [name for name, keep in zip(names, filled, strict=True) if keep]
     layers, table_WLE = moe_rows(table_WLE, options, place, notes)
     table_WLE, names = merge(table_WLE, names, options.merge_windows)
     shape = shape_for(options, place, layers=layers, experts_seen=table_WLE.shape[2], top_k=None, notes=notes, exact_experts=True)
-    return from_counts(shape, table_WLE, names, source=place, provenance=provenance(form, source, notes))
+    return from_counts(shape, table_WLE, names, source=place, provenance=provenance(form, source, options, notes))
 
 
 def merge(table_WLE: np.ndarray, names: Sequence[str], size: int) -> tuple[np.ndarray, list[str]]:
     """Add up runs of `size` windows."""
     if size == 1:
         return table_WLE, list(names)
-    starts = np.arange(0, len(table_WLE), size)
+    starts = list(range(0, len(table_WLE), size))
     ends = [min(start + size, len(names)) - 1 for start in starts]
     merged = [names[start] if start == end else f"{names[start]} .. {names[end]}" for start, end in zip(starts, ends, strict=True)]
     return np.add.reduceat(table_WLE, starts, axis=0), merged
 
 
-def tokens_trace(form: str, source: Path, batches: Sequence[TokenBatch], shape: TraceShape, options: ImportOptions, notes: list[str], *, dropped: int = 0) -> RoutingTrace:
+def tokens_trace(
+    form: str, source: Path, batches: Sequence[TokenBatch], shape: TraceShape, options: ImportOptions, notes: list[str], *, dropped: int = 0
+) -> RoutingTrace:
     """Build the token trace of imported batches: warm-up marked, repeated experts reported."""
     batches = list(batches)
     if batches and not options.keep_warmup:
@@ -172,7 +212,7 @@ def tokens_trace(form: str, source: Path, batches: Sequence[TokenBatch], shape: 
     repeated = sum(repeats(batch) for batch in batches)
     if repeated:
         notes.append(f"{repeated} of the recorded choices repeat an expert of the same token and layer")
-    return from_batches(shape, batches, source=str(source), provenance=provenance(form, source, notes), facts={"dropped_rows": dropped})
+    return from_batches(shape, batches, source=str(source), provenance=provenance(form, source, options, notes), facts={"dropped_rows": dropped})
 
 
 def repeats(batch: TokenBatch) -> int:
@@ -224,7 +264,9 @@ def ids_from_signed(array: np.ndarray, experts: int | None, place: str, notes: l
         notes.append("ids were stored as signed 8-bit: 128..255 unwrapped")
         ids = ids & 0xFF
         if experts is not None and experts <= 128:
-            raise TraceError(describe(place, "expert id", int(ids.max()), f"must be < {experts}", "the ids are negative in 8 bits; this is another model or a damaged file"))
+            raise TraceError(
+                describe(place, "expert id", int(ids.max()), f"must be < {experts}", "the ids are negative in 8 bits; this is another model or a damaged file")
+            )
     elif array.dtype == np.int8 and experts is not None and experts > 255:
         ids = ids & 0xFF
     if array.dtype.itemsize == 1:
@@ -313,7 +355,9 @@ def parse_npy(data: bytes, place: str) -> np.ndarray:
         raise TraceError(describe(place, "dtype", str(dtype), "must be a plain number; pickled objects are never loaded"))
     count = math.prod(shape)
     if len(shape) > 4 or count * dtype.itemsize != len(data) - file.tell():
-        raise TraceError(describe(place, "shape", list(shape), f"must describe the {len(data) - file.tell()} B that follow", "the file is truncated or damaged"))
+        raise TraceError(
+            describe(place, "shape", list(shape), f"must describe the {len(data) - file.tell()} B that follow", "the file is truncated or damaged")
+        )
     array = np.frombuffer(data, dtype=dtype, count=count, offset=file.tell())
     return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
 

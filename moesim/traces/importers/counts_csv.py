@@ -13,7 +13,8 @@ import numpy as np
 
 from moesim.errors import TraceError, describe
 from moesim.traces.importers.common import ImportOptions, merge, provenance, shape_for, text_lines
-from moesim.traces.routing_trace import MAX_COUNTS, RoutingTrace, from_counts
+from moesim.traces.in_memory import from_counts
+from moesim.traces.routing_trace import MAX_COUNTS, RoutingTrace
 
 
 def read(source: Path, options: ImportOptions) -> RoutingTrace:
@@ -36,7 +37,9 @@ def read(source: Path, options: ImportOptions) -> RoutingTrace:
         raise TraceError(describe(place, "where", list(options.where), "selects no row"))
     for name in set(header) - named:
         if len({row[at[name]] for row in kept}) > 1:
-            raise TraceError(f"{place}: column {name!r} has several values; select one with --where {name}=… or make it the windows with --window-column {name}")
+            raise TraceError(
+                f"{place}: column {name!r} has several values; select one with --where {name}=… or make it the windows with --window-column {name}"
+            )
     try:
         layer_N, expert_N, count_N = (np.array([int(row[at[name]]) for row in kept], dtype=np.int64) for name in ("layer", "expert", "count"))
     except (ValueError, OverflowError) as cause:
@@ -65,4 +68,4 @@ def read(source: Path, options: ImportOptions) -> RoutingTrace:
     counts = np.zeros((len(names), len(layers), shape.num_experts), dtype=np.int64)
     counts[:, :, :experts] = table.reshape(len(names), len(layers), experts)
     counts, names = merge(counts, names, options.merge_windows)
-    return from_counts(shape, counts, names, source=place, provenance=provenance("counts-csv", source, notes))
+    return from_counts(shape, counts, names, source=place, provenance=provenance("counts-csv", source, options, notes))

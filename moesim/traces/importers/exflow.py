@@ -32,8 +32,12 @@ def read(source: Path, options: ImportOptions) -> RoutingTrace:
     shape = shape_for(options, place, layers=layers, experts_seen=int(ids.max()) + 1, top_k=1, notes=notes)
     tokens = np.arange(len(array))
     batch = TokenBatch(
-        step_T=np.zeros(len(array), dtype=np.uint32), rank_T=np.zeros(len(array), dtype=np.uint16), request_T=(tokens % options.interleave).astype(np.uint64),
-        position_T=(tokens // options.interleave).astype(np.uint32), phase_T=np.full(len(array), PHASES.index(options.phase), dtype=np.uint8),
-        experts_TLK=ids.astype(shape.dtype), valid_TLK=None if valid.all() else valid,
+        step_T=np.zeros(len(array), dtype=np.uint32),
+        rank_T=np.zeros(len(array), dtype=np.uint16),
+        request_T=(tokens % options.interleave).astype(np.uint64),
+        position_T=(tokens // options.interleave).astype(np.uint32),
+        phase_T=np.full(len(array), PHASES.index(options.phase), dtype=np.uint8),
+        experts_TLK=ids.astype(shape.dtype),
+        valid_TLK=None if valid.all() else valid,
     )
     return tokens_trace("exflow", source, [batch], shape, options, notes)

@@ -4,7 +4,7 @@
   so the order of its windows is not that of time;
 - `per_pass`: one .pt per rank, global_physical_count [layers, S] per forward pass: summed over ranks, slots mapped to experts;
 - `per_token`: one .pt per rank with topk_ids_of_layer [layers, T, 8] per forward pass: ids are physical slots, -1 pads, and the
-  width is 8 whatever the model's top-k; the first pass of a recording pads with 0 instead;
+  width is 8 whatever the model's top-k; a buffer before its first reset holds 0 instead;
 - older .json dumps: logical_count [layers, E].
 Layer rows are all hidden layers; dense ones are empty. The slot map of the dump is only right if no rebalance happened
 while recording. forward_mode changed its numbering between versions, so the phase comes from extend_seq_lens.
@@ -118,14 +118,24 @@ def _records(dumps: Mapping[Path, Any]) -> tuple[dict[int, Path], list[Any]]:
         if not isinstance(dump["records"], Sequence) or not dump["records"]:
             raise TraceError(f"{path}: records is empty; record while requests are served")
         for record in dump["records"]:
-            if not isinstance(record, Mapping) or not all(isinstance(record.get(key), int) and 0 <= record[key] < 1 << 31 for key in ("forward_pass_id", "rank")):
+            if not isinstance(record, Mapping) or not all(
+                isinstance(record.get(key), int) and 0 <= record[key] < 1 << 31 for key in ("forward_pass_id", "rank")
+            ):
                 raise TraceError(f"{path}: every record needs integers forward_pass_id and rank")
             if place_of.setdefault(record["rank"], path) != path:
                 raise TraceError(f"{path}: rank {record['rank']} is also in {place_of[record['rank']].name}; keep the files of one recording in a folder")
             records.append(record)
     ranks = sorted(place_of)
     if ranks != list(range(len(ranks))):
-        raise TraceError(describe(str(next(iter(dumps))), "ranks", ranks[:16], "must be 0, 1 … without a gap", "give the folder with the files of all ranks: counts are summed over them"))
+        raise TraceError(
+            describe(
+                str(next(iter(dumps))),
+                "ranks",
+                ranks[:16],
+                "must be 0, 1 … without a gap",
+                "give the folder with the files of all ranks: counts are summed over them",
+            )
+        )
     records.sort(key=lambda record: (record["forward_pass_id"], record["rank"]))
     keys = [(record["forward_pass_id"], record["rank"], record.get("gatherer_key", "primary")) for record in records]
     if len(set(keys)) != len(keys):
@@ -179,34 +189,54 @@ def _per_token(source: Path, records: Sequence[Any], slots: np.ndarray, options:
         place = f"{source}: forward pass {record['forward_pass_id']}, rank {record['rank']}"
         ids = _array(record["topk_ids_of_layer"], place, 3)
         if len(ids) != len(slots) or (ids.size and (ids.max() >= slots.shape[1] or ids.min() < -1)):
-            raise TraceError(describe(place, "topk_ids_of_layer", f"{list(ids.shape)}, up to {ids.max(initial=-1)}", f"must be [{len(slots)}, tokens, width] of slots < {slots.shape[1]}, -1 where empty"))
-        valid = ids >= 0
-        # a buffer that was never written still holds its initial zeros: no token chooses one slot twice
-        again = (ids == 0) & (np.cumsum(ids == 0, axis=2) > 1)
-        unwritten = again.any(axis=2) & (ids[:, :, :1] == ids).all(axis=2)[..., :]
-        valid &= ~again & ~unwritten[:, :, None]
-        logical = np.where(valid, slots[row, np.maximum(ids, 0)], -1)
-        cubes.append(logical.transpose(1, 0, 2))
-    widths = {cube.shape[2] for cube in cubes}
+            raise TraceError(
+                describe(
+                    place,
+                    "topk_ids_of_layer",
+                    f"{list(ids.shape)}, up to {ids.max(initial=-1)}",
+                    f"must be [{len(slots)}, tokens, width] of slots < {slots.shape[1]}, -1 where empty",
+                )
+            )
+        cubes.append(ids)
+    widths = {ids.shape[2] for ids in cubes}
     if len(widths) != 1:
         raise TraceError(f"{source}: records have different widths {sorted(widths)}; keep the files of one recording")
     width = widths.pop()
-    chosen = max((int((cube >= 0).sum(axis=2).max(initial=0)) for cube in cubes), default=0)
+    # several zeros in a row are a buffer before its first reset: no token chooses one slot twice
+    chosen = max((int(np.where((ids == 0).sum(axis=2) > 1, 0, (ids >= 0).sum(axis=2)).max(initial=0)) for ids in cubes), default=0)
     k = options.shape.top_k if options.shape else options.top_k or chosen
-    if not k or k > width:
-        raise TraceError(describe(str(source), "top-k", k, f"must be in 1..{width}: the recorder keeps {width} ids", "models with a larger top-k are cut off by the recorder"))
-    if any((cube[:, :, k:] >= 0).any() for cube in cubes):
-        raise TraceError(describe(str(source), "top-k", k, f"is too small: tokens have {chosen} experts"))
+    if not max(1, chosen) <= k <= width:
+        raise TraceError(
+            describe(
+                str(source),
+                "top-k",
+                k,
+                f"must be in {max(1, chosen)}..{width}: tokens have up to {chosen} experts, the recorder keeps {width}",
+                "give --model or --top-k",
+            )
+        )
+    for index, ids in enumerate(cubes):
+        ids = ids[:, :, :k]
+        valid = (ids >= 0) & ~((ids == 0).sum(axis=2, keepdims=True) > 1)
+        cubes[index] = np.where(valid, slots[row, np.maximum(ids, 0)], -1).transpose(1, 0, 2)
     used = np.any([(cube >= 0).any(axis=(0, 2)) for cube in cubes], axis=0)
     layers = list(options.shape.moe_layer_ids) if options.shape else np.flatnonzero(used).tolist()
     if not layers or max(layers) >= len(slots) or set(np.flatnonzero(used).tolist()) - set(layers):
-        raise TraceError(describe(str(source), "layers with routing", np.flatnonzero(used).tolist()[:8], f"must be the MoE layers of the model, {layers[:8]}…", "give the model that was recorded"))
+        raise TraceError(
+            describe(
+                str(source),
+                "layers with routing",
+                np.flatnonzero(used).tolist()[:8],
+                f"must be the MoE layers of the model, {layers[:8]}…",
+                "give the model that was recorded",
+            )
+        )
     if len(layers) < len(slots):
         notes.append(f"{len(slots) - len(layers)} of {len(slots)} layers are dense and left out")
     shape = shape_for(options, str(source), layers=layers, experts_seen=experts, top_k=k, notes=notes)
     batches = []
     for record, cube in zip(records, cubes, strict=True):
-        ids = cube[:, layers, :k]
+        ids = cube[:, layers]
         valid = ids >= 0
         batches.append(_batch(source, record, np.maximum(ids, 0).astype(shape.dtype), None if valid.all() else valid))
     return tokens_trace("sglang", source, batches, shape, options, notes)
@@ -227,6 +257,11 @@ def _batch(source: Path, record: Any, experts: np.ndarray, valid: np.ndarray | N
         raise TraceError(describe(place, "positions", len(position), f"must be {tokens} numbers >= 0"))
     salt = np.uint64(hashed(f"{record['forward_pass_id']}/{record['rank']}"))
     return TokenBatch(
-        step_T=np.full(tokens, record["forward_pass_id"], dtype=np.uint32), rank_T=np.full(tokens, record["rank"] & 0xFFFF, dtype=np.uint16), request_T=request.astype(np.uint64) ^ salt,
-        position_T=position.astype(np.uint32), phase_T=np.full(tokens, PREFILL if lengths else DECODE, dtype=np.uint8), experts_TLK=np.ascontiguousarray(experts), valid_TLK=valid,
+        step_T=np.full(tokens, record["forward_pass_id"], dtype=np.uint32),
+        rank_T=np.full(tokens, record["rank"] & 0xFFFF, dtype=np.uint16),
+        request_T=request.astype(np.uint64) ^ salt,
+        position_T=position.astype(np.uint32),
+        phase_T=np.full(tokens, PREFILL if lengths else DECODE, dtype=np.uint8),
+        experts_TLK=np.ascontiguousarray(experts),
+        valid_TLK=valid,
     )

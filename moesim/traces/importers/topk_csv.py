@@ -38,12 +38,18 @@ def read(source: Path, options: ImportOptions) -> RoutingTrace:
     tokens, place_N = np.unique(token_N, return_inverse=True)
     cells = len(tokens) * len(layers)
     if cells * k > max(64 << 20, 64 * len(table) * k):
-        raise TraceError(describe(place, "tokens × layers", f"{len(tokens)} × {len(layers)}", f"is far more than the {len(table)} rows", "layer and token must be indices"))
+        raise TraceError(
+            describe(place, "tokens × layers", f"{len(tokens)} × {len(layers)}", f"is far more than the {len(table)} rows", "layer and token must be indices")
+        )
     cell_N = place_N * len(layers) + row_N
     if len(np.unique(cell_N)) != len(cell_N):
         values, counts = np.unique(cell_N, return_counts=True)
         twice = int(values[np.argmax(counts > 1)])
-        raise TraceError(describe(place, "layer, token", (int(layers[twice % len(layers)]) + options.layer_base, int(tokens[twice // len(layers)])), "appears twice; keep one row"))
+        raise TraceError(
+            describe(
+                place, "layer, token", (int(layers[twice % len(layers)]) + options.layer_base, int(tokens[twice // len(layers)])), "appears twice; keep one row"
+            )
+        )
     ids_NK = np.stack([whole(column[f"e{i}"], place, f"e{i}", -1, 65535) for i in range(k)], axis=1)
     shape = shape_for(options, place, layers=layers.tolist(), experts_seen=max(1, int(ids_NK.max()) + 1), top_k=k, notes=notes)
     experts = np.zeros((cells, k), dtype=shape.dtype)
@@ -80,6 +86,8 @@ def read(source: Path, options: ImportOptions) -> RoutingTrace:
         request_T=of_token("request", tokens % options.interleave).astype(np.uint64),
         position_T=of_token("position", tokens // options.interleave).astype(np.uint32),
         phase_T=of_token("phase", np.full(len(tokens), PHASES.index(options.phase))).astype(np.uint8),
-        experts_TLK=experts.reshape(cube), weights_TLK=weight_TLK, valid_TLK=None if valid.all() else valid.reshape(cube),
+        experts_TLK=experts.reshape(cube),
+        weights_TLK=weight_TLK,
+        valid_TLK=None if valid.all() else valid.reshape(cube),
     )
     return tokens_trace("topk-csv", source, [batch], shape, options, notes)

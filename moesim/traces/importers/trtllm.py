@@ -17,7 +17,8 @@ import numpy as np
 from moesim.errors import TraceError, describe
 from moesim.files import parse_json, read_bytes, read_json
 from moesim.traces.importers.common import ImportOptions, merge, provenance, shape_for
-from moesim.traces.routing_trace import MAX_COUNTS, RoutingTrace, from_counts
+from moesim.traces.in_memory import from_counts
+from moesim.traces.routing_trace import MAX_COUNTS, RoutingTrace
 
 _DTYPES = {"I64": "<i8", "I32": "<i4", "U32": "<u4", "F32": "<f4", "F64": "<f8"}
 _KEY = re.compile(r"(\d{1,9})_(\d{1,5})\Z")
@@ -50,7 +51,9 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         dtype = np.dtype(_DTYPES[entry["dtype"]])
         count = math.prod(shape)
         if not offsets[0] <= offsets[1] <= body or count * dtype.itemsize != offsets[1] - offsets[0]:
-            raise TraceError(describe(key, "data_offsets", offsets, f"must hold {count} × {dtype.itemsize} B inside {body} B", "the file is truncated or damaged"))
+            raise TraceError(
+                describe(key, "data_offsets", offsets, f"must hold {count} × {dtype.itemsize} B inside {body} B", "the file is truncated or damaged")
+            )
         used += offsets[1] - offsets[0]
         if used > body:
             raise TraceError(f"{place}: tensors overlap; the file is damaged")
@@ -68,12 +71,22 @@ def read(source: Path, options: ImportOptions) -> RoutingTrace:
     if not source.is_dir():
         raise TraceError(f"{place}: must be the folder with meta_info.json and rank*.safetensors")
     meta = read_json(source / "meta_info.json", error=TraceError)
-    if not isinstance(meta, dict) or not all(isinstance(meta.get(key), int) and not isinstance(meta[key], bool) for key in ("num_experts", "num_experts_per_token")):
+    if not isinstance(meta, dict) or not all(
+        isinstance(meta.get(key), int) and not isinstance(meta[key], bool) for key in ("num_experts", "num_experts_per_token")
+    ):
         raise TraceError(f"{place}/meta_info.json: must have integers num_experts and num_experts_per_token")
     experts, k = meta["num_experts"], meta["num_experts_per_token"]
     ranks = {int(match.group(1)): path for path in source.iterdir() if (match := re.fullmatch(r"rank(\d{1,6})\.safetensors", path.name))}
     if sorted(ranks) != list(range(len(ranks))) or not ranks:
-        raise TraceError(describe(place, "rank files", sorted(ranks)[:16], "must be rank0.safetensors, rank1.safetensors … without a gap", "copy the files of all ranks: counts are summed over them"))
+        raise TraceError(
+            describe(
+                place,
+                "rank files",
+                sorted(ranks)[:16],
+                "must be rank0.safetensors, rank1.safetensors … without a gap",
+                "copy the files of all ranks: counts are summed over them",
+            )
+        )
     total: dict[tuple[int, int], np.ndarray] = {}
     for rank in sorted(ranks):
         for name, tensor in read_safetensors(ranks[rank]).items():
@@ -87,7 +100,9 @@ def read(source: Path, options: ImportOptions) -> RoutingTrace:
         raise TraceError(f"{place}: the rank files hold no counts")
     iterations, layers = sorted({key[0] for key in total}), sorted({key[1] for key in total})
     if len(iterations) * len(layers) * experts > MAX_COUNTS:
-        raise TraceError(describe(place, "windows × layers × experts", len(iterations) * len(layers) * experts, f"must be <= {MAX_COUNTS}", "record fewer iterations"))
+        raise TraceError(
+            describe(place, "windows × layers × experts", len(iterations) * len(layers) * experts, f"must be <= {MAX_COUNTS}", "record fewer iterations")
+        )
     missing = [key for key in ((i, layer) for i in iterations for layer in layers) if key not in total]
     if missing:
         notes.append(f"{len(missing)} (iteration, layer) pairs are not recorded: counted as 0")
@@ -96,7 +111,7 @@ def read(source: Path, options: ImportOptions) -> RoutingTrace:
     notes.append(f"summed over {len(ranks)} ranks")
     shape = shape_for(options, place, layers=layers, experts_seen=experts, top_k=k, notes=notes, exact_experts=True)
     table, names = merge(table, [f"iteration {i}" for i in iterations], options.merge_windows)
-    return from_counts(shape, table, names, source=place, provenance=provenance("trtllm", source, notes))
+    return from_counts(shape, table, names, source=place, provenance=provenance("trtllm", source, options, notes))
 
 
 def _from_float(tensor: np.ndarray, place: str) -> np.ndarray:

@@ -29,7 +29,7 @@ def read(source: Path, options: ImportOptions) -> RoutingTrace:
         if array.ndim != 3 or not array.size:
             raise TraceError(describe(place, "shape", list(array.shape), "must be [tokens, layers, k]", "use --format exflow for [tokens, layers]"))
         ids, valid = ids_from_signed(array, known, place, notes)
-        empty = ~valid.any(axis=(1, 2))
+        empty: np.ndarray = ~np.asarray(valid.any(axis=(1, 2)))
         if empty[-1]:
             last = len(empty) - int(np.argmin(empty[::-1])) if not empty.all() else 0
             dropped += len(empty) - last
@@ -50,11 +50,17 @@ def read(source: Path, options: ImportOptions) -> RoutingTrace:
     for name, ids, valid, phase, start in requests:
         count = len(ids)
         if count:
-            batches.append(TokenBatch(
-                step_T=np.zeros(count, dtype=np.uint32), rank_T=np.zeros(count, dtype=np.uint16), request_T=np.full(count, hashed(name), dtype=np.uint64),
-                position_T=np.arange(start, start + count, dtype=np.uint32), phase_T=np.full(count, phase, dtype=np.uint8),
-                experts_TLK=ids[:, keep].astype(shape.dtype), valid_TLK=None if complete else np.ascontiguousarray(valid[:, keep]),
-            ))
+            batches.append(
+                TokenBatch(
+                    step_T=np.zeros(count, dtype=np.uint32),
+                    rank_T=np.zeros(count, dtype=np.uint16),
+                    request_T=np.full(count, hashed(name), dtype=np.uint64),
+                    position_T=np.arange(start, start + count, dtype=np.uint32),
+                    phase_T=np.full(count, phase, dtype=np.uint8),
+                    experts_TLK=ids[:, keep].astype(shape.dtype),
+                    valid_TLK=None if complete else np.ascontiguousarray(valid[:, keep]),
+                )
+            )
     return tokens_trace("vllm", source, batches, shape, options, notes, dropped=dropped)
 
 
@@ -77,7 +83,9 @@ def _arrays(source: Path, options: ImportOptions) -> list[tuple[str, np.ndarray,
     return [(source.stem, read_npy(source), phase, 0)]
 
 
-def _layers(rows: int, requests: list[tuple[str, np.ndarray, np.ndarray, int, int]], options: ImportOptions, place: str, notes: list[str]) -> tuple[list[int], list[int]]:
+def _layers(
+    rows: int, requests: list[tuple[str, np.ndarray, np.ndarray, int, int]], options: ImportOptions, place: str, notes: list[str]
+) -> tuple[list[int], list[int]]:
     """Return the model layer of every row kept, and which rows are kept: rows are MoE layers, or all layers."""
     if options.shape is None:
         used = np.any([valid.any(axis=(0, 2)) for _, _, valid, *_ in requests], axis=0)
