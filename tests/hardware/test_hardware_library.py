@@ -27,7 +27,8 @@ SPECIFICATIONS = {
 def test_devices_agree_with_their_specifications(name: str) -> None:
     one = load_cluster(f"{name}-8")
     bandwidth, capacity, flops, scale_up, power = SPECIFICATIONS[name]
-    assert one.memory.read_Bps == bandwidth and one.device.peak_flops["bfloat16"] == flops and one.links["scale_up"].bandwidth_Bps == scale_up
+    figures = (one.memory.read_Bps, one.device.peak_flops["bfloat16"], one.links["scale_up"].bandwidth_Bps)
+    assert figures == pytest.approx((bandwidth, flops, scale_up), rel=1e-12)
     assert one.memory.capacity_bytes == pytest.approx(capacity, rel=1e-4) and one.device.power_peak_w == power and one.device.kind == "gpu"
 
 
