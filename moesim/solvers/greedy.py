@@ -19,14 +19,17 @@ from moesim.solvers import metrics
 from moesim.solvers.bounds import layer_bound_KL
 from moesim.solvers.packing import capped_copies_LE, copies_LE, pack_LRC, to_slots_LS
 from moesim.solvers.problem import PlacementProblem
-from moesim.solvers.result import PlacementResult, make_result
-from moesim.solvers.search import Deadline, expired, improve
+from moesim.solvers.result import PlacementResult, cost_weight_KL, make_result
+from moesim.solvers.search import Deadline, disturb, expired, improve
 from moesim.solvers.state import SearchState
 
 RESTARTS: tuple[tuple[float, bool], ...] = ((0.9, False), (0.85, True), (0.95, False), (0.8, True), (1.0, False))
 """Further ways to count copies: (largest copy as a share of the mean rank, spread leftovers over light experts)."""
 RESTART_GAP = 1.002
 """Layers whose cost exceeds their bound by this factor are worth a restart."""
+MAX_KICKS = 60
+KICK_WORK = 200_000
+"""Swap prices (layers · ranks · slots² · windows) that disturbed restarts may cost in all, per evaluation of the neighbourhood."""
 RISK_ROUNDS = 4
 """Reruns with moved window weights for a risk measure other than the mean."""
 
@@ -39,17 +42,10 @@ def int_option(options: Mapping[str, Any], key: str, default: int, low: int, hig
     return value
 
 
-def cost_weight_KL(problem: PlacementProblem, weight_K: np.ndarray) -> np.ndarray:
-    """Return float64 [K, L]: weight of a window's slowest rank in the cost of a layer, so that the costs sum to the imbalance."""
-    ideal = metrics.ideal_KL(problem.load_KLE, problem.speed_R).sum(axis=1)
-    per_window = np.divide(weight_K, ideal, out=np.zeros(len(ideal)), where=ideal > 0)
-    return np.repeat(per_window[:, None], problem.num_layers, axis=1)
-
-
 def _canonical_order(problem: PlacementProblem) -> np.ndarray:
     """Return [L, E]: experts by falling weighted load, ties by the load of every window; only true twins keep their own order."""
     load = problem.load_KLE
-    key = (load * problem.window_weight_K[:, None, None]).sum(axis=0)  # type: ignore[index]
+    key = (load * problem.weight_K[:, None, None]).sum(axis=0)
     order = np.empty(key.shape, dtype=np.int64)
     for layer in range(key.shape[0]):
         order[layer] = np.lexsort((*(-load[k, layer] for k in range(len(load))), -key[layer]))
@@ -65,6 +61,7 @@ class _Search:
     bound_KL: np.ndarray
     rounds: int
     deadline: Deadline
+    seed: int
     moves: int = 0
     late: bool = False
 
@@ -104,23 +101,45 @@ class _Search:
             other, other_KL = self.improve(self.pack(copies, weight_KL, layers), weight_KL, layers)
             wins = ((other_KL - peak_KL[:, layers]) * weight_KL[:, layers]).sum(axis=0) < 0
             table[layers[wins]], peak_KL[:, layers[wins]] = other[wins], other_KL[:, wins]
+        self._kick(table, peak_KL, weight_KL, floor)
         return table, peak_KL
 
+    def _kick(self, table: np.ndarray, peak_KL: np.ndarray, weight_KL: np.ndarray, floor: np.ndarray) -> None:
+        """Disturb the best placement of layers that stay off their bound and search again; small problems get more tries."""
+        generator = np.random.Generator(np.random.PCG64(self.seed))
+        for kick in range(MAX_KICKS):
+            layers = np.flatnonzero((peak_KL * weight_KL).sum(axis=0) > floor)
+            work = layers.size * table.shape[1] * table.shape[2] ** 2 * len(peak_KL)
+            if layers.size == 0 or self.rounds == 0 or (kick + 1) * work > KICK_WORK:
+                break
+            if expired(self.deadline):
+                self.late = True
+                break
+            state = SearchState.of(
+                self.load_KLE[:, layers], weight_KL[:, layers], table[layers], self.problem.speed_R, allow_duplicates=self.problem.allow_duplicates_on_rank
+            )
+            for layer in range(layers.size):
+                disturb(state, layer, generator)
+            other, other_KL = self.improve(state.table_LRC, weight_KL, layers)
+            wins = ((other_KL - peak_KL[:, layers]) * weight_KL[:, layers]).sum(axis=0) < 0
+            table[layers[wins]], peak_KL[:, layers[wins]] = other[wins], other_KL[:, wins]
 
-def search_table_LRC(problem: PlacementProblem, options: Mapping[str, Any], deadline: Deadline, bound_KL: np.ndarray) -> tuple[np.ndarray, int, bool]:
+
+def search_table_LRC(
+    problem: PlacementProblem, options: Mapping[str, Any], deadline: Deadline, bound_KL: np.ndarray, *, seed: int = 0
+) -> tuple[np.ndarray, int, bool]:
     """Return the placement table [L, R, C], the moves made, and whether the deadline cut the search short."""
     risk = str(options.get("risk", "mean"))
     order = _canonical_order(problem)
-    search = _Search(problem, np.take_along_axis(problem.load_KLE, order[None], axis=2), bound_KL, int_option(options, "rounds", 2000, 0, 10**6), deadline)
-    weight_K: np.ndarray = problem.window_weight_K  # type: ignore[assignment]
+    search = _Search(problem, np.take_along_axis(problem.load_KLE, order[None], axis=2), bound_KL, int_option(options, "rounds", 2000, 0, 10**6), deadline, seed)
+    weight_K = problem.weight_K
     ideal_KL = metrics.ideal_KL(problem.load_KLE, problem.speed_R)
     table, peak_KL = search.from_scratch(cost_weight_KL(problem, weight_K), int_option(options, "restarts", len(RESTARTS), 0, len(RESTARTS)))
     if problem.num_windows > 1 and risk != "mean":
-        every, ideal = np.arange(problem.num_layers), ideal_KL.sum(axis=1)
+        every = np.arange(problem.num_layers)
         current, weights, value = table, weight_K, metrics.fold_windows(peak_KL, ideal_KL, weight_K, risk)
         for _ in range(RISK_ROUNDS):
-            ratio = np.divide(peak_KL.sum(axis=1), ideal, out=np.ones(len(ideal)), where=ideal > 0)
-            weights = 0.5 * weights + 0.5 * metrics.risk_weights(ratio, weight_K, risk)
+            weights = 0.5 * weights + 0.5 * metrics.risk_weights(metrics.imbalance_K(peak_KL, ideal_KL), weight_K, risk)
             current, peak_KL = search.improve(current.copy(), cost_weight_KL(problem, weights), every)
             now = metrics.fold_windows(peak_KL, ideal_KL, weight_K, risk)
             if now > value:
@@ -130,10 +149,10 @@ def search_table_LRC(problem: PlacementProblem, options: Mapping[str, Any], dead
 
 
 def solve_greedy(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline = None, options: Mapping[str, Any] | None = None) -> PlacementResult:
-    """Place experts by greedy packing and local search; the seed is unused, the search is deterministic."""
+    """Place experts by greedy packing and local search; the seed is that of the disturbed restarts."""
     options = options or {}
     bound_KL = layer_bound_KL(problem)
-    table, moves, late = search_table_LRC(problem, options, deadline, bound_KL)
+    table, moves, late = search_table_LRC(problem, options, deadline, bound_KL, seed=seed)
     slots = to_slots_LS(table, problem.slots_per_rank_R)
     if problem.previous is not None:
         from moesim.solvers.assignment import relabel_LS

@@ -1,29 +1,30 @@
-"""Balance of a placement: the one definition that planner, simulator and report share.
+"""Balance of a placement over ranks of unequal speed and over several windows.
 
-A rank's time in a layer is its load divided by its speed; the layer waits for the slowest rank. With equal
-speeds, `mean` is the mean rank load and `max` the largest; 1 is perfect balance. A layer without load is
-balanced. Several windows are folded into one number by a risk measure over their imbalances Σ max / Σ mean:
-`mean` (weighted), `worst`, or `cvar:α` (mean of the worst share α). Shapes: K windows, L layers, S slots, R ranks.
+A rank's time in a layer is its load divided by its speed; the layer waits for the slowest rank. `ideal` is the
+time if the load were spread perfectly: with equal speeds the mean rank load, and Σ ideal / Σ max is then
+`mean_over_max` of `moesim.balance`, the one definition of balance. Several windows are folded into one number by a
+risk measure over their imbalances Σ max / Σ ideal: `mean` (weighted), `worst`, or `cvar:α` (mean of the worst share α).
+Shapes: K windows, L layers, S slots, E experts, R ranks.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from moesim.balance import Balance, balance_of
 from moesim.errors import InputError, describe
 
+__all__ = ["Balance", "balance_of", "fold_windows", "ideal_KL", "rank_time_KLR", "risk_tail", "risk_weights"]
 
-def rank_time_KLR(slot_to_expert_LS: np.ndarray, slot_rank_S: np.ndarray, load_KLE: np.ndarray, speed_R: np.ndarray, share_LS: np.ndarray | None = None) -> np.ndarray:
-    """Return float64 [K, L, R]: load of every rank divided by its speed; replicas share equally unless `share_LS` says otherwise."""
+
+def rank_time_KLR(slot_to_expert_LS: np.ndarray, slot_rank_S: np.ndarray, load_KLE: np.ndarray, speed_R: np.ndarray) -> np.ndarray:
+    """Return float64 [K, L, R]: load of every rank divided by its speed, replicas of an expert serving equal shares."""
     table = np.asarray(slot_to_expert_LS)
-    layers, _ = table.shape
-    experts = load_KLE.shape[2]
-    if share_LS is None:
-        keys = table + np.arange(layers)[:, None] * (experts + 1) + 1
-        copies = np.bincount(keys.ravel(), minlength=layers * (experts + 1))
-        share_LS = np.where(table >= 0, 1.0 / np.maximum(copies[keys], 1), 0.0)
+    layers, experts, ranks = len(table), load_KLE.shape[2], len(speed_R)
+    keys = table + np.arange(layers)[:, None] * (experts + 1) + 1
+    copies = np.bincount(keys.ravel(), minlength=layers * (experts + 1))
+    share_LS = np.where(table >= 0, 1.0 / np.maximum(copies[keys], 1), 0.0)
     index = np.maximum(table, 0)
-    ranks = speed_R.shape[0]
     keys = (np.asarray(slot_rank_S)[None, :] + np.arange(layers)[:, None] * ranks).ravel()
     result = [np.bincount(keys, weights=(np.take_along_axis(load, index, axis=1) * share_LS).ravel(), minlength=layers * ranks) for load in load_KLE]
     return np.stack(result).reshape(len(load_KLE), layers, ranks) / speed_R
@@ -34,30 +35,15 @@ def ideal_KL(load_KLE: np.ndarray, speed_R: np.ndarray) -> np.ndarray:
     return np.asarray(load_KLE).sum(axis=2) / float(np.sum(speed_R))
 
 
-def mean_over_max(mean_L: np.ndarray, max_L: np.ndarray) -> float:
-    """Return Σ mean / Σ max over layers, 1.0 if there is no load."""
-    total = float(np.sum(max_L))
-    return float(np.sum(mean_L)) / total if total > 0 else 1.0
-
-
-def per_layer(mean_L: np.ndarray, max_L: np.ndarray) -> np.ndarray:
-    """Return float64 [L]: mean / max of every layer, 1.0 where there is no load."""
-    return np.divide(mean_L, max_L, out=np.ones_like(np.asarray(max_L, dtype=np.float64)), where=np.asarray(max_L) > 0)
-
-
-def balance(time_LR: np.ndarray, speed_R: np.ndarray | None = None) -> dict[str, float]:
-    """Return `mean_over_max`, `layer_mean` and `worst_layer` of rank times [L, R]; `speed_R` weighs the mean."""
-    time = np.asarray(time_LR, dtype=np.float64)
-    speed = np.ones(time.shape[1]) if speed_R is None else speed_R
-    mean = (time * speed).sum(axis=1) / speed.sum()
-    layers = per_layer(mean, time.max(axis=1))
-    return {"mean_over_max": mean_over_max(mean, time.max(axis=1)), "layer_mean": float(layers.mean()), "worst_layer": float(layers.min())}
+def imbalance_K(max_KL: np.ndarray, ideal_of_KL: np.ndarray) -> np.ndarray:
+    """Return float64 [K]: Σ_l max / Σ_l ideal of every window, 1 for a window without load."""
+    ideal = ideal_of_KL.sum(axis=1)
+    return np.divide(max_KL.sum(axis=1), ideal, out=np.ones(len(ideal)), where=ideal > 0)
 
 
 def fold_windows(max_KL: np.ndarray, ideal_of_KL: np.ndarray, weight_K: np.ndarray, risk: str) -> float:
-    """Return the objective of a placement: 1 / risk over windows of Σ_l max / Σ_l ideal; for one window Σ mean / Σ max."""
-    ideal = ideal_of_KL.sum(axis=1)
-    ratio = np.divide(max_KL.sum(axis=1), ideal, out=np.ones(len(ideal)), where=ideal > 0)
+    """Return the objective of a placement, 1 / risk over windows of their imbalance; for one window Σ ideal / Σ max."""
+    ratio = imbalance_K(max_KL, ideal_of_KL)
     return 1.0 / float(risk_weights(ratio, weight_K, risk) @ ratio)
 
 
@@ -67,12 +53,12 @@ def risk_weights(ratio_K: np.ndarray, weight_K: np.ndarray, risk: str) -> np.nda
         return weight_K
     tail = 0.0 if risk == "worst" else risk_tail(risk)
     order = np.lexsort((np.arange(len(ratio_K)), -ratio_K))
-    if tail == 0.0:
-        order = order[weight_K[order] > 0]
-        return np.eye(len(ratio_K))[order[0]]
+    result = np.zeros(len(ratio_K))
+    if risk == "worst":
+        result[order[weight_K[order] > 0][0]] = 1.0
+        return result
     before = np.concatenate(([0.0], np.cumsum(weight_K[order])[:-1]))
     taken = np.clip(tail - before, 0.0, weight_K[order])
-    result = np.zeros(len(ratio_K))
     result[order] = taken / taken.sum()
     return result
 

@@ -37,7 +37,7 @@ class PlacementProblem:
     move_budget_slots: int | None = None
     """Slot positions, over all layers, whose expert may differ from `previous`; None: no limit."""
     allow_duplicates_on_rank: bool = False
-    """True where one rank may hold an expert twice (it never helps, but some planners do it)."""
+    """True where one rank may hold an expert twice, which gives the rank a larger share of it."""
     device_speed_R: np.ndarray | None = None
     """float64 [R]: relative speed of every rank, > 0; None: all equal."""
     window_weight_K: np.ndarray | None = None
@@ -71,7 +71,7 @@ class PlacementProblem:
             device_speed_R=self._vector("device_speed", self.device_speed_R, self.num_ranks, positive=True),
             window_weight_K=self._vector("window_weight", self.window_weight_K, self.num_windows, positive=False),
         )
-        self._set(window_weight_K=self.window_weight_K / self.window_weight_K.sum())  # type: ignore[union-attr, operator]
+        self._set(window_weight_K=self.weight_K / self.weight_K.sum())
         self._check_room()
         self._check_previous()
 
@@ -150,13 +150,18 @@ class PlacementProblem:
         return np.ones(self.num_ranks) if self.device_speed_R is None else self.device_speed_R
 
     @property
+    def weight_K(self) -> np.ndarray:
+        """float64 [K]: importance of every window, summing to 1."""
+        return np.full(self.num_windows, 1.0 / self.num_windows) if self.window_weight_K is None else self.window_weight_K
+
+    @property
     def slot_rank_S(self) -> np.ndarray:
         """int64 [S]: rank that owns every slot."""
         return np.repeat(np.arange(self.num_ranks), self.slots_per_rank_R)
 
     @property
     def rigid(self) -> bool:
-        """True where a placement keeps no duplicate and no needless empty slot of a running one (bounds may rely on it)."""
+        """True where every placement fills its slots without an expert twice on a rank (bounds may rely on it)."""
         if self.allow_duplicates_on_rank:
             return False
         return self.previous is None or self.move_budget_slots is None or not irregular_LR(self, self.previous).any()

@@ -58,21 +58,35 @@ def objective_name(problem: PlacementProblem, risk: str) -> str:
     return "balance" if problem.num_windows == 1 else f"robust:{risk}"
 
 
+def cost_weight_KL(problem: PlacementProblem, weight_K: np.ndarray) -> np.ndarray:
+    """Return float64 [K, L]: weight of a window's slowest rank in the cost of a layer, so that costs sum to the mean imbalance."""
+    ideal = metrics.ideal_KL(problem.load_KLE, problem.speed_R).sum(axis=1)
+    per_window = np.divide(weight_K, ideal, out=np.zeros(len(ideal)), where=ideal > 0)
+    return np.repeat(per_window[:, None], problem.num_layers, axis=1)
+
+
 def make_result(
-    problem: PlacementProblem, slot_to_expert_LS: np.ndarray, *, solver: str, status: str, iterations: int = 0, risk: str = "mean", bound_KL: np.ndarray | None = None,
+    problem: PlacementProblem, slot_to_expert_LS: np.ndarray, *, solver: str, status: str, iterations: int = 0, risk: str = "mean",
+    bound_KL: np.ndarray | None = None, cost_bound_L: np.ndarray | None = None,
 ) -> PlacementResult:
-    """Score a placement against the problem's bound (or a tighter per-layer one) and name its status honestly.
+    """Score a placement against the problem's bound and name its status honestly.
 
     status: what the solver claims; FEASIBLE is raised to OPTIMAL where the gap proves it, OPTIMAL lowered to FEASIBLE where it does not.
+    bound_KL: the problem's `layer_bound_KL`, if known. cost_bound_L: proven cost of every layer (see `cost_weight_KL`) under the mean risk.
     """
     table = np.ascontiguousarray(slot_to_expert_LS, dtype=np.int32)
-    speed = problem.speed_R
-    time = metrics.rank_time_KLR(table, problem.slot_rank_S, problem.load_KLE, speed)
+    speed, weight_K = problem.speed_R, problem.weight_K
+    peak_KL = metrics.rank_time_KLR(table, problem.slot_rank_S, problem.load_KLE, speed).max(axis=2)
     ideal = metrics.ideal_KL(problem.load_KLE, speed)
-    value = metrics.fold_windows(time.max(axis=2), ideal, problem.window_weight_K, risk)  # type: ignore[arg-type]
+    value = metrics.fold_windows(peak_KL, ideal, weight_K, risk)
     lower = layer_bound_KL(problem) if bound_KL is None else bound_KL
-    # a bound may lie below the value by rounding alone
-    bound = max(metrics.fold_windows(lower, ideal, problem.window_weight_K, risk), value)  # type: ignore[arg-type]
+    bound = metrics.fold_windows(lower, ideal, weight_K, risk)
+    if cost_bound_L is not None and risk == "mean":
+        cost = np.maximum(cost_bound_L, (lower * cost_weight_KL(problem, weight_K)).sum(axis=0))
+        idle = float(weight_K[ideal.sum(axis=1) == 0].sum())
+        bound = min(bound, 1.0 / (float(cost.sum()) + idle))
+    assert value <= bound * (1 + 1e-7), f"bound {bound} of {solver} is below its value {value}"
+    bound = max(bound, value)
     gap = (bound - value) / bound
     if status in ("FEASIBLE", "OPTIMAL"):
         status = "OPTIMAL" if gap <= OPTIMAL_GAP else "FEASIBLE"
@@ -80,21 +94,24 @@ def make_result(
 
 
 def to_plan(
-    result: PlacementResult, *, model: str, num_experts: int, moe_layer_ids: Sequence[int], num_ranks: int, slots_per_rank_R: np.ndarray | None = None,
+    result: PlacementResult, *, model: str, num_experts: int, moe_layer_ids: Sequence[int], num_ranks: int | None = None, slots_per_rank_R: np.ndarray | None = None,
     parallel: Parallel | None = None, fingerprints: Mapping[str, str] | None = None,
 ) -> Plan:
     """Wrap a result as a plan document.
 
-    slots_per_rank_R: int [R]; needed where ranks have unequal slots, else S / R each.
-    Raises InputError if the slots do not divide by the ranks and no `slots_per_rank_R` says who owns them.
+    slots_per_rank_R: int [R]; needed where ranks have unequal slots, else S / `num_ranks` each.
+    Raises InputError if the slots do not divide by the ranks, or do not sum to those of the placement.
     """
     from moesim import __version__
 
     slots = result.slot_to_expert_LS.shape[1]
     if slots_per_rank_R is None:
-        if slots % num_ranks:
+        if not num_ranks or slots % num_ranks:
             raise InputError(describe("plan", "slots", slots, f"must be a multiple of the {num_ranks} ranks", "pass slots_per_rank_R"))
         slots_per_rank_R = np.full(num_ranks, slots // num_ranks)
+    num_ranks = len(slots_per_rank_R)
+    if int(np.sum(slots_per_rank_R)) != slots:
+        raise InputError(describe("plan", "slots_per_rank_R", int(np.sum(slots_per_rank_R)), f"must sum to the {slots} slots of the placement"))
     return Plan(
         model=model, num_experts=num_experts, moe_layer_ids=tuple(moe_layer_ids), slot_to_expert_LS=result.slot_to_expert_LS,
         slot_rank_S=np.repeat(np.arange(num_ranks), slots_per_rank_R), num_ranks=num_ranks, share_LS=result.share_LS,

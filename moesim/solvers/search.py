@@ -89,3 +89,19 @@ def _try_pairs(state: SearchState, layers_n: np.ndarray, window: int) -> np.ndar
     state.swap(chosen, *(part[better] for part in first))
     state.swap(chosen, *(part[better] for part in second))
     return better
+
+
+def disturb(state: SearchState, layer: int, generator: np.random.Generator, moves: int = 3) -> None:
+    """Make a few random legal moves in a layer: a reassigned slot where there are replicas, else a swap."""
+    table, held = state.table_LRC[layer], state.held_LRE[layer]
+    at = np.array([layer])
+    filled = np.argwhere(table >= 0)
+    for _ in range(moves):
+        (rank, slot), (other, other_slot) = filled[generator.integers(len(filled), size=2)]
+        mine, theirs = table[rank, slot], table[other, other_slot]
+        fits = state.allow_duplicates or (held[rank, theirs] == 0 and held[other, mine] == 0)
+        if state.copies_LE[layer, mine] > 1 and generator.random() < 0.5:
+            if state.copies_LE[layer, theirs] < state.cap and (state.allow_duplicates or held[rank, theirs] == 0):
+                state.retarget(at, np.array([rank]), np.array([slot]), np.array([theirs]))
+        elif rank != other and fits:
+            state.swap(at, np.array([rank]), np.array([slot]), np.array([other]), np.array([other_slot]))

@@ -55,6 +55,8 @@ class SearchState:
 
     def refresh(self, layers_n: np.ndarray) -> None:
         """Recompute slot values and rank loads of some layers from their tables."""
+        if len(layers_n) == 0:
+            return
         table = self.table_LRC[layers_n]
         size = self.load_KLE[:, layers_n] / np.maximum(self.copies_LE[layers_n], 1)
         index = np.maximum(table, 0).reshape(len(layers_n), -1)
@@ -69,6 +71,30 @@ class SearchState:
     def cost_L(self) -> np.ndarray:
         """Return the cost of every layer."""
         return (self.time_KLR().max(axis=2) * self.weight_KL).sum(axis=0)
+
+    def measure(self, layers_n: np.ndarray) -> np.ndarray:
+        """Return what a move is judged by across kinds: for one window how crowded the top is, for several the cost."""
+        if len(self.rank_KLR) > 1:
+            return self.cost_L()[layers_n]
+        time = self.rank_KLR[0, layers_n] / self.speed_R
+        return _crowding(time, time.max(axis=1))
+
+    def measure_after_swap(self, layers_n: np.ndarray, rank: np.ndarray, slot: np.ndarray, other: np.ndarray, other_slot: np.ndarray) -> np.ndarray:
+        """Return the measure after a swap in every given layer."""
+        change = self.value_KLRC[:, layers_n, rank, slot] - self.value_KLRC[:, layers_n, other, other_slot]
+        load = self.rank_KLR[:, layers_n]
+        row = np.arange(len(layers_n))
+        load[:, row, rank] -= change
+        load[:, row, other] += change
+        time = load / self.speed_R
+        if len(load) > 1:
+            return (time.max(axis=2) * self.weight_KL[:, layers_n]).sum(axis=0)
+        return _crowding(time[0], (self.rank_KLR[0, layers_n] / self.speed_R).max(axis=1))
+
+    def measure_after_retarget(self, layers_n: np.ndarray, rank: np.ndarray, slot: np.ndarray, expert: np.ndarray) -> np.ndarray:
+        """Return the measure after a retarget in every given layer; where a layer has none to offer the entry means nothing."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self._retarget_cost_part(layers_n, rank, slot, expert)
 
     # --- swaps: one slot of the slowest rank against any slot of another ------------------------
 
@@ -208,7 +234,8 @@ class SearchState:
         of_layer, of_expert = np.divmod(key, load.shape[1])
         copies = self.copies_LE[of_layer, of_expert]
         growth = (load[of_layer, of_expert] / (copies - 1) - load[of_layer, of_expert] / copies)[:, None] / speed
-        others = np.where(self.held_LRE[of_layer, :, of_expert] > 0, time[of_layer] + growth, 0.0)
+        others = time[of_layer] + growth * self.held_LRE[of_layer, :, of_expert]
+        others[self.held_LRE[of_layer, :, of_expert] == 0] = 0.0
         # the rank that loses the copy is spared: take the two busiest
         first = others.argmax(axis=1)
         peak = others[np.arange(len(key)), first]

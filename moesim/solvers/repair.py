@@ -1,0 +1,204 @@
+"""Repair a running placement with few moved slots: the best balance that a budget of moves buys.
+
+Every layer walks from the running placement by its best moves per moved slot (a reassigned slot costs one, a swap
+two), once with all moves and once with swaps only; a fresh placement, its ranks relabelled by assignment, is the
+far end. What budget goes to which layer is then decided exactly (a multiple-choice knapsack over the walks).
+Moved slots are counted as positions whose expert differs from the running placement, after slots inside a rank
+are put in order. Options: `risk` (scores the answer; the walks lower the mean), `frontier` (True: also value per budget).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from moesim.errors import InputError
+from moesim.solvers import metrics
+from moesim.solvers.assignment import align_LS, relabel_LS
+from moesim.solvers.bounds import layer_bound_KL
+from moesim.solvers.greedy import search_table_LRC
+from moesim.solvers.packing import from_slots_LRC, to_slots_LS
+from moesim.solvers.problem import PlacementProblem
+from moesim.solvers.result import PlacementResult, cost_weight_KL, make_result
+from moesim.solvers.search import Deadline, expired
+from moesim.solvers.state import SearchState
+
+FRONTIER_SHARES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Budgets, as shares of all slots, at which the frontier is reported."""
+MAX_STEPS = 400
+
+
+@dataclass(slots=True)
+class _Points:
+    """What one layer can become: moves, cost and placement of every candidate."""
+
+    moves: list[int]
+    cost: list[float]
+    table_RC: list[np.ndarray]
+
+
+def solve_repair(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline = None, options: Mapping[str, Any] | None = None) -> PlacementResult:
+    """Improve `problem.previous` with at most `problem.move_budget_slots` moved slots."""
+    options = options or {}
+    risk = str(options.get("risk", "mean"))
+    if problem.previous is None:
+        raise InputError("solver repair: needs the placement that is running now; give `previous` (--from PLAN)")
+    slots = problem.slots_per_rank_R
+    whole = problem.num_layers * problem.num_slots
+    budget = whole if problem.move_budget_slots is None else min(problem.move_budget_slots, whole)
+    weight_KL = cost_weight_KL(problem, problem.weight_K)
+    bound_KL = layer_bound_KL(problem)
+    floor = (bound_KL * weight_KL).sum(axis=0)
+    running = from_slots_LRC(problem.previous, slots)
+    state = SearchState.of(problem.load_KLE, weight_KL, running.copy(), problem.speed_R, allow_duplicates=problem.allow_duplicates_on_rank)
+    points = [_Points([0], [float(cost)], [table]) for cost, table in zip(state.cost_L(), running, strict=True)]
+    holes = _fill_holes(problem, state)
+    if holes.any():
+        _record(points, np.flatnonzero(holes), holes, state)
+    limit = budget if risk == "mean" else whole
+    made, late = 0, False
+    for swaps_only in (False, True):
+        steps, cut = _walk(points, _copy(state), floor, limit, swaps_only, deadline)
+        made, late = made + steps, late or cut
+    if not late and budget >= problem.num_slots // 4:
+        late = _add_fresh(problem, points, bound_KL, weight_KL, deadline)
+    chosen = _choose(points, budget)
+    table = _assemble(problem, points, chosen[budget])
+    result = make_result(problem, table, solver="repair", status="TIME_LIMIT" if late else "FEASIBLE", iterations=made, risk=risk, bound_KL=bound_KL)
+    if options.get("frontier"):
+        result.frontier = _frontier(problem, points, chosen, budget, risk)
+    return result
+
+
+def _copy(state: SearchState) -> SearchState:
+    return SearchState.of(state.load_KLE, state.weight_KL, state.table_LRC.copy(), state.speed_R, allow_duplicates=state.allow_duplicates)
+
+
+def _fill_holes(problem: PlacementProblem, state: SearchState) -> np.ndarray:
+    """Give every needlessly empty slot to the heaviest expert (per copy) that its rank lacks; return holes filled per layer [L]."""
+    filled = np.zeros(problem.num_layers, dtype=np.int64)
+    lacking = problem.fill_R[None, :] - (state.table_LRC >= 0).sum(axis=2)
+    for layer, rank in np.argwhere(lacking > 0):
+        for _ in range(int(lacking[layer, rank])):
+            size = (state.load_KLE[:, layer] * state.weight_KL[:, [layer]]).sum(axis=0) / (state.copies_LE[layer] + 1)
+            size[state.held_LRE[layer, rank] > 0] -= 0.0 if state.allow_duplicates else np.inf
+            expert = int(size.argmax())
+            # the last slots of a short rank do not exist: holes are looked for among the rank's own
+            slot = int(np.flatnonzero(state.table_LRC[layer, rank, : problem.slots_per_rank_R[rank]] < 0)[0])
+            state.table_LRC[layer, rank, slot] = expert
+            state.copies_LE[layer, expert] += 1
+            state.held_LRE[layer, rank, expert] += 1
+            filled[layer] += 1
+    if filled.any():
+        state.filled_RC = state.table_LRC >= 0
+        state.refresh(np.arange(problem.num_layers))
+    return filled
+
+
+def _record(points: list[_Points], layers: np.ndarray, moves_L: np.ndarray, state: SearchState) -> None:
+    cost = state.cost_L()
+    for layer in layers:
+        # a dearer point that is no better will never be chosen
+        if cost[layer] < points[layer].cost[0]:
+            points[layer].moves.append(int(moves_L[layer]))
+            points[layer].cost.append(float(cost[layer]))
+            points[layer].table_RC.append(state.table_LRC[layer].copy())
+
+
+def _walk(points: list[_Points], state: SearchState, floor: np.ndarray, budget: int, swaps_only: bool, deadline: Deadline) -> tuple[int, bool]:
+    """Make the best move per moved slot in every layer until none helps or the budget is gone; record every stop."""
+    before = SearchState.of(state.load_KLE, state.weight_KL, np.stack([layer.table_RC[0] for layer in points]), state.speed_R).held_LRE.astype(np.int16)
+    windows = len(state.load_KLE)
+    active = np.flatnonzero(state.cost_L() > floor * (1 + 1e-6))
+    fails = np.zeros(len(points), dtype=np.int64)
+    made = 0
+    for step in range(MAX_STEPS):
+        if active.size == 0 or budget == 0:
+            break
+        if expired(deadline):
+            return made, True
+        window = step % windows
+        now = state.measure(active)
+        swap = state.best_swap(active, window)
+        gain = np.where(swap[0], now - state.measure_after_swap(active, *swap[1:]), 0.0) / 2
+        target = (np.zeros(len(active), dtype=bool),) * 4 if swaps_only else state.best_retarget(active, window)[:4]
+        if not swaps_only:
+            gain_target = np.where(target[0], now - state.measure_after_retarget(active, *target[1:]), 0.0)
+            take = target[0] & (gain_target >= gain)
+            state.retarget(active[take], *(part[take] for part in target[1:]))
+        else:
+            take = target[0]
+        swapped = swap[0] & ~take
+        state.swap(active[swapped], *(part[swapped] for part in swap[1:]))
+        moved = np.maximum(state.held_LRE[active] - before[active], 0).sum(axis=(1, 2))
+        changed = take | swapped
+        made += int(changed.sum())
+        moves_L = np.zeros(len(points), dtype=np.int64)
+        moves_L[active] = moved
+        _record(points, active[changed & (moved <= budget)], moves_L, state)
+        fails[active] = np.where(changed, 0, fails[active] + 1)
+        cost = state.cost_L()[active]
+        active = active[(fails[active] < windows) & (moved <= budget) & (cost > floor[active] * (1 + 1e-6))]
+    return made, False
+
+
+def _add_fresh(problem: PlacementProblem, points: list[_Points], bound_KL: np.ndarray, weight_KL: np.ndarray, deadline: Deadline) -> bool:
+    """Add a placement made from scratch, named as close to the running one as it can be; return whether time ran out."""
+    free = replace(problem, move_budget_slots=None)
+    table, _, late = search_table_LRC(free, {}, deadline, bound_KL)
+    named = relabel_LS(problem, to_slots_LS(table, problem.slots_per_rank_R))
+    state = SearchState.of(problem.load_KLE, weight_KL, from_slots_LRC(named, problem.slots_per_rank_R), problem.speed_R, allow_duplicates=problem.allow_duplicates_on_rank)
+    _record(points, np.arange(problem.num_layers), (named != problem.previous).sum(axis=1), state)
+    return late
+
+
+def _choose(points: list[_Points], budget: int) -> np.ndarray:
+    """Return int16 [B + 1, L]: for every budget the point of every layer that minimises the total cost (an exact knapsack)."""
+    best = np.zeros(budget + 1)
+    picks = np.zeros((len(points), budget + 1), dtype=np.int32)
+    for layer, candidates in enumerate(points):
+        after = np.full(budget + 1, np.inf)
+        for index in _pareto(candidates):
+            moves = candidates.moves[index]
+            if moves > budget:
+                continue
+            total = best[: budget + 1 - moves] + candidates.cost[index]
+            wins = total < after[moves:]
+            after[moves:][wins] = total[wins]
+            picks[layer, moves:][wins] = index
+        best = after
+    chosen = np.zeros((budget + 1, len(points)), dtype=np.int32)
+    left = np.arange(budget + 1)
+    for layer in range(len(points) - 1, -1, -1):
+        index = picks[layer, left]
+        chosen[:, layer] = index
+        left = left - np.array(points[layer].moves)[index]
+    return chosen
+
+
+def _pareto(candidates: _Points) -> list[int]:
+    order = sorted(range(len(candidates.moves)), key=lambda index: (candidates.moves[index], candidates.cost[index], index))
+    kept: list[int] = []
+    for index in order:
+        if not kept or candidates.cost[index] < candidates.cost[kept[-1]]:
+            kept.append(index)
+    return kept
+
+
+def _assemble(problem: PlacementProblem, points: list[_Points], chosen_L: np.ndarray) -> np.ndarray:
+    assert problem.previous is not None
+    table = np.stack([layer.table_RC[index] for layer, index in zip(points, chosen_L, strict=True)])
+    return align_LS(to_slots_LS(table, problem.slots_per_rank_R), problem.previous, problem.slots_per_rank_R)
+
+
+def _frontier(problem: PlacementProblem, points: list[_Points], chosen: np.ndarray, budget: int, risk: str) -> list[tuple[int, float]]:
+    ideal = metrics.ideal_KL(problem.load_KLE, problem.speed_R)
+    result: list[tuple[int, float]] = []
+    for allowed in sorted({min(budget, int(share * problem.num_layers * problem.num_slots)) for share in FRONTIER_SHARES} | {budget}):
+        table = _assemble(problem, points, chosen[allowed])
+        peak_KL = metrics.rank_time_KLR(table, problem.slot_rank_S, problem.load_KLE, problem.speed_R).max(axis=2)
+        result.append((int((table != problem.previous).sum()), metrics.fold_windows(peak_KL, ideal, problem.weight_K, risk)))
+    return result
