@@ -65,8 +65,10 @@ class ExpertParallelExperts(nn.Module):
         self.tensor_names = tuple(sorted(WEIGHTS + (BIASES if getattr(template, "has_bias", False) else ())))
         unknown = sorted(set(held) ^ set(self.tensor_names))
         if unknown or not getattr(template, "has_gate", True) or getattr(template, "has_post_expert_norm", False):
-            name = type(template).__name__
-            raise ModelError(f"{name}: expert tensors {unknown or 'without a gate or with a norm'} are not known to the migration; supported are gated experts with {WEIGHTS} and their biases")
+            raise ModelError(
+                f"{type(template).__name__}: expert tensors {unknown or 'without a gate or with a norm'} are not known to the migration; "
+                f"supported are gated experts with {WEIGHTS} and their biases"
+            )
         self.shapes = {name: tuple(held[name].shape[1:]) for name in self.tensor_names}
         self.dtype = held[WEIGHTS[0]].dtype
         self.is_transposed = bool(getattr(template, "is_transposed", False))
@@ -77,7 +79,8 @@ class ExpertParallelExperts(nn.Module):
         if most > self.slot_capacity:
             raise ModelError(describe("deployment", "slots per rank", most, f"must be <= the slot capacity {self.slot_capacity}"))
         for name in self.tensor_names:
-            self.register_parameter(name, nn.Parameter(torch.zeros((last - first, *self.shapes[name]), dtype=self.dtype), requires_grad=held[name].requires_grad))
+            rows = torch.zeros((last - first, *self.shapes[name]), dtype=self.dtype)
+            self.register_parameter(name, nn.Parameter(rows, requires_grad=held[name].requires_grad))
         for name in self.tensor_names:
             delattr(template, name)
         self.template = template

@@ -26,6 +26,7 @@ from moesim.runtime.slot_map import SlotMap
 from moesim.runtime.spec import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NOT_PASSED = ("model_type", "architectures", "auto_map", "quantization_config", "torch_dtype", "dtype", "transformers_version")
 SHARED_DIRECTION = 0.7
 """Weight of the direction that all embeddings share, relative to their own part."""
 
@@ -35,22 +36,24 @@ def skeleton(spec: ModelSpec) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        fields = {key: value for key, value in spec.config.items() if key not in ("model_type", "architectures", "auto_map", "quantization_config", "torch_dtype", "dtype", "transformers_version")}
+        fields = {key: value for key, value in spec.config.items() if key not in NOT_PASSED}
         config = AutoConfig.for_model(spec.config["model_type"], **fields)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[spec.dtype], attn_implementation="eager", trust_remote_code=False)
     except Exception as cause:  # transformers raises whatever it likes on a bad configuration
-        raise ModelError(f"{spec.source}: transformers cannot build this model ({type(cause).__name__}: {' '.join(str(cause).split())[:200]}); check the configuration") from None
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+        raise ModelError(f"{spec.source}: transformers cannot build this model ({reason}); check the configuration") from None
     model.eval()
-    if not moe_layers(model):
-        raise ModelError(f"{spec.source}: the model has no MoE layer; give a model with experts")
+    if not moe_layers(model) or (spec.moe_layer_ids and facts(model) != (spec.num_experts, spec.moe_layer_ids, spec.top_k)):
+        built = facts(model) if moe_layers(model) else "a dense model"
+        raise ModelError(f"{spec.source}: transformers builds {built} (experts, MoE layers, top-k) from it, which is not what the configuration says to moesim")
     return model
 
 
 def moe_layers(model: nn.Module) -> dict[int, nn.Module]:
     """Return layer index → MoE block (the module that has `experts`), in the order of the layers."""
     found = {}
-    for name, module in model.named_modules():
+    for name, _ in model.named_modules():
         if name.endswith(".experts"):
             block = model.get_submodule(name.rpartition(".")[0])
             found[int(name.split(".layers.")[1].split(".")[0])] = block
@@ -69,7 +72,7 @@ def router_of(block: nn.Module, num_experts: int) -> nn.Module:
 def facts(model: nn.Module) -> tuple[int, tuple[int, ...], int]:
     """Return (experts per layer, MoE layer indices, experts per token) of a skeleton or model."""
     blocks = moe_layers(model)
-    counts = {int(getattr(block.experts, "gate_up_proj").shape[0]) for block in blocks.values()}
+    counts = {int(block.experts.gate_up_proj.shape[0]) for block in blocks.values()}
     if len(counts) != 1:
         raise ModelError(describe("model", "experts per layer", sorted(counts), "must be the same in all MoE layers"))
     return counts.pop(), tuple(blocks), int(model.config.num_experts_per_tok)
@@ -136,7 +139,8 @@ def build(spec: ModelSpec) -> nn.Module:
     with torch.no_grad():
         for layer, block in moe_layers(model).items():
             for name, parameter in list(block.experts.named_parameters()):
-                rows = [expert_tensor(spec, layer, expert, name, tuple(parameter.shape[1:]), block.experts.is_transposed) for expert in range(parameter.shape[0])]
+                shape, transposed = tuple(parameter.shape[1:]), block.experts.is_transposed
+                rows = [expert_tensor(spec, layer, expert, name, shape, transposed) for expert in range(parameter.shape[0])]
                 setattr(block.experts, name, nn.Parameter(torch.stack(rows), requires_grad=False))
         _fill(model, spec)
         _tilt_routers(model, spec, num_experts)

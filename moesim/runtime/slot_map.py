@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moesim.plan import Plan
+from moesim.runtime.moves import placement_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ class SlotMap:
     epoch: int
     """Number of plans installed before this one."""
     map_sha256: str
-    """Identity of the whole plan's placement; every exchange carries its first 16 bytes."""
+    """Identity of the whole plan's placement and shares; every exchange carries its first 16 bytes."""
     slot_to_expert_S: np.ndarray
     """int32 [S], -1 where empty."""
     slots_per_rank_R: np.ndarray
@@ -54,7 +55,7 @@ class SlotMap:
             slot_EX[expert, : slots.size] = slots
             limit_EX[expert, : slots.size - 1] = np.rint(np.cumsum(share[slots])[:-1] * _ONE)
         return cls(
-            layer=row, epoch=epoch, map_sha256=plan.map_sha256, slot_to_expert_S=table,
+            layer=row, epoch=epoch, map_sha256=placement_sha256(plan), slot_to_expert_S=table,
             slots_per_rank_R=np.bincount(plan.slot_rank_S, minlength=plan.num_ranks).astype(np.int64), slot_EX=slot_EX, limit_EX=limit_EX,
         )  # fmt: skip
 

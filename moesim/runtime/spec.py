@@ -13,12 +13,14 @@ from typing import Any
 
 from moesim.errors import ModelError, describe
 from moesim.files import read_json
+from moesim.model.hf_config import LIBRARY, parse_config, resolve_name
+from moesim.model.moe_model import MoEModel
 
 FAMILIES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "gpt_oss", "deepseek_v3")
-EXPERT_KEYS = ("num_local_experts", "n_routed_experts", "num_experts")
 FULL_SIZE_LIMIT = 1 << 30
 """Bytes of weights up to which a configuration is built as it is."""
-CONFIG_LIMIT = 1 << 20
+CONFIG_LIMIT = 4 << 20
+DEMO_MODELS = Path(__file__).parent / "models"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,11 @@ class ModelSpec:
     """Where the configuration came from, for error messages."""
     scaled: bool = False
     """True if the widths were reduced."""
+    num_experts: int = 0
+    moe_layer_ids: tuple[int, ...] = ()
+    top_k: int = 0
+    sha256: str = ""
+    """Fingerprint of the model document of that name, at full width; plans carry it."""
 
     def content(self) -> dict[str, Any]:
         """Return the JSON object that identifies the model."""
@@ -49,74 +56,58 @@ def read_spec(model: str, *, seed: int = 0, dtype: str = "float32", skew: float 
     scale: `auto` reduces the widths if the weights would exceed FULL_SIZE_LIMIT, `full` never, `tiny` always.
     Raises ModelError if the model is unknown, has no experts, or is of a family that the runtime cannot distribute.
     """
-    path = _find(model)
+    path, name = _find(model)
     config = read_json(path, limit=CONFIG_LIMIT, error=ModelError)
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: must be a JSON object, the config.json of a Hugging Face model")
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ModelError(describe(str(path), "model_type", family, f"must be one of {', '.join(FAMILIES)}", "the runtime knows the experts of these families"))
-    name = path.parent.name if path.name == "config.json" else path.stem
+    if isinstance(config, dict) and not config.get("torch_dtype") and not config.get("dtype"):
+        config = {**config, "torch_dtype": dtype}
+    facts = parse_config(config, name, str(path))
+    if not facts.moe_layer_ids:
+        raise ModelError(f"{path}: the model has no MoE layers; give a model with experts")
+    if config.get("model_type") not in FAMILIES:
+        raise ModelError(
+            describe(str(path), "model_type", config.get("model_type"), f"must be one of {', '.join(FAMILIES)}", "the runtime knows the experts of these families")
+        )
     for key, value in config.items():
-        if isinstance(value, int) and not isinstance(value, bool) and not -1 <= value <= 1 << 24:
+        if isinstance(value, int) and not -1 <= value <= 1 << 24:
             raise ModelError(describe(str(path), key, value, "must be within -1..2^24"))
-    weights = _weight_bytes(config, str(path), 4 if dtype == "float32" else 2)
-    scaled = scale == "tiny" or (scale == "auto" and weights > FULL_SIZE_LIMIT)
+    element = 4 if dtype == "float32" else 2
+    scaled = scale == "tiny" or (scale == "auto" and _weights(facts) * element > FULL_SIZE_LIMIT)
     if scaled:
         config = {**config, **_tiny_widths(config)}
-        weights = _weight_bytes(config, str(path), 4 if dtype == "float32" else 2)
-    if weights > 64 * FULL_SIZE_LIMIT:
-        raise ModelError(describe(str(path), "weights", f"{weights} B", f"must be <= {64 * FULL_SIZE_LIMIT} B"))
-    return ModelSpec(name=name, config=config, seed=seed, dtype=dtype, skew=skew, source=str(path), scaled=scaled)
+    elif _weights(facts) * element > 64 * FULL_SIZE_LIMIT:
+        size = f"{_weights(facts) * element} B"
+        raise ModelError(describe(str(path), "weights", size, f"must be <= {64 * FULL_SIZE_LIMIT} B", "serve it scaled down"))
+    return ModelSpec(
+        name=name, config=config, seed=seed, dtype=dtype, skew=skew, source=str(path), scaled=scaled,
+        num_experts=facts.num_experts, moe_layer_ids=facts.moe_layer_ids, top_k=facts.top_k, sha256=facts.sha256,
+    )  # fmt: skip
 
 
-def _find(model: str) -> Path:
+def _find(model: str) -> tuple[Path, str]:
     path = Path(model)
     if path.is_dir():
         path = path / "config.json"
-    if path.is_file():
-        return path
-    if "/" not in model and not model.endswith(".json"):
-        library = _library_file(model)
-        if library is not None:
-            return library
-    raise ModelError(f"{model}: is neither a model of the library nor a config.json; `moesim model list` shows the library")
+    if path.suffix == ".json" or "/" in model:
+        name = path.resolve().parent.name if path.name == "config.json" else path.stem
+        return path, name or "model"
+    own = DEMO_MODELS / f"{model}.json"
+    if own.is_file():
+        return own, model
+    name = resolve_name(model)
+    return LIBRARY / f"{name}.json", name
 
 
-def _library_file(name: str) -> Path | None:
-    folder = Path(__file__).parent / "models"
-    path = folder / f"{name}.json"
-    return path if path.is_file() else None
-
-
-def _number(config: dict[str, Any], place: str, *keys: str, default: int | None = None) -> int:
-    for key in keys:
-        value = config.get(key)
-        if value is not None:
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ModelError(describe(place, key, value, "must be an integer >= 1"))
-            return value
-    if default is None:
-        raise ModelError(f"{place}: needs the key {' or '.join(keys)}; it is not the configuration of a MoE model")
-    return default
-
-
-def _weight_bytes(config: dict[str, Any], place: str, element: int) -> int:
-    """Bound the bytes of all weights from above: every layer counted with experts."""
-    hidden = _number(config, place, "hidden_size")
-    layers = _number(config, place, "num_hidden_layers")
-    experts = _number(config, place, *EXPERT_KEYS)
-    ffn = _number(config, place, "moe_intermediate_size", "intermediate_size")
-    vocab = _number(config, place, "vocab_size")
-    return element * (layers * hidden * (3 * ffn * experts + 4 * hidden + experts) + 2 * vocab * hidden)
+def _weights(facts: MoEModel) -> int:
+    """Bound the number of weights from above: every layer counted with experts, shared experts and a dense FFN."""
+    ffn = 3 * facts.hidden_size * (facts.expert_ffn_size * facts.num_experts + facts.shared_ffn_size + facts.dense_ffn_size)
+    attention = 4 * facts.hidden_size * facts.attention.num_heads * facts.attention.head_dim
+    return facts.num_layers * (ffn + attention + facts.num_experts * facts.hidden_size) + 2 * facts.vocab_size * facts.hidden_size
 
 
 def _tiny_widths(config: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that make a narrow model of the same layers, experts and routing."""
-    widths: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "tie_word_embeddings": False}
-    widths["pad_token_id"] = None
-    widths["bos_token_id"] = 1
-    widths["eos_token_id"] = 2
+    widths: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512}
+    widths |= {"tie_word_embeddings": False, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
     widths |= {key: 32 for key in ("moe_intermediate_size", "shared_expert_intermediate_size") if key in config}
     widths["intermediate_size"] = 64 if "moe_intermediate_size" in config else 32
     if config["model_type"] == "deepseek_v3":

@@ -19,7 +19,10 @@ from tests.runtime.ranks import run_ranks  # noqa: E402
 
 pytestmark = pytest.mark.dist
 
-COMMON = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256, "pad_token_id": None, "eos_token_id": 2}
+COMMON = {
+    "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 256, "pad_token_id": None, "eos_token_id": 2,
+}  # fmt: skip
 FAMILIES = {
     "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "head_dim": 16, "norm_topk_prob": True},
     "olmoe": {"num_experts": 16, "num_experts_per_tok": 4},
@@ -52,7 +55,10 @@ def replicated(family: str, ranks: int, seed: int) -> Plan:
     for row in range(2):
         for expert in range(experts):
             share[row, table[row] == expert] /= share[row, table[row] == expert].sum()
-    return Plan(model=family, num_experts=experts, moe_layer_ids=(0, 1), slot_to_expert_LS=table, slot_rank_S=np.repeat(np.arange(ranks), per_rank), num_ranks=ranks, share_LS=share)
+    return Plan(
+        model=family, num_experts=experts, moe_layer_ids=(0, 1), num_ranks=ranks, slot_to_expert_LS=table,
+        slot_rank_S=np.repeat(np.arange(ranks), per_rank), share_LS=share,
+    )  # fmt: skip
 
 
 def inputs(spec: ModelSpec, ranks: int) -> tuple[Any, Any, Any]:

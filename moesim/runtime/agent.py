@@ -1,0 +1,254 @@
+"""The migration agent of one rank: what a serving loop calls between steps, and the thread that talks to the coordinator.
+
+All talk goes through the coordinator's key-value store: `cmd/n` holds command n, `rep/n/rank` its answer. Reading and
+staging happen in threads beside serving. What must happen on all ranks between the same two steps (probe, install,
+restore, stop) is scheduled without a race: a rank that answers at step s promises to start no step from s + LEASE on
+before it has read `decide/n`; the coordinator then writes, once, the largest s + LEASE as the step of the action, and
+every rank meets that decision before it gets there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from moesim.errors import ApplyError, MoesimError
+from moesim.plan import Plan
+from moesim.runtime import failpoints
+from moesim.runtime.expert_parallel import ExpertParallelExperts
+from moesim.runtime.history import History
+from moesim.runtime.migration import Migration, live_digests
+from moesim.runtime.moves import placement_sha256
+
+LEASE = 4
+"""Steps that a rank may go on before it waits for a scheduled decision."""
+DECISION_TIMEOUT_S = 30.0
+"""Longest wait for a decision; then the rank gives up, because going on could mix two maps."""
+POLL_S = 0.02
+HEARTBEAT_S = 0.25
+
+
+class Undecided(MoesimError):
+    """The coordinator has not said in time whether to install."""
+
+
+class Agent:
+    """One rank's part in checking, staging, installing and verifying a plan."""
+
+    def __init__(
+        self, *, rank: int, host: str, port: int, layers: Sequence[ExpertParallelExperts], plan: Plan, fingerprint: str,
+        probe: Callable[[], np.ndarray], metrics: Callable[[], dict[str, Any]] | None = None,
+    ) -> None:  # fmt: skip
+        """Connect to the coordinator's store at `host`:`port`. probe: runs a fixed batch through the model (a collective)."""
+        self.rank, self.layers, self.plan, self.fingerprint = rank, list(layers), plan, fingerprint
+        self.epoch, self.step, self.history = 0, 0, History(len(self.layers), plan.num_experts)
+        self._address, self._probe, self._metrics = (host, port), probe, metrics or dict
+        self._store, self._thread_store = self.connect(), self.connect()
+        self._lock = threading.Lock()
+        self._promise: dict[str, Any] | None = None
+        self._migration: Migration | None = None
+        self._probes: deque[np.ndarray] = deque(maxlen=2)
+        self._pause: dict[str, float] = {}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="moesim-agent", daemon=True)
+
+    def connect(self) -> Any:
+        """Return a client of the coordinator's store; every thread has its own."""
+        return dist.TCPStore(*self._address, is_master=False, timeout=timedelta(seconds=20))
+
+    def start(self) -> None:
+        """Begin to listen for commands."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._stopped.set()
+
+    # --- on the serving thread ----------------------------------------------------------------------
+
+    def at_step_boundary(self) -> bool:
+        """Count a finished step, carry out what is scheduled for here, and return False when serving has to stop.
+
+        Called on every rank before every step. Raises Undecided if a scheduled decision does not come.
+        """
+        with self._lock:
+            promise = self._promise
+        if promise is None:
+            return True
+        begin = time.perf_counter()
+        step = self._decision(promise)
+        if step is None or self.step < step:
+            self._add_pause("wait_ms", begin)
+            return True
+        self._add_pause("wait_ms", begin)
+        with self._lock:
+            self._promise = None
+        if step < 0:
+            return True
+        if self.step > step:
+            raise Undecided(f"rank {self.rank}: reached step {self.step} before it read the decision for step {step}")
+        return self._act(promise)
+
+    def count_step(self, *, prefill: int, decode: int, start_ns: int) -> None:
+        """Record a step that has just been served: its tokens by phase, and when it began (monotonic ns)."""
+        counts = [layer.take_counts() for layer in self.layers]
+        tables = [layer.slot_map.slot_to_expert_S[layer.first : layer.last] for layer in self.layers]
+        self.history.add(self.step, self.epoch, counts, tables, prefill=prefill, decode=decode, start_ns=start_ns)
+        with self._lock:
+            self.step += 1
+
+    def _add_pause(self, part: str, begin: float) -> None:
+        self._pause[part] = self._pause.get(part, 0.0) + (time.perf_counter() - begin) * 1e3
+
+    def _decision(self, promise: dict[str, Any]) -> int | None:
+        """Return the decided step, -1 for an abort, or None while it is open and this rank may go on."""
+        key = f"decide/{promise['n']}"
+        deadline = time.monotonic() + DECISION_TIMEOUT_S
+        while not self._store.check([key]):
+            if self.step < promise["limit"]:
+                return None
+            if time.monotonic() > deadline:
+                what = f"no decision on {promise['action']} within {DECISION_TIMEOUT_S:g} s at step {self.step}"
+                raise Undecided(f"rank {self.rank}: {what}; stopping, because going on could mix two maps")
+            time.sleep(0.002)
+        text = self._store.get(key).decode()
+        return -1 if text == "abort" else int(text)
+
+    def _act(self, promise: dict[str, Any]) -> bool:
+        action, begin = promise["action"], time.perf_counter()
+        answer: dict[str, Any] = {"ok": True, "step": self.step}
+        if action == "probe":
+            output = self._probe()
+            for layer in self.layers:
+                layer.take_counts()
+            self._probes.append(output)
+            if len(self._probes) == 2:
+                answer |= compare(*self._probes)
+            self._add_pause("probe_ms", begin)
+        elif action in ("install", "restore"):
+            assert self._migration is not None
+            self.epoch = int(promise["epoch"])
+            if failpoints.hit(f"{action}.begin"):
+                next(iter(self._migration.staged.values()))[0] ^= 1
+            getattr(self._migration, action)(self.epoch)
+            self.plan = self._migration.new if action == "install" else self._migration.old
+            self._add_pause(f"{action}_ms", begin)
+            failpoints.hit(f"{action}.end")
+        answer |= {"epoch": self.epoch, "pause": dict(self._pause)}
+        self._store.set(f"act/{promise['n']}/{self.rank}", json.dumps(answer))
+        return action != "stop"
+
+    # --- on the agent's thread ----------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        number, beat = 0, 0.0
+        try:
+            while not self._stopped.is_set():
+                now = time.monotonic()
+                if now - beat > HEARTBEAT_S:
+                    beat = now
+                    self._thread_store.set(f"status/{self.rank}", json.dumps(self.status()))
+                key = f"cmd/{number}"
+                if not self._thread_store.check([key]):
+                    time.sleep(POLL_S)
+                    continue
+                command = json.loads(self._thread_store.get(key))
+                number += 1
+                if command["kind"] == "stage":  # may block in the network, and commands have to go on being heard
+                    threading.Thread(target=self._answer, args=(command, self.connect()), daemon=True).start()
+                else:
+                    self._answer(command, self._thread_store)
+        except RuntimeError:  # DistStoreError is one
+            if not self._stopped.is_set():
+                os._exit(4)  # the coordinator is gone: nobody could ever decide again
+
+    def status(self) -> dict[str, Any]:
+        """Return where this rank is; published a few times a second."""
+        return {"rank": self.rank, "pid": os.getpid(), "step": self.step, "epoch": self.epoch, "map_sha256": self.plan.map_sha256, "time": time.monotonic()}
+
+    def _answer(self, command: dict[str, Any], store: Any) -> None:
+        try:
+            answer = {"ok": True, **getattr(self, f"_do_{command['kind']}")(command, store)}
+        except Exception as error:  # whatever went wrong is the coordinator's to judge
+            answer = {"ok": False, "error": str(error) if isinstance(error, MoesimError) else f"rank {self.rank}: {type(error).__name__}: {str(error)[:300]}"}
+        store.set(f"rep/{command['n']}/{self.rank}", json.dumps(answer))
+
+    def _do_check(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
+        """Say what this rank runs, and start the account of pauses."""
+        self._pause = {}
+        self._probes.clear()
+        begin = time.perf_counter()
+        self.layers[0].read_expert(0) if self.layers[0].held_slots else None
+        copy_s = time.perf_counter() - begin
+        return {
+            "fingerprint": self.fingerprint, "placement": placement_sha256(self.plan), "epoch": self.epoch, "step": self.step,
+            "slot_capacity": self.layers[0].slot_capacity, "expert_bytes": self.layers[0].expert_bytes, "free_bytes": free_memory(), "copy_s": copy_s,
+        }  # fmt: skip
+
+    def _do_status(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
+        return self.status()
+
+    def _do_digests(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
+        return {"table": live_digests(self.layers)}
+
+    def _do_window(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
+        return self.history.window(command["first"], command["last"])
+
+    def _do_stage(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
+        """Bring the experts of plan `plan/<apply>` into staging buffers."""
+        if self._migration is not None:
+            raise ApplyError(f"rank {self.rank}: another migration is staged")
+        plan = Plan.from_content(json.loads(store.get(f"plan/{command['apply']}")), f"apply {command['apply']}")
+        migration = self._migration = Migration(self.layers, self.plan, plan, rank=self.rank)
+        begin = time.monotonic()
+        digests = migration.stage(dist.PrefixStore(f"p2p/{command['apply']}", store), self._address[0])
+        return {"digests": digests, "seconds": time.monotonic() - begin, "steps": self.step}
+
+    def _do_schedule(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
+        """Promise not to pass LEASE more steps before the decision is read."""
+        with self._lock:
+            if self._promise is not None:
+                raise ApplyError(f"rank {self.rank}: {self._promise['action']} is still to be decided")
+            self._promise = {**command, "limit": self.step + LEASE}
+            return {"limit": self._promise["limit"]}
+
+    def _do_finish(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
+        """Drop the staging buffers, installed or not."""
+        if self._migration is not None:
+            self._migration.close()
+        self._migration = None
+        self._probes.clear()
+        return {"epoch": self.epoch, "placement": placement_sha256(self.plan)}
+
+    def _do_metrics(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
+        return {**self.status(), **self.history.metrics(), **self._metrics()}
+
+    def _do_failpoint(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
+        if command["rank"] == self.rank:
+            failpoints.arm(command["name"], command["action"])
+        return {}
+
+
+def compare(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+    """Return whether two probe outputs are the same bits, and how far apart they are relative to their size."""
+    scale = float(np.linalg.norm(before)) or 1.0
+    return {"bitwise": before.tobytes() == after.tobytes(), "relative_error": float(np.linalg.norm(after - before)) / scale}
+
+
+def free_memory() -> int:
+    """Return the bytes that this host can still hand out."""
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,114 @@
+"""Recording what was routed: every rank spools rows to a file of its own; a finished prefix becomes a `moetrace/1` folder.
+
+A spool is two append-only files of fixed-size records per rank: tokens (step, request, position, phase, routes) and
+steps (step, epoch, tokens by phase, begin, end). Whole steps only, so any common number of steps of all ranks is a
+consistent trace. Expert ids are logical: what the router chose, before any placement.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesim.errors import InputError
+from moesim.traces.archive import FILE_NAME, MANIFEST
+from moesim.traces.routing_trace import TokenBatch, TraceShape
+from moesim.traces.writer import TraceWriter
+
+STEP = np.dtype([("step", "<u4"), ("epoch", "<u4"), ("prefill", "<u4"), ("decode", "<u4"), ("start_ns", "<i8"), ("end_ns", "<i8")])
+MAX_SPOOL_BYTES = 1 << 30
+"""Per rank; recording ends there, serving goes on, and the manifest says so."""
+
+
+def token_dtype(shape: TraceShape) -> np.dtype:
+    """Return the record of one token and forward pass."""
+    return np.dtype([("step", "<u4"), ("request", "<u8"), ("position", "<u4"), ("phase", "u1"), ("routes", shape.dtype, (shape.num_layers, shape.top_k))])
+
+
+class Spool:
+    """Appends one rank's rows to its files."""
+
+    def __init__(self, folder: Path, rank: int, shape: TraceShape) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.shape, self._dtype = shape, token_dtype(shape)
+        self._tokens = (folder / f"tokens-{rank}").open("wb")
+        self._steps = (folder / f"steps-{rank}").open("wb")
+        self.full = False
+
+    def add(
+        self, *, step: int, epoch: int, phase: int, requests: np.ndarray, positions: np.ndarray, experts_LNk: Sequence[Any], start_ns: int, end_ns: int
+    ) -> None:
+        """Append one step; `experts_LNk` holds per layer the ids [N, k] that the router chose."""
+        if self.full:
+            return
+        rows = np.empty(len(requests), self._dtype)
+        rows["step"], rows["request"], rows["position"], rows["phase"] = step, requests, positions, phase
+        for layer, ids in enumerate(experts_LNk):
+            rows["routes"][:, layer] = ids.numpy()
+        prefill = len(rows) if phase == 0 else 0
+        self._tokens.write(rows.tobytes())
+        self._tokens.flush()
+        self._steps.write(np.array([(step, epoch, prefill, len(rows) - prefill, start_ns, end_ns)], STEP).tobytes())
+        self._steps.flush()
+        self.full = self._tokens.tell() > MAX_SPOOL_BYTES
+
+
+def spooled_steps(folder: Path, ranks: int) -> int:
+    """Return how many steps all ranks have written."""
+    paths = [folder / f"steps-{rank}" for rank in range(ranks)]
+    return min((path.stat().st_size // STEP.itemsize if path.exists() else 0) for path in paths)
+
+
+def publish(folder: Path, ranks: int, shape: TraceShape, target: Path, provenance: Mapping[str, Any]) -> int:
+    """Write the steps that all ranks have spooled as a trace to `target`, replacing it whole; return the number of rows."""
+    count = spooled_steps(folder, ranks)
+    fresh = target.parent / f".{target.name}.new-{os.getpid()}"
+    shutil.rmtree(fresh, ignore_errors=True)
+    steps = [np.fromfile(folder / f"steps-{rank}", STEP, count) for rank in range(ranks)]
+    tokens = [np.memmap(folder / f"tokens-{rank}", token_dtype(shape), mode="r") for rank in range(ranks)]
+    starts = [np.concatenate([[0], np.cumsum(table["prefill"].astype(np.int64) + table["decode"])]) for table in steps]
+    facts = {"parallel": {"ep": ranks, "dp": ranks, "tp": 1}, "clock": "CLOCK_MONOTONIC"}
+    with TraceWriter(fresh, shape, provenance={**provenance, "steps": count}, facts=facts) as writer:
+        for index in range(count):
+            for rank in range(ranks):
+                rows = np.array(tokens[rank][starts[rank][index] : starts[rank][index + 1]])
+                writer.append(
+                    TokenBatch(
+                        step_T=rows["step"], rank_T=np.full(len(rows), rank, np.uint16), request_T=rows["request"], position_T=rows["position"],
+                        phase_T=rows["phase"], experts_TLK=np.ascontiguousarray(rows["routes"]),
+                    )
+                )  # fmt: skip
+        joined = np.stack(steps, axis=1).reshape(-1) if count else np.empty(0, STEP)
+        if count:
+            names = {"step": "step", "map_epoch": "epoch", "n_prefill": "prefill", "n_decode": "decode", "t_start_ns": "start_ns", "t_end_ns": "end_ns"}
+            table = {column: joined[name] for column, name in names.items()}
+            writer.add_table("steps", {**table, "rank": np.tile(np.arange(ranks, dtype=np.uint16), count)})
+    _replace(fresh, target)
+    return int(sum(start[-1] for start in starts))
+
+
+def check_target(target: Path) -> None:
+    """Raise InputError if `target` exists and holds anything but a trace, because publishing replaces it."""
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target}: is a file; give a folder for the trace")
+    strangers = sorted(path.name for path in target.iterdir() if path.name != MANIFEST and not FILE_NAME.match(path.name)) if target.exists() else []
+    if strangers:
+        raise InputError(f"{target}: holds {strangers[0]!r}, which is not part of a trace; give an empty or new folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise InputError(f"{target}: cannot be written ({cause.strerror or cause}); check the folder and its permissions") from None
+
+
+def _replace(fresh: Path, target: Path) -> None:
+    check_target(target)
+    old = target.parent / f".{target.name}.old-{os.getpid()}"
+    if target.exists():
+        os.rename(target, old)
+    os.rename(fresh, target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,85 @@
+"""What the control port of a deployment answers: status, metrics, apply, trace, stop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from moesim.errors import ApplyError, InputError, PlanError
+from moesim.plan import Plan
+from moesim.runtime import failpoints
+from moesim.runtime.apply import Apply
+from moesim.runtime.deployment import Deployment
+from moesim.runtime.journal import Journal
+
+OPS = ("status", "metrics", "apply", "trace", "stop", "failpoint")
+
+
+class Coordinator:
+    """Owns the installed plan and the journal; one change at a time."""
+
+    def __init__(
+        self, deployment: Deployment, *, spec: Any, plan: Plan, slot_capacity: int, window: int, journal: Journal, publish: Callable[[], int | None],
+    ) -> None:  # fmt: skip
+        """publish: writes the trace so far and returns its number of rows, or None if nothing is recorded."""
+        self.deployment, self.spec, self.plan, self.journal = deployment, spec, plan, journal
+        self.slot_capacity, self.window, self._publish = slot_capacity, window, publish
+        self.stop_asked = threading.Event()
+        self._busy = threading.Lock()
+        self._applies = sum(record["kind"] == "prepare" for record in journal.records)
+
+    def handle(self, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
+        """Answer one request; raise a MoesimError with the reason if it is refused."""
+        op = request["op"]
+        if op not in OPS:
+            raise InputError(f"op {op[:40]!r} is not known; it must be one of {', '.join(OPS)}")
+        return getattr(self, f"_{op}")(request, progress)
+
+    def _status(self, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
+        ranks = self.deployment
+        statuses = ranks.statuses() if ranks.failure is None else []
+        return {
+            "schema": "moesim.status/1", "state": "serving" if ranks.failure is None else "failed", "reason": ranks.failure, "model": self.spec.name,
+            "ranks": ranks.size, "pids": ranks.pids, "map_sha256": self.plan.map_sha256, "slot_capacity": self.slot_capacity, "rank_status": statuses,
+            "num_experts": self.spec.num_experts, "moe_layer_ids": list(self.spec.moe_layer_ids), "window": self.window,
+        }  # fmt: skip
+
+    def _metrics(self, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
+        return {"schema": "moesim.metrics/1", "rank_metrics": self.deployment.ask("metrics")}
+
+    def _trace(self, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
+        rows = self._publish()
+        if rows is None:
+            raise ApplyError("the deployment records no trace; start it with --trace-out")
+        return {"schema": "moesim.serve-trace/1", "rows": rows}
+
+    def _stop(self, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
+        self.stop_asked.set()
+        return {"schema": "moesim.stop/1"}
+
+    def _failpoint(self, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
+        if not failpoints.allowed():
+            raise InputError("failpoints are for tests; start the deployment with MOESIM_TEST_FAILPOINTS=1")
+        self.deployment.ask("failpoint", **{key: request[key] for key in ("rank", "name", "action")})
+        return {}
+
+    def _apply(self, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
+        plan = Plan.from_content(request.get("plan"), str(request.get("name", "plan"))[:200])
+        dry_run = request.get("dry_run", False)
+        if not isinstance(dry_run, bool):
+            raise PlanError("request: dry_run must be true or false")
+        if not self._busy.acquire(blocking=False):
+            raise ApplyError("another apply is under way; try again when it has ended")
+        try:
+            self._applies += 1
+            change = Apply(
+                self.deployment, spec=self.spec, installed=self.plan, plan=plan, number=self._applies, slot_capacity=self.slot_capacity,
+                window=self.window, journal=self.journal, progress=progress,
+            )  # fmt: skip
+            try:
+                return {"report": change.run(dry_run=dry_run)}
+            finally:
+                self.plan = change.installed
+        finally:
+            self._busy.release()

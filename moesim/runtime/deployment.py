@@ -1,0 +1,171 @@
+"""The coordinator's view of the ranks: it hosts their store, hears their answers, and notices when one dies or hangs.
+
+It is a process of its own and never a rank. Every question has a deadline; a rank that has died ends all waiting at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from moesim.errors import ApplyError
+
+ANSWER_S = 10.0
+"""Deadline of a command that needs no data to move."""
+KEEP_COMMANDS = 64
+
+
+class Deployment:
+    """Commands to all ranks, and their answers."""
+
+    def __init__(self, host: str, pids: list[int]) -> None:
+        self.host, self.pids = host, pids
+        self.store = dist.TCPStore(host, 0, None, True, timeout=timedelta(seconds=5), wait_for_workers=False)
+        self.exit_codes: dict[int, int] = {}
+        self.failure: str | None = None
+        """Why the deployment can serve no more; None while it can."""
+        self.stopping = False
+        self._number = 0
+        self._lock = threading.Lock()
+        self._monitor = threading.Thread(target=self._watch, name="moesim-monitor", daemon=True)
+
+    @property
+    def size(self) -> int:
+        """R, the number of ranks."""
+        return len(self.pids)
+
+    def start(self) -> None:
+        """Begin to watch the ranks."""
+        self._monitor.start()
+
+    # --- death ------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while len(self.exit_codes) < self.size:
+            dead = [rank for rank in range(self.size) if rank not in self.exit_codes and self._has_ended(rank)]
+            if dead and self.failure is None and not self.stopping:
+                self.failure = self._reason(dead)
+            time.sleep(0.05)
+
+    def _has_ended(self, rank: int) -> bool:
+        try:
+            pid, status = os.waitpid(self.pids[rank], os.WNOHANG)
+        except ChildProcessError:
+            self.exit_codes[rank] = -1
+            return True
+        if pid:
+            self.exit_codes[rank] = os.waitstatus_to_exitcode(status)
+        return bool(pid)
+
+    def _reason(self, dead: list[int]) -> str:
+        """Name the rank that failed first: one killed by a signal, else one whose error is not about a lost peer."""
+        killed = [rank for rank in dead if self.exit_codes[rank] < 0]
+        if killed:
+            name = signal.Signals(-self.exit_codes[killed[0]]).name if self.exit_codes[killed[0]] != -1 else "a signal"
+            return f"rank {killed[0]} (pid {self.pids[killed[0]]}) was killed by {name}"
+        said = {rank: self.get(f"down/{rank}") or f"exit code {self.exit_codes[rank]}" for rank in dead}
+        first = next((rank for rank in dead if "peer" not in said[rank]), dead[0])
+        return f"rank {first} (pid {self.pids[first]}) failed: {said[first]}"
+
+    # --- commands ---------------------------------------------------------------------------------
+
+    def get(self, key: str) -> str | None:
+        """Return the value of a key that may not exist."""
+        return self.store.get(key).decode() if self.store.check([key]) else None
+
+    def statuses(self) -> list[dict[str, Any] | None]:
+        """Return what every rank last published, with the age of it in seconds."""
+        result: list[dict[str, Any] | None] = []
+        for rank in range(self.size):
+            text = self.get(f"status/{rank}")
+            if text is None:
+                result.append(None)
+                continue
+            status = json.loads(text)
+            status["age_s"] = round(time.monotonic() - status.pop("time"), 3)
+            result.append(status)
+        return result
+
+    def ask(self, kind: str, *, timeout_s: float = ANSWER_S, **fields: Any) -> list[dict[str, Any]]:
+        """Give a command to all ranks and return their answers by rank; raise ApplyError if one refuses, dies or is late."""
+        return self._collect("rep", self._send(kind, fields), kind, timeout_s)
+
+    def _send(self, kind: str, fields: dict[str, Any]) -> int:
+        with self._lock:
+            if self.failure:
+                raise ApplyError(f"the deployment has failed: {self.failure}")
+            number = self._number
+            self._number += 1
+            self.store.set(f"cmd/{number}", json.dumps({"kind": kind, "n": number, **fields}))
+            if number >= KEEP_COMMANDS:
+                self.store.delete_key(f"cmd/{number - KEEP_COMMANDS}")
+        return number
+
+    def _collect(self, prefix: str, number: int, what: str, timeout_s: float) -> list[dict[str, Any]]:
+        deadline = time.monotonic() + timeout_s
+        answers: dict[int, dict[str, Any]] = {}
+        while True:
+            for rank in range(self.size):
+                if rank not in answers and (text := self.get(f"{prefix}/{number}/{rank}")) is not None:
+                    answers[rank] = json.loads(text)
+                    self.store.delete_key(f"{prefix}/{number}/{rank}")
+            refused = [answer["error"] for answer in answers.values() if not answer["ok"]]
+            if refused:
+                own = [text for text in refused if "peer" not in text]
+                raise ApplyError(own[0] if own else refused[0])
+            if len(answers) == self.size:
+                return [answers[rank] for rank in range(self.size)]
+            if self.failure:
+                raise ApplyError(f"{self.failure} during {what}")
+            if time.monotonic() > deadline:
+                late = [rank for rank in range(self.size) if rank not in answers]
+                raise ApplyError(f"rank {late[0]} (pid {self.pids[late[0]]}) did not answer {what} within {timeout_s:g} s; it hangs or is stopped")
+            time.sleep(0.003)
+
+    def schedule(self, action: str, *, timeout_s: float = ANSWER_S, before_decision: Any = None, **fields: Any) -> list[dict[str, Any]]:
+        """Let all ranks do `action` between the same two steps; return their answers.
+
+        before_decision: called with the step once all ranks have promised, before it is decided; it may raise.
+        """
+        number = self._send("schedule", {"action": action, **fields})
+        key = f"decide/{number}"
+        try:
+            promises = self._collect("rep", number, f"the promise to {action}", timeout_s)
+            step = max(answer["limit"] for answer in promises)
+            if before_decision is not None:
+                before_decision(step)
+        except BaseException:
+            self.store.compare_set(key, "", "abort")
+            raise
+        decided = self.store.compare_set(key, "", str(step)).decode()
+        if decided != str(step):
+            raise ApplyError(f"{action} was decided elsewhere: {decided}")
+        return self._collect("act", number, action, timeout_s)
+
+    # --- stop -------------------------------------------------------------------------------------
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """End all ranks: by agreement if they answer, else by SIGTERM and then SIGKILL. Returns when none is left."""
+        self.stopping = True
+        if self.failure is None and not self.exit_codes:
+            with contextlib.suppress(ApplyError):
+                self.schedule("stop", timeout_s=timeout_s)
+        self._await_ends(timeout_s if self.failure is None else 0.0)
+        for name, wait_s in ((signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0)):
+            for rank in [rank for rank in range(self.size) if rank not in self.exit_codes]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pids[rank], name)
+            self._await_ends(wait_s)
+
+    def _await_ends(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while len(self.exit_codes) < self.size and time.monotonic() < deadline:
+            time.sleep(0.01)

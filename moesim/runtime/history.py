@@ -1,0 +1,87 @@
+"""What one rank counted step by step: rows received per slot and layer, time, tokens; the source of all balance figures.
+
+Shapes: L layers, E experts, Q the local slots of this rank.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moesim.errors import ApplyError
+
+KEEP_STEPS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One served step."""
+
+    step: int
+    epoch: int
+    received: tuple[np.ndarray, ...]
+    """Per layer int64 [Q]: rows received per local slot."""
+    tables: tuple[np.ndarray, ...]
+    """Per layer int32 [Q]: expert of every local slot in that step."""
+    compute_s: float
+    """Seconds spent on experts."""
+    prefill: int
+    decode: int
+    start_ns: int
+    end_ns: int
+
+
+class History:
+    """The last steps of one rank; written by the serving thread, read by the agent's."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.num_layers, self.num_experts = num_layers, num_experts
+        self._records: deque[StepRecord] = deque(maxlen=KEEP_STEPS)
+        self._lock = threading.Lock()
+        self.rows, self.tokens = np.zeros(num_layers, np.int64), 0
+
+    def add(
+        self, step: int, epoch: int, counts: Sequence[tuple[np.ndarray, float]], tables: Sequence[np.ndarray], *, prefill: int, decode: int, start_ns: int
+    ) -> None:
+        """Record one step."""
+        record = StepRecord(
+            step, epoch, tuple(rows for rows, _ in counts), tuple(tables), sum(seconds for _, seconds in counts), prefill, decode, start_ns, time.monotonic_ns()
+        )
+        with self._lock:
+            self._records.append(record)
+            self.rows += [int(rows.sum()) for rows, _ in counts]
+            self.tokens += prefill + decode
+
+    def _between(self, first: int, last: int) -> list[StepRecord]:
+        with self._lock:
+            return [record for record in self._records if first <= record.step < last]
+
+    def window(self, first: int, last: int) -> dict[str, Any]:
+        """Return the sums over the steps in [first, last); raise ApplyError if they are not all at hand."""
+        records = self._between(first, last)
+        if len(records) != last - first:
+            raise ApplyError(f"steps {first}..{last - 1} are not all in the history, which holds {len(records)} of them")
+        rows_LE = np.zeros((self.num_layers, self.num_experts), np.int64)
+        for record in records:
+            for layer, (rows, table) in enumerate(zip(record.received, record.tables, strict=True)):
+                used = table >= 0
+                np.add.at(rows_LE[layer], table[used], rows[used])
+        times = np.array([record.end_ns - record.start_ns for record in records]) / 1e6
+        return {
+            "rows_LE": rows_LE.tolist(), "compute_s": sum(record.compute_s for record in records), "step_ms": float(times.mean()),
+            "epochs": sorted({record.epoch for record in records}),
+        }  # fmt: skip
+
+    def metrics(self) -> dict[str, Any]:
+        """Return totals since the start and step times over what is kept."""
+        with self._lock:
+            times = np.array([record.end_ns - record.start_ns for record in self._records] or [0]) / 1e6
+            rows, tokens = self.rows.tolist(), self.tokens
+        p50, p99 = np.percentile(times, [50, 99]).tolist()
+        return {"tokens": tokens, "rows_L": rows, "step_ms": {"mean": float(times.mean()), "p50": p50, "p99": p99}}
