@@ -31,6 +31,9 @@ class LinkModel:
         self.out_Bps = self._port_Bps(self._out) / max(cluster.fabric_oversubscription, 1.0) if self._out else float("inf")
         """Bytes/s of a device's share of the scale-out link, one direction."""
         self._curves: dict[tuple[str, int], tuple[Curve, float] | None] = {}
+        pair = self._curve("alltoall", 2)
+        self._call_s = float(pair[0].seconds.min()) if pair is not None else 0.0
+        """Seconds of a call that moves next to nothing: what every transfer between nodes costs besides the NIC."""
 
     @staticmethod
     def _port_Bps(link: Link) -> float:
@@ -76,7 +79,8 @@ class LinkModel:
         if not calibrated:
             self._policy.fall_back(operation, self._tables.label("nccl"), f"op_name={operation}, nodes={nodes}", Provenance.ROOFLINE)
         code = Provenance.CALIBRATED if calibrated else Provenance.ROOFLINE
-        return self._ring(self._link("scale_out", self._out), operation, size, nodes, code)
+        ring = self._ring(self._link("scale_out", self._out), operation, size, nodes, code)
+        return Timing(seconds=ring.seconds + self._call_s, provenance=ring.provenance)
 
     def _ring(self, link: Link, operation: str, size: np.ndarray, members: int, code: Provenance) -> Timing:
         passes = _RING_PASSES[operation] * (members - 1)
@@ -116,17 +120,19 @@ class LinkModel:
     def p2p(self, nbytes: np.ndarray, nodes: int) -> Timing:
         """Return the time of one message between two devices of a node, or of two nodes."""
         size = np.maximum(np.asarray(nbytes, dtype=np.float64), 0.0)
-        if nodes > 1:
-            link = self._link("scale_out", self._out)
-            code = Provenance.CALIBRATED if self._tables.stem("deepep_normal_1to8nodes") else Provenance.ROOFLINE
+        pair = self._curve("alltoall", 2)
+        if pair is not None:
+            # Each of two devices sends half of its buffer to the other.
+            inside = timing(pair[0](2.0 * size).seconds, Provenance.CALIBRATED)
         else:
-            found = self._curve("alltoall", 2)
-            if found is not None:
-                return zero_where(timing(found[0](2.0 * size).seconds, Provenance.CALIBRATED), size <= 0)
-            link, code = self._link("scale_up", self._up), Provenance.ROOFLINE
-        if code is Provenance.ROOFLINE:
-            self._policy.fall_back("p2p", self._tables.label("nccl"), "op_name=alltoall, num_gpus=2" if nodes == 1 else f"nodes={nodes}", code)
-        return zero_where(timing(link.latency_s + size / self._reached(link, size), code), size <= 0)
+            self._policy.fall_back("p2p", self._tables.label("nccl"), "op_name=alltoall, num_gpus=2", Provenance.ROOFLINE)
+            link = self._link("scale_up", self._up) if nodes == 1 else self._link("scale_out", self._out)
+            inside = timing(link.latency_s + size / self._reached(link, size), Provenance.ROOFLINE)
+        if nodes == 1 or pair is None:
+            return zero_where(inside, size <= 0)
+        nic = self._link("scale_out", self._out)
+        seconds = nic.latency_s + np.maximum(inside.seconds, self._call_s + size / self._reached(nic, size))
+        return zero_where(timing(seconds, inside.provenance), size <= 0)
 
     def all_to_all(self, up: np.ndarray, out: np.ndarray, *, ranks: int, devices: int, one_after_the_other: bool) -> Timing:
         """Return the time of the bytes on a rank's ports; the ports work side by side, or one after the other."""
