@@ -15,7 +15,7 @@ import numpy as np
 from moesim.errors import TraceError, describe
 from moesim.files import canonical_json, parse_json, sha256_hex
 from moesim.traces.archive import FILE_NAME, MANIFEST
-from moesim.traces.columns import Spec
+from moesim.traces.layout import Spec
 from moesim.traces.routing_trace import TraceShape
 
 SCHEMA = "moetrace/1"

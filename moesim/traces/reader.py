@@ -15,7 +15,8 @@ import numpy as np
 
 from moesim.errors import TraceError, describe
 from moesim.traces.archive import MANIFEST, Archive, FolderArchive, ZipArchive
-from moesim.traces.columns import Spec, TableReader
+from moesim.traces.columns import TableReader
+from moesim.traces.layout import Spec
 from moesim.traces.manifest import TABLES, Manifest, Shard, counts_spec, parse_manifest, token_spec
 from moesim.traces.routing_trace import GroupInfo, RoutingTrace, TokenBatch, check_batch, check_counts
 
@@ -119,7 +120,7 @@ class _Store:
         """Decode all row groups of a side table."""
         table = self.reader(shard, spec)
         with table.file:
-            parts = [table.read(group) for group in range(len(table.rows_of_group))]
+            parts = [table.read(group) for group in range(len(table.groups))]
         empty = {name: np.empty((0, kind) if isinstance(kind, int) else 0, np.uint8 if isinstance(kind, int) else kind) for name, kind in spec.items()}
         return {name: np.concatenate([part[name] for part in parts]) if parts else empty[name] for name in spec}
 
@@ -168,13 +169,13 @@ class StoredTokens:
             groups, where = [], []
             for shard in self._shards:
                 reader = self._reader(shard)
-                for group, rows in enumerate(reader.rows_of_group):
-                    claimed = reader.statistics(group, 0)
-                    if claimed is None:
-                        steps = reader.read(group, ["step"])["step"]
-                        claimed = int(steps.min()), int(steps.max())
-                    groups.append(GroupInfo(rows=rows, step_min=claimed[0], step_max=claimed[1]))
-                    where.append((shard, group))
+                for index, group in enumerate(reader.groups):
+                    low, high = group.chunks[0].low, group.chunks[0].high
+                    if low is None or high is None:
+                        steps = reader.read(index, ["step"])["step"]
+                        low, high = int(steps.min()), int(steps.max())
+                    groups.append(GroupInfo(rows=group.rows, step_min=low, step_max=high))
+                    where.append((shard, index))
             self._groups, self._where = groups, where
         return self._groups
 

@@ -20,6 +20,7 @@ from moesim.errors import InputError, TraceError, describe
 from moesim.files import write_atomic
 from moesim.traces import columns as parquet
 from moesim.traces.archive import FILE_NAME, MANIFEST
+from moesim.traces.layout import Spec
 from moesim.traces.manifest import FACTS, MODEL_FACTS, TABLES, Columns, Manifest, Shard, counts_spec, token_spec
 from moesim.traces.routing_trace import RoutingTrace, TokenBatch, TraceShape, check_batch, check_counts, concatenate
 
@@ -165,7 +166,7 @@ class TraceWriter:
         self._windows = tuple(names)
         self._num_rows = len(names)
 
-    def _write_table(self, name: str, spec: parquet.Spec, values: Mapping[str, np.ndarray]) -> None:
+    def _write_table(self, name: str, spec: Spec, values: Mapping[str, np.ndarray]) -> None:
         temporary = self.path / f"{name}.parquet.tmp"
         try:
             parquet.write_table(temporary, spec, values)
