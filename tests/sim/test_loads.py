@@ -46,11 +46,9 @@ def make_routing(seed: int, plan: Plan, counts_R: np.ndarray, top_k: int, *, dty
     return PassRouting(experts_TLK=experts, rank_T=np.repeat(np.arange(plan.num_ranks), counts_R).astype(np.int32), valid_TLK=valid)
 
 
-def replica(plan: Plan, layer: int, expert: int, index: int) -> int:
+def replica(slots: list[int], share: list[float], index: int) -> int:
     """The slot that the definition gives to the token of this index in its rank."""
     point = (math.floor(64 * (((index + 1) * GOLDEN_FRACTION) % 2**64 / 2**64)) + 0.5) / 64
-    slots = [s for s, e in enumerate(plan.slot_to_expert_LS[layer]) if e == expert]
-    share = [float(plan.shares_LS()[layer, s]) for s in slots]
     upto = 0.0
     for slot, part in zip(slots, share, strict=True):
         upto += part
@@ -66,6 +64,11 @@ def count_by_hand(plan: Plan, routing: PassRouting, ranks_per_node: int) -> dict
         "assign_PLRR": np.zeros((1, layers, ranks, ranks)), "copy_PLRR": np.zeros((1, layers, ranks, ranks)), "node_PLRN": np.zeros((1, layers, ranks, nodes)),
     }
     seen: dict[int, int] = defaultdict(int)
+    slots_of: dict[tuple[int, int], list[int]] = defaultdict(list)
+    share_LS = plan.shares_LS()
+    for layer in range(layers):
+        for slot in range(slots):
+            slots_of[layer, int(plan.slot_to_expert_LS[layer, slot])].append(slot)
     for token, source in enumerate(routing.rank_T.tolist()):
         index, seen[source] = seen[source], seen[source] + 1
         result["tokens_PR"][0, source] += 1
@@ -74,7 +77,8 @@ def count_by_hand(plan: Plan, routing: PassRouting, ranks_per_node: int) -> dict
             for k in range(routing.experts_TLK.shape[2]):
                 if routing.valid_TLK is not None and not routing.valid_TLK[token, layer, k]:
                     continue
-                slot = replica(plan, layer, int(routing.experts_TLK[token, layer, k]), index)
+                choices = slots_of[layer, int(routing.experts_TLK[token, layer, k])]
+                slot = replica(choices, [float(share_LS[layer, s]) for s in choices], index)
                 target = int(plan.slot_rank_S[slot])
                 places.add(target)
                 result["routed_PLR"][0, layer, source] += 1
@@ -241,6 +245,14 @@ def test_experts_beyond_a_byte_are_told_apart() -> None:
     assert_counts(loads, count_by_hand(plan, routing, 8))
 
 
+@pytest.mark.parametrize(("experts", "dtype"), [(255, np.uint8), (256, np.uint8), (256, np.uint16), (65535, np.uint16), (65536, np.uint16)])
+def test_dropped_choices_do_not_count_even_if_every_number_is_an_expert(experts: int, dtype: Any) -> None:
+    plan = linear(model="toy", num_experts=experts, moe_layer_ids=[0, 1], num_ranks=4)
+    routing = make_routing(3, plan, np.full(4, 20), 3, dtype=dtype, holes=0.5)
+    loads = compile_pass(plan, experts_TLK=routing.experts_TLK, rank_T=routing.rank_T, valid_TLK=routing.valid_TLK, ranks_per_node=2)
+    assert_counts(loads, count_by_hand(plan, routing, 2))
+
+
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.1, 0.99, 0.0, 1.0])
 def test_shares_of_replicas_are_met_within_one_part_in_64(share: float) -> None:
     plan = Plan(
@@ -288,7 +300,8 @@ GOOD: dict[str, Any] = {"experts_TLK": np.zeros((4, 2, 2), np.uint8), "rank_T": 
         ({"experts_TLK": np.zeros((4, 3, 2), np.uint8)}, "experts_TLK"),
         ({"experts_TLK": np.zeros((4, 2, 2), np.int64)}, "experts_TLK"),
         ({"experts_TLK": np.full((4, 2, 2), 8, np.uint8)}, "expert = 8"),
-        ({"experts_TLK": np.full((4, 2, 2), 9, np.uint8), "valid_TLK": np.ones((4, 2, 2), bool)}, "expert = 9"),
+        ({"experts_TLK": np.full((4, 2, 2), 8, np.uint8), "valid_TLK": np.ones((4, 2, 2), bool)}, "expert = 8"),
+        ({"experts_TLK": np.full((4, 2, 2), 300, np.uint16), "valid_TLK": np.ones((4, 2, 2), bool)}, "expert = 300"),
         ({"rank_T": np.array([0, 1, 0, 2])}, "token 2"),
         ({"rank_T": np.array([0, 1, 2, 3])}, "rank_T"),
         ({"rank_T": np.array([-1, 0, 1, 2])}, "rank_T"),
