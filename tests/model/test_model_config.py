@@ -289,7 +289,8 @@ def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
 
 
 KEYS = st.sampled_from([*BASE, "layer_types", "quantization_config", "n_group", "kv_lora_rank", "moe_layer_freq"])
-VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=4) | st.just({})
+SCALARS: st.SearchStrategy[Any] = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+VALUES = SCALARS | st.lists(st.integers(), max_size=4) | st.just({})
 
 
 @given(st.dictionaries(KEYS, VALUES, max_size=5))
