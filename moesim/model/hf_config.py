@@ -197,6 +197,9 @@ def _attention(keys: Keys, layers: int, hidden: int) -> Attention:
             q_lora_rank=keys.whole("q_lora_rank", low=1, high=1_000_000, required=False), kv_lora_rank=latent, qk_nope_head_dim=nope,
             qk_rope_head_dim=keys.need("qk_rope_head_dim", low=1, high=65_536), v_head_dim=keys.need("v_head_dim", low=1, high=65_536),
         )
+    for key in ("q_lora_rank", "o_lora_rank"):
+        if keys.get(key)[1]:
+            raise ModelError(describe(keys.place, key, keys.get(key)[1], "needs kv_lora_rank: the sizes of low-rank attention other than MLA are unknown"))
     kv_heads = keys.need("num_key_value_heads", "num_kv_heads", low=1, high=65_536, default=heads)
     if heads % kv_heads:
         raise ModelError(describe(keys.place, "num_key_value_heads", kv_heads, f"must divide num_attention_heads ({heads})"))

@@ -242,6 +242,7 @@ def test_absurd_sizes_are_refused(key: str, value: Any) -> None:
         ({"first_k_dense_replace": 9}, "0..8"),
         ({"layer_types": ["linear_attention"] * 8}, "layer_types = 'linear_attention'"),
         ({"zero_expert_num": 2}, "zero_expert_num"),
+        ({"q_lora_rank": 16}, "q_lora_rank = 16 needs kv_lora_rank"),
         ({"hybrid_layer_pattern": [0, 1]}, "is not understood"),
         ({"attn_type_list": [1, 0]}, "attn_type_list"),
         ({"tie_word_embeddings": "no"}, "true or false"),
@@ -290,7 +291,7 @@ def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
 
 KEYS = st.sampled_from([*BASE, "layer_types", "quantization_config", "n_group", "kv_lora_rank", "moe_layer_freq"])
 SCALARS: st.SearchStrategy[Any] = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-VALUES = SCALARS | st.lists(st.integers(), max_size=4) | st.just({})
+VALUES: st.SearchStrategy[Any] = SCALARS | st.lists(st.integers(), max_size=4) | st.just({})
 
 
 @given(st.dictionaries(KEYS, VALUES, max_size=5))
