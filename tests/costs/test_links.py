@@ -76,6 +76,12 @@ def test_doubling_a_bandwidth_is_never_slower(bare: Cluster, v3: MoEModel) -> No
             assert (fast_s < slow_s).all()
 
 
+def test_a_message_is_half_of_a_pairs_alltoall(h100: Cluster, v3_costs: CostModel) -> None:
+    rows = read_table(h100, "nccl2.29.2", where={"op_name": "alltoall", "num_gpus": 2, "nccl_dtype": "half"})
+    timed = v3_costs.p2p(rows["message_bytes"] / 2)
+    assert (timed.seconds == rows["latency_s"]).all() and (timed.provenance == Provenance.CALIBRATED).all()
+
+
 def test_a_message_between_nodes_is_slower_than_inside(v3_costs: CostModel) -> None:
     size = np.array([1e5, 1e8])
     assert (v3_costs.p2p(size, nodes=2).seconds > v3_costs.p2p(size).seconds).all()
