@@ -172,7 +172,7 @@ def solve(
         moe_layer_ids=moe_model.moe_layer_ids,
         slots_per_rank_R=slots_R,
         parallel=Parallel(ep=cluster.num_ranks, dp=cluster.num_ranks),
-        fingerprints={"model": moe_model.sha256, "hardware": cluster.sha256, "trace": ",".join(item.sha256 for item in routings)},
+        fingerprints={"model": moe_model.sha256, "hardware": cluster.sha256, "trace": ",".join(item.fingerprint for item in routings)},
     )
     rank_load_KLR = np.stack([plan.rank_load_LR(load) for load in load_KLE])
     most = rank_load_KLR.max(axis=2)

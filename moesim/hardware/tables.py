@@ -117,6 +117,14 @@ def _columns(path: Path, stamp: tuple[int, int]) -> tuple[str, ...]:
     return tuple(_open(path, stamp).schema_arrow.names)
 
 
+def _numbers(array: Any) -> np.ndarray:
+    """Return the values of an Arrow array without nulls from its buffer: `to_numpy` would import pandas."""
+    kind = {"double": "float64", "float": "float32", "halffloat": "float16"}.get(str(array.type), str(array.type))
+    if kind not in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64"):
+        return np.array(array.to_pylist(), dtype=object)
+    return np.frombuffer(array.buffers()[1], dtype=kind, count=len(array) + array.offset)[array.offset :]
+
+
 @lru_cache(maxsize=512)
 def _column(path: Path, stamp: tuple[int, int], name: str) -> tuple[np.ndarray | None, np.ndarray]:
     """Return (names, codes) of a text column, or (None, values) of a numeric one."""
@@ -131,10 +139,11 @@ def _column(path: Path, stamp: tuple[int, int], name: str) -> tuple[np.ndarray |
         if pa.types.is_dictionary(column.type):
             chunk = column.unify_dictionaries().combine_chunks()
             chunk = chunk.chunk(0) if isinstance(chunk, pa.ChunkedArray) else chunk
-            names, values = np.array([*chunk.dictionary.to_pylist(), None], dtype=object)[:-1], chunk.indices.to_numpy(zero_copy_only=False)
+            names, values = np.array([*chunk.dictionary.to_pylist(), None], dtype=object)[:-1], _numbers(chunk.indices)
             names.setflags(write=False)
             return names, values
-        values = column.to_numpy()
+        chunk = column.combine_chunks()
+        values = _numbers(chunk.chunk(0) if isinstance(chunk, pa.ChunkedArray) else chunk)
     except (pa.ArrowException, OSError) as cause:
         raise HardwareError(f"{path}: column {name!r} is damaged ({' '.join(str(cause).split())}); convert the table again") from None
     if values.dtype.kind not in "iuf":

@@ -16,14 +16,15 @@ MAX_EVENTS = 200_000
 
 def write_timeline(ledger: Ledger, path: Path) -> int:
     """Write the kept intervals of `ledger` to `path`; return the number of events (at most `MAX_EVENTS`, whole passes first)."""
-    lanes = sorted({interval.lane for interval in ledger.intervals})
+    kept = list(ledger.intervals())
+    lanes = sorted({interval.lane for interval in kept})
     events: list[dict[str, object]] = []
     for rank in range(ledger.num_ranks):
         events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}})
         events += [{"ph": "M", "name": "thread_name", "pid": rank, "tid": tid, "args": {"name": lane}} for tid, lane in enumerate(lanes)]
     per_interval = 2 * ledger.num_ranks
     count = 0
-    for interval in ledger.intervals:
+    for interval in kept:
         if count + per_interval > MAX_EVENTS:
             break
         tid = lanes.index(interval.lane)

@@ -200,11 +200,11 @@ def blocks(counts_X: np.ndarray, block_tokens: int) -> Iterator[tuple[int, int]]
     """Cut groups of `counts_X` tokens (> 0) into blocks of about `block_tokens`: large groups evenly and alone, small ones together."""
     low = high = 0
     for count in counts_X.tolist():
-        if high > low and (high - low + count > block_tokens or 4 * count >= block_tokens):
+        if high > low and (high - low + count > block_tokens or 2 * count >= block_tokens):
             yield low, high
             low = high
         high += count
-        if 4 * count >= block_tokens:
+        if 2 * count >= block_tokens:
             pieces = -(-2 * count // (3 * block_tokens))  # up to half as large again, rather than a small rest
             cuts = [low + count * piece // pieces for piece in range(pieces + 1)]
             yield from zip(cuts, cuts[1:], strict=False)

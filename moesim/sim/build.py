@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.costs.model import CostModel
-from moesim.costs.provenance import Timing
+from moesim.costs.provenance import Timing, total
 from moesim.errors import PlanError, describe
 from moesim.hardware.cluster import Cluster
 from moesim.model.moe_model import DTYPE_BYTES, MoEModel
@@ -110,7 +110,7 @@ class ProgramBuilder:
             )
         if prefill is None or decode is None:
             return prefill or decode  # type: ignore[return-value]
-        return Timing(prefill.seconds + decode.seconds, np.maximum(prefill.provenance, decode.provenance))
+        return total(prefill, decode)
 
     def _attention_reduce(self, shape: PassShape) -> Timing | None:
         if self.tp == 1:

@@ -6,14 +6,16 @@ is bounded whatever the length of a trace. Seconds and bytes. Shapes: P passes, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from moesim.costs.provenance import Provenance
 from moesim.sim.evaluate import Times
 from moesim.sim.ops import Program
 
-CLASSES = ("measured", "interpolated", "calibrated", "trace", "extrapolated", "roofline")
+CLASSES = tuple(item.name.lower() for item in Provenance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Ledger:
     """Label → arrays [P] of mean seconds per rank, one per recorded batch."""
     class_s: np.ndarray = field(default_factory=lambda: np.zeros(len(CLASSES)))
     """Rank-seconds of work by provenance class."""
-    intervals: list[Interval] = field(default_factory=list)
+    _kept: list[tuple[Program, Times, int, int, float, int]] = field(default_factory=list)
     _batches: list[int] = field(default_factory=list)
 
     def record(self, program: Program, times: Times, *, steps: list[int], begin_s: float, overhead_s: float = 0.0) -> float:
@@ -51,17 +53,14 @@ class Ledger:
         passes = len(finish_P)
         start_P = begin_s + np.r_[0.0, np.cumsum(finish_P[:-1])]
         sums: dict[str, np.ndarray] = {}
-        busy = np.zeros((passes, self.num_ranks))
         for index, op in enumerate(program.ops):
             start, end, gate = times.start[index], times.end[index], times.gate[index]
             length = np.broadcast_to(end - start, (passes, self.num_ranks))
             if gate is not None:
-                wait = np.clip(np.broadcast_to(gate - start, length.shape), 0.0, length)
+                wait = np.minimum(gate - start, length)
                 sums["straggler_wait"] = sums.get("straggler_wait", 0.0) + wait.sum(axis=1)
                 length = length - wait
-                busy += wait
             sums[op.label] = sums.get(op.label, 0.0) + length.sum(axis=1)
-            busy += length
             self._count_classes(op.provenance, length)
         sums["overhead"] = np.full(passes, overhead_s * self.num_ranks)
         for label in set(sums) | set(self.by_label):
@@ -69,7 +68,7 @@ class Ledger:
             history.append(np.asarray(sums.get(label, np.zeros(passes))) / self.num_ranks)
         self._batches.append(passes)
         for row in range(min(passes, max(0, self.keep_passes - len(self.step)))):
-            self._keep(program, times, row, passes, float(start_P[row]), steps[row])
+            self._kept.append((program, times, row, passes, float(start_P[row]), steps[row]))
         self.step += steps
         self.start_s += start_P.tolist()
         self.duration_s += finish_P.tolist()
@@ -83,13 +82,14 @@ class Ledger:
             codes = np.broadcast_to(codes, length.shape)
             self.class_s += np.bincount(codes.ravel(), weights=length.ravel(), minlength=len(CLASSES))
 
-    def _keep(self, program: Program, times: Times, row: int, passes: int, offset: float, step: int) -> None:
-        def at(value: np.ndarray) -> np.ndarray:
-            return np.broadcast_to(value, (passes, self.num_ranks))[row] + offset
-
-        for index, op in enumerate(program.ops):
-            gate = times.gate[index]
-            self.intervals.append(Interval(step, op.layer, op.label, op.lane, at(times.start[index]), None if gate is None else at(gate), at(times.end[index])))
+    def intervals(self) -> Iterator[Interval]:
+        """Yield the Ops of the kept passes on the run's clock, pass by pass."""
+        for program, times, row, passes, offset, step in self._kept:
+            for index, op in enumerate(program.ops):
+                gate = times.gate[index]
+                start, end = (np.broadcast_to(value, (passes, self.num_ranks))[row] + offset for value in (times.start[index], times.end[index]))
+                ready = None if gate is None else np.broadcast_to(gate, (passes, self.num_ranks))[row] + offset
+                yield Interval(step, op.layer, op.label, op.lane, start, ready, end)
 
     # --- metrics ---------------------------------------------------------------------------------
 

@@ -42,11 +42,11 @@ def device_tier(cluster: Cluster) -> str:
 
 def weight_bytes_R(model: MoEModel, plan: Plan, *, attention_tp: int) -> np.ndarray:
     """Return float64 [R]: bytes of weights on every rank."""
-    fixed = sizes.embedding_bytes(model) / attention_tp
+    fixed = sizes.embedding_bytes(model, attention_tp)
     fixed += model.num_layers * sizes.attention_weight_bytes(model, attention_tp)
-    fixed += (model.num_layers - len(model.moe_layer_ids)) * sizes.dense_ffn_bytes(model) / attention_tp
+    fixed += (model.num_layers - len(model.moe_layer_ids)) * sizes.dense_ffn_bytes(model, attention_tp)
     if model.moe_layer_ids:
-        fixed += len(model.moe_layer_ids) * (sizes.shared_ffn_bytes(model) + sizes.gate_bytes(model))
+        fixed += len(model.moe_layer_ids) * (sizes.shared_ffn_bytes(model) + sizes.router_bytes(model))
         slots_R = np.zeros(plan.num_ranks)
         np.add.at(slots_R, plan.slot_rank_S, (plan.slot_to_expert_LS >= 0).sum(axis=0).astype(float))
         return fixed + slots_R * sizes.expert_bytes(model)
@@ -68,7 +68,7 @@ def account(cluster: Cluster, model: MoEModel, plan: Plan, *, attention_tp: int,
         tier=name,
         capacity_bytes=capacity,
         weights_bytes=float(weights_R[rank]),
-        kv_bytes=kv_entries * sizes.kv_bytes_per_token(model) / max(1, min(attention_tp, model.attention.num_kv_heads)),
+        kv_bytes=kv_entries * sizes.kv_bytes_per_token(model, attention_tp),
         activation_bytes=tokens * width * DTYPE_BYTES[model.dtype],
     )
     if result.peak_bytes > capacity:
