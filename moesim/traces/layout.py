@@ -169,7 +169,7 @@ def check_pages(file: BinaryIO, chunk: Chunk, kind: np.dtype[Any] | int, *, rows
             inner = header[{0: 5, 2: 7, 3: 8}[page]]  # type: ignore[index]
             uncompressed, compressed, count = header[2], header[3], inner[1]
             good = uncompressed >= 0 and compressed >= 0 and 0 <= count <= rows and (page != 0 or inner[2] in _ENCODINGS)
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, IndexError, AttributeError):
             raise BadLayout("holds a page of an unknown kind") from None
         except ThriftError as cause:
             raise BadLayout(str(cause)) from None
