@@ -86,17 +86,22 @@ class ExchangeCost:
         return hidden * DTYPE_BYTES.get(self._model.dtype, 2.0)
 
     def __call__(
-        self, algorithm: str, stage: str, *, assign_RR: np.ndarray | None, copy_RR: np.ndarray | None, node_RN: np.ndarray | None
+        self,
+        algorithm: str,
+        stage: str,
+        *,
+        assign_RR: np.ndarray | None,
+        copy_RR: np.ndarray | None,
+        node_RN: np.ndarray | None,
+        copies: Ports | None = None,
     ) -> ExchangeTiming:
         """Return times and bytes; see `CostModel.exchange`."""
         if stage not in STAGES:
             raise CostError(describe("exchange", "stage", stage, f"must be one of {', '.join(STAGES)}"))
-        any_pairs = assign_RR if assign_RR is not None else copy_RR
-        if any_pairs is None:
-            raise CostError("exchange: assign_RR and copy_RR are missing; give the counts of tokens between ranks")
-        num_ranks = np.asarray(any_pairs).shape[-1]
+        if copies is None:
+            copies = self.copies(algorithm, assign_RR=assign_RR, copy_RR=copy_RR, node_RN=node_RN)
+        num_ranks = copies.local.shape[-1]
         devices = devices_per_node(num_ranks, self._devices)
-        copies = ports(algorithm, devices, assign_RR=assign_RR, copy_RR=copy_RR, node_RN=node_RN)
         if stage == "combine":
             copies = copies.reversed()
         size = self.payload_bytes(stage)
@@ -120,6 +125,14 @@ class ExchangeCost:
             bytes={"local": moved.local.sum(axis=-1), "intra_node": moved.up_out.sum(axis=-1), "inter_node": moved.out_out.sum(axis=-1)},
             port_bytes={"intra_out": moved.up_out, "intra_in": moved.up_in, "inter_out": moved.out_out, "inter_in": moved.out_in},
         )
+
+    def copies(self, algorithm: str, *, assign_RR: np.ndarray | None, copy_RR: np.ndarray | None, node_RN: np.ndarray | None) -> Ports:
+        """Return the copies on every port in the direction of dispatch; dispatch and combine share them."""
+        pairs = assign_RR if assign_RR is not None else copy_RR
+        if pairs is None:
+            raise CostError("exchange: assign_RR and copy_RR are missing; give the counts of tokens between ranks")
+        devices = devices_per_node(np.asarray(pairs).shape[-1], self._devices)
+        return ports(algorithm, devices, assign_RR=assign_RR, copy_RR=copy_RR, node_RN=node_RN)
 
     # --- tables -----------------------------------------------------------------------------------------------
 

@@ -80,11 +80,22 @@ class Curve:
 
     def __call__(self, query: np.ndarray) -> Timing:
         """Return the time at every size of `query`."""
+        if self.work is identity and len(self.keys) > 1:
+            return self._plain(query)
         at = bracket(self.keys, query, self.work)
         high = np.minimum(at.low + 1, len(self.keys) - 1)
         # The two-product form returns the grid value exactly at weight 0 and 1.
         seconds = (self.seconds[at.low] * (1.0 - at.weight) + self.seconds[high] * at.weight) * at.beyond
         return Timing(seconds=seconds, provenance=np.where(at.on_key, _MEASURED, np.where(at.inside, _INTERPOLATED, _CALIBRATED)))
+
+
+    def _plain(self, query: np.ndarray) -> Timing:
+        """Return the same where work is size: one library interpolation instead of a dozen array passes."""
+        keys, query = self.keys, np.asarray(query, dtype=np.float64)
+        seconds = np.interp(query, keys, self.seconds) * np.maximum(query / keys[-1], 1.0)
+        on_key = keys[np.minimum(np.searchsorted(keys, query), len(keys) - 1)] == query
+        inside = (query >= keys[0]) & (query <= keys[-1])
+        return Timing(seconds=seconds, provenance=np.where(on_key, _MEASURED, np.where(inside, _INTERPOLATED, _CALIBRATED)))
 
 
 @dataclass(frozen=True, slots=True)

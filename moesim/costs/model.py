@@ -20,7 +20,7 @@ from moesim.costs.provenance import Policy, Timing, timing, total, zero_where
 from moesim.costs.provenance import Provenance as Provenance
 from moesim.costs.roofline import Roofline
 from moesim.costs.tables import Tables
-from moesim.costs.traffic import devices_per_node, hops
+from moesim.costs.traffic import Ports, devices_per_node, hops
 from moesim.errors import CostError, describe
 from moesim.hardware.cluster import Cluster
 from moesim.model.moe_model import DTYPE_BYTES, MoEModel
@@ -138,17 +138,30 @@ class CostModel:
         """Return the time of one message of `nbytes` [...] between two devices of a node (nodes = 1) or of two nodes (2)."""
         return self.links.p2p(nbytes, nodes)
 
+    def copies(
+        self, algorithm: str, *, assign_RR: np.ndarray | None = None, copy_RR: np.ndarray | None = None, node_RN: np.ndarray | None = None
+    ) -> Ports:
+        """Return the token copies on every port in the direction of dispatch, to be given to `exchange` for both of its stages."""
+        return self._exchange.copies(algorithm, assign_RR=assign_RR, copy_RR=copy_RR, node_RN=node_RN)
+
     def exchange(
-        self, algorithm: str, stage: str, *, assign_RR: np.ndarray | None = None, copy_RR: np.ndarray | None = None, node_RN: np.ndarray | None = None
+        self,
+        algorithm: str,
+        stage: str,
+        *,
+        assign_RR: np.ndarray | None = None,
+        copy_RR: np.ndarray | None = None,
+        node_RN: np.ndarray | None = None,
+        copies: Ports | None = None,
     ) -> ExchangeTiming:
         """Return times and bytes of dispatch or combine; counts are always in the direction of dispatch.
 
         algorithm: `normal`, `low_latency`, `direct` or `2dh`; stage: `dispatch` or `combine`. assign_RR [..., R, R]: (token, expert) pairs from source to
         target rank; copy_RR: distinct tokens per target rank; node_RN [..., R, N]: distinct tokens per target node. Only `low_latency` needs
-        assign_RR, only the others copy_RR, only `normal` over several nodes node_RN. Raises CostError if a count that is needed is missing, or the
-        ranks do not fill their nodes.
+        assign_RR, only the others copy_RR, only `normal` over several nodes node_RN; or `copies` instead of all three. Raises CostError if a count
+        that is needed is missing, or the ranks do not fill their nodes.
         """
-        return self._exchange(algorithm, stage, assign_RR=assign_RR, copy_RR=copy_RR, node_RN=node_RN)
+        return self._exchange(algorithm, stage, assign_RR=assign_RR, copy_RR=copy_RR, node_RN=node_RN, copies=copies)
 
     def wire_bytes(
         self, algorithm: str, stage: str, *, assign_RR: np.ndarray | None = None, copy_RR: np.ndarray | None = None, node_RN: np.ndarray | None = None

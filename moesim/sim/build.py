@@ -137,8 +137,9 @@ class ProgramBuilder:
         algorithm = self.settings.algorithm(is_prefill)
         exchange = {}
         if self.cluster.num_ranks > 1:
+            copies = costs.copies(algorithm, assign_RR=loads.assign_PLRR, copy_RR=loads.copy_PLRR, node_RN=loads.node_PLRN)
             for stage in ("dispatch", "combine"):
-                time = costs.exchange(algorithm, stage, assign_RR=loads.assign_PLRR, copy_RR=loads.copy_PLRR, node_RN=loads.node_PLRN)
+                time = costs.exchange(algorithm, stage, copies=copies)
                 exchange[stage] = time
                 traffic.local_P[:] += time.bytes["local"].sum(axis=1)
                 traffic.intra_node_P[:] += time.bytes["intra_node"].sum(axis=1)
