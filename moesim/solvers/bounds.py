@@ -34,7 +34,9 @@ def layer_bound_KL(problem: PlacementProblem) -> np.ndarray:
         whole = int(np.minimum(fill, k - 1).sum())
         if whole >= shape[2]:
             break
-        bound = np.maximum(bound, k * _smallest_peak_N(load_NE[:, whole:], extra) / fastest)
+        # without extra slots the k are known: the lightest k of the heaviest `whole` + 1
+        crowd = k * _smallest_peak_N(load_NE[:, whole:], extra) if extra else load_NE[:, whole + 1 - k : whole + 1].sum(axis=1)
+        bound = np.maximum(bound, crowd / fastest)
     if copies_cap is not None:
         bound = np.maximum(bound, load_NE[:, 0] / copies_cap / fastest)
     if problem.rigid:

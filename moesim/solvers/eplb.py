@@ -90,7 +90,9 @@ def eplb_maps(load_LE: np.ndarray, *, slots: int, groups: int, nodes: int, ranks
         groups = nodes = 1
     for key, value, divisor, what in (("slots", slots, ranks, "ranks"), ("ranks", ranks, nodes, "nodes"), ("experts", experts, groups, "groups")):
         if value % divisor:
-            raise InfeasibleError(describe("eplb", key, value, f"must be a multiple of the {divisor} {what}", f"add {divisor - value % divisor}, or use the solver greedy"))
+            raise InfeasibleError(
+                describe("eplb", key, value, f"must be a multiple of the {divisor} {what}", f"add {divisor - value % divisor}, or use the solver greedy")
+            )
     if slots < experts:
         raise InfeasibleError(describe("eplb", "slots", slots, f"must be >= the {experts} experts", f"{experts - slots} missing per layer"))
     group_size, node_slots, node_experts = experts // groups, slots // nodes, experts // nodes
@@ -117,7 +119,9 @@ def _solve(problem: PlacementProblem, name: str, policy: str, zigzag: bool) -> P
     if (slots != slots[0]).any():
         raise InfeasibleError(describe(name, "slots_per_rank", slots.tolist(), "must be equal on all ranks", "use the solver greedy"))
     load_LE = (problem.load_KLE * problem.weight_K[:, None, None]).sum(axis=0)
-    maps = eplb_maps(load_LE, slots=problem.num_slots, groups=problem.num_groups, nodes=problem.num_nodes, ranks=problem.num_ranks, policy=policy, zigzag=zigzag)
+    maps = eplb_maps(
+        load_LE, slots=problem.num_slots, groups=problem.num_groups, nodes=problem.num_nodes, ranks=problem.num_ranks, policy=policy, zigzag=zigzag
+    )
     return make_result(problem, maps.physical_to_logical_LS, solver=name, status="BASELINE", iterations=problem.num_slots)
 
 

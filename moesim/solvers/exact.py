@@ -129,7 +129,13 @@ def _layer_model(
     copies = tuple(range(int(low), max(most, int(low)) + 1) for low in np.minimum(fewest, most))
     if sum(len(one) for one in copies) * (problem.num_ranks + 1) > MAX_VARIABLES:
         raise InputError(
-            describe("exact solver", "variables", sum(len(one) for one in copies) * (problem.num_ranks + 1), f"must be <= {MAX_VARIABLES} per layer", "use the solver greedy, whose gap is certified")
+            describe(
+                "exact solver",
+                "variables",
+                sum(len(one) for one in copies) * (problem.num_ranks + 1),
+                f"must be <= {MAX_VARIABLES} per layer",
+                "use the solver greedy, whose gap is certified",
+            )
         )
     order = np.arange(problem.num_ranks)
     size = (load * weight[:, None]) / np.bincount(hint_RC[hint_RC >= 0], minlength=problem.num_experts)
@@ -138,8 +144,15 @@ def _layer_model(
         members = np.flatnonzero((fill == kind[0]) & (speed == kind[1]))
         order[members] = members[np.argsort(-rank_load[members], kind="stable")]
     return LayerModel(
-        load_KE=load, weight_K=weight, fill_R=fill, speed_R=speed, copies=copies, most_per_rank=most if problem.allow_duplicates_on_rank else 1,
-        floor_K=bound_KL[loaded, layer] / ideal, hint_RC=hint_RC[order], hint_cost=hint_cost,
+        load_KE=load,
+        weight_K=weight,
+        fill_R=fill,
+        speed_R=speed,
+        copies=copies,
+        most_per_rank=most if problem.allow_duplicates_on_rank else 1,
+        floor_K=bound_KL[loaded, layer] / ideal,
+        hint_RC=hint_RC[order],
+        hint_cost=hint_cost,
     )
 
 
@@ -170,7 +183,9 @@ def solve_milp(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline =
     from moesim.solvers.exact_milp import layer_solver
     from moesim.solvers.greedy import int_option
 
-    return solve_layers(problem, "milp", deadline, layer_solver(seed=seed, threads=threads_of(options), max_nodes=int_option(options or {}, "max_nodes", 100_000, 1, 2**31 - 1)))
+    return solve_layers(
+        problem, "milp", deadline, layer_solver(seed=seed, threads=threads_of(options), max_nodes=int_option(options or {}, "max_nodes", 100_000, 1, 2**31 - 1))
+    )
 
 
 def solve_cpsat(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline = None, options: Mapping[str, Any] | None = None) -> PlacementResult:
@@ -178,4 +193,6 @@ def solve_cpsat(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline 
     from moesim.solvers.exact_cpsat import layer_solver
     from moesim.solvers.greedy import int_option
 
-    return solve_layers(problem, "cp-sat", deadline, layer_solver(seed=seed, threads=threads_of(options), max_effort=int_option(options or {}, "max_effort", 60, 1, 10**6)))
+    return solve_layers(
+        problem, "cp-sat", deadline, layer_solver(seed=seed, threads=threads_of(options), max_effort=int_option(options or {}, "max_effort", 60, 1, 10**6))
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moesim.errors import InputError, InfeasibleError
+from moesim.errors import InfeasibleError, InputError
 from moesim.solvers.exact import LayerAnswer, LayerModel, LayerSolver, table_of
 
 MARGIN = 2e-8
@@ -36,11 +36,26 @@ def layer_solver(*, seed: int, threads: int, max_nodes: int) -> LayerSolver:
             lp.solverModel.setSolution(solution)
             super().callSolver(lp)
 
+        def findSolutionValues(self, lp: Any) -> Any:
+            try:
+                return super().findSolutionValues(lp)
+            except KeyError:
+                # PuLP does not know HiGHS' status of a run stopped by its node limit; values are assigned by then
+                feasible = lp.solverModel.getInfo().primal_solution_status == int(highspy.SolutionStatus.kSolutionStatusFeasible)
+                return pulp.LpStatusNotSolved, pulp.LpSolutionIntegerFeasible if feasible else pulp.LpSolutionNoSolutionFound
+
     def solve(model: LayerModel, seconds: float | None) -> LayerAnswer:
         program, start, copies_on = _program(pulp, model)
         solver = WarmHiGHS(
-            msg=False, gapRel=0.0, gapAbs=1e-8, threads=threads, timeLimit=seconds, random_seed=seed % 2**31, mip_max_nodes=max_nodes,
-            mip_feasibility_tolerance=1e-9, primal_feasibility_tolerance=1e-9,
+            msg=False,
+            gapRel=0.0,
+            gapAbs=1e-8,
+            threads=threads,
+            timeLimit=seconds,
+            random_seed=seed % 2**31,
+            mip_max_nodes=max_nodes,
+            mip_feasibility_tolerance=1e-9,
+            primal_feasibility_tolerance=1e-9,
         )
         solver.start = [start[variable.name] for variable in program.variables()]
         program.solve(solver)
@@ -48,11 +63,16 @@ def layer_solver(*, seed: int, threads: int, max_nodes: int) -> LayerSolver:
             raise InfeasibleError("solver milp: HiGHS finds no placement although one is known; this is a fault of the model")
         info = program.solverModel.getInfo()
         found = None
-        if program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible) and all(v.varValue is not None for row in copies_on for v in row.values()):
+        if program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible) and all(
+            v.varValue is not None for row in copies_on for v in row.values()
+        ):
             found = _table(model, copies_on)
         bound = float(info.mip_dual_bound)
         return LayerAnswer(
-            table_RC=found, bound=bound - MARGIN if np.isfinite(bound) else 0.0, proven=program.sol_status == pulp.LpSolutionOptimal, steps=max(0, int(info.mip_node_count))
+            table_RC=found,
+            bound=bound - MARGIN if np.isfinite(bound) else 0.0,
+            proven=program.sol_status == pulp.LpSolutionOptimal,
+            steps=max(0, int(info.mip_node_count)),
         )
 
     return solve
@@ -72,16 +92,18 @@ def _program(pulp: Any, model: LayerModel) -> tuple[Any, dict[str, float], list[
     windows, experts = model.load_KE.shape
     ranks = range(len(model.fill_R))
     program = pulp.LpProblem("layer", pulp.LpMinimize)
+    # PuLP 3.3 moved the making of variables from a class to the problem, and warns about the old way
+    make = getattr(program, "add_variable", pulp.LpVariable)
     start: dict[str, float] = {}
-    time = [pulp.LpVariable(f"z_{k}", lowBound=float(model.floor_K[k])) for k in range(windows)]
+    time = [make(f"z_{k}", lowBound=float(model.floor_K[k])) for k in range(windows)]
     program += pulp.lpSum(float(weight) * z for weight, z in zip(model.weight_K, time, strict=True))
     on: list[dict[tuple[int, int], Any]] = []
     load: list[list[list[Any]]] = [[[] for _ in ranks] for _ in range(windows)]
     held = np.stack([np.bincount(row[row >= 0], minlength=experts) for row in model.hint_RC])
     for expert in range(experts):
-        count_of = {copies: pulp.LpVariable(f"n_{expert}_{copies}", cat=pulp.LpBinary) for copies in model.copies[expert]}
+        count_of = {copies: make(f"n_{expert}_{copies}", cat=pulp.LpBinary) for copies in model.copies[expert]}
         placed = {
-            (copies, rank): pulp.LpVariable(f"y_{expert}_{copies}_{rank}", lowBound=0, upBound=min(copies, model.most_per_rank), cat=pulp.LpInteger)
+            (copies, rank): make(f"y_{expert}_{copies}_{rank}", lowBound=0, upBound=min(copies, model.most_per_rank), cat=pulp.LpInteger)
             for copies in count_of
             for rank in ranks
         }

@@ -27,7 +27,10 @@ RESTARTS: tuple[tuple[float, bool], ...] = ((0.9, False), (0.85, True), (0.95, F
 """Further ways to count copies: (largest copy as a share of the mean rank, spread leftovers over light experts)."""
 RESTART_GAP = 1.002
 """Layers whose cost exceeds their bound by this factor are worth a restart."""
-MAX_KICKS = 60
+MAX_KICKS = 20
+MAX_COPIES = 24
+PATIENCE = 4
+"""Disturbed restarts in a row that improve no layer before the search gives up."""
 KICK_WORK = 200_000
 """Swap prices (layers · ranks · slots² · windows) that disturbed restarts may cost in all, per evaluation of the neighbourhood."""
 RISK_ROUNDS = 4
@@ -67,7 +70,9 @@ class _Search:
 
     def pack(self, copies: np.ndarray, weight_KL: np.ndarray, layers: np.ndarray) -> np.ndarray:
         problem = self.problem
-        return pack_LRC(self.load_KLE[:, layers], weight_KL[:, layers], copies, problem.fill_R, problem.speed_R, allow_duplicates=problem.allow_duplicates_on_rank)
+        return pack_LRC(
+            self.load_KLE[:, layers], weight_KL[:, layers], copies, problem.fill_R, problem.speed_R, allow_duplicates=problem.allow_duplicates_on_rank
+        )
 
     def improve(self, table_LRC: np.ndarray, weight_KL: np.ndarray, layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Search from a placement of some layers; return the better one and the time of every window's slowest rank."""
@@ -107,22 +112,30 @@ class _Search:
     def _kick(self, table: np.ndarray, peak_KL: np.ndarray, weight_KL: np.ndarray, floor: np.ndarray) -> None:
         """Disturb the best placement of layers that stay off their bound and search again; small problems get more tries."""
         generator = np.random.Generator(np.random.PCG64(self.seed))
+        idle = 0
         for kick in range(MAX_KICKS):
             layers = np.flatnonzero((peak_KL * weight_KL).sum(axis=0) > floor)
-            work = layers.size * table.shape[1] * table.shape[2] ** 2 * len(peak_KL)
-            if layers.size == 0 or self.rounds == 0 or (kick + 1) * work > KICK_WORK:
+            if layers.size == 0 or self.rounds == 0 or idle == PATIENCE:
+                break
+            # few layers are disturbed in several ways at once: a search costs the same for many as for one
+            copies = int(np.clip(MAX_COPIES // layers.size, 1, MAX_COPIES))
+            if (kick + 1) * layers.size * copies * table.shape[1] * table.shape[2] ** 2 * len(peak_KL) > KICK_WORK:
                 break
             if expired(self.deadline):
                 self.late = True
                 break
+            many = np.repeat(layers, copies)
             state = SearchState.of(
-                self.load_KLE[:, layers], weight_KL[:, layers], table[layers], self.problem.speed_R, allow_duplicates=self.problem.allow_duplicates_on_rank
+                self.load_KLE[:, many], weight_KL[:, many], table[many], self.problem.speed_R, allow_duplicates=self.problem.allow_duplicates_on_rank
             )
-            for layer in range(layers.size):
+            for layer in range(many.size):
                 disturb(state, layer, generator)
-            other, other_KL = self.improve(state.table_LRC, weight_KL, layers)
-            wins = ((other_KL - peak_KL[:, layers]) * weight_KL[:, layers]).sum(axis=0) < 0
-            table[layers[wins]], peak_KL[:, layers[wins]] = other[wins], other_KL[:, wins]
+            other, other_KL = self.improve(state.table_LRC, weight_KL, many)
+            cost = (other_KL * weight_KL[:, many]).sum(axis=0).reshape(-1, copies)
+            best = cost.argmin(axis=1) + np.arange(layers.size) * copies
+            wins = cost.min(axis=1) < (peak_KL[:, layers] * weight_KL[:, layers]).sum(axis=0)
+            table[layers[wins]], peak_KL[:, layers[wins]] = other[best[wins]], other_KL[:, best[wins]]
+            idle = 0 if wins.any() else idle + 1
 
 
 def search_table_LRC(
@@ -131,7 +144,9 @@ def search_table_LRC(
     """Return the placement table [L, R, C], the moves made, and whether the deadline cut the search short."""
     risk = str(options.get("risk", "mean"))
     order = _canonical_order(problem)
-    search = _Search(problem, np.take_along_axis(problem.load_KLE, order[None], axis=2), bound_KL, int_option(options, "rounds", 2000, 0, 10**6), deadline, seed)
+    search = _Search(
+        problem, np.take_along_axis(problem.load_KLE, order[None], axis=2), bound_KL, int_option(options, "rounds", 2000, 0, 10**6), deadline, seed
+    )
     weight_K = problem.weight_K
     ideal_KL = metrics.ideal_KL(problem.load_KLE, problem.speed_R)
     table, peak_KL = search.from_scratch(cost_weight_KL(problem, weight_K), int_option(options, "restarts", len(RESTARTS), 0, len(RESTARTS)))

@@ -81,7 +81,7 @@ def pack_LRC(load_KLE: np.ndarray, weight_KL: np.ndarray, copies: np.ndarray, fi
         stuck = np.nonzero(np.isinf(burden[row, rank]))[0]
         for layer in stuck:
             rank[layer] = int(np.where(closed[layer], np.inf, load[:, layer].sum(axis=0)).argmin())
-            expert[layer] = _substitute(held, copies, size, layer, rank[layer], int(expert[layer]))
+            expert[layer] = _substitute(held, copies, size, int(layer), int(rank[layer]), int(expert[layer]))
         if stuck.size:
             one = size[:, row, expert]
         table[row, rank, used[row, rank]] = expert

@@ -53,7 +53,9 @@ class PlacementProblem:
         bad = ~np.isfinite(load) | (load < 0)
         if bad.any():
             window, layer, expert = (int(i) for i in np.argwhere(bad)[0])
-            raise InputError(describe(PLACE, f"load of window {window}, layer {layer}, expert {expert}", float(load[window, layer, expert]), "must be finite and >= 0"))
+            raise InputError(
+                describe(PLACE, f"load of window {window}, layer {layer}, expert {expert}", float(load[window, layer, expert]), "must be finite and >= 0")
+            )
         if not 1 <= self.num_ranks <= 65536:
             raise InputError(describe(PLACE, "num_ranks", self.num_ranks, "must be in 1..65536"))
         slots = np.array(self.slots_per_rank_R)
@@ -92,9 +94,8 @@ class PlacementProblem:
     def _check_room(self) -> None:
         room = int(self.fill_R.sum())
         if room < self.num_experts:
-            kind = "" if self.num_slots == room else f" ({self.num_slots} slots, but a rank cannot use more than one per expert)"
             raise InfeasibleError(
-                f"{PLACE}: every layer needs {self.num_experts} slots, one per expert, but the {self.num_ranks} ranks give {room}{kind}: "
+                f"{PLACE}: every layer needs {self.num_experts} slots, one per expert, but the {self.num_ranks} ranks give {room}: "
                 f"{self.num_experts - room} missing per layer, first in layer 0; add slots or ranks"
             )
 
@@ -105,14 +106,24 @@ class PlacementProblem:
             return
         table = np.array(self.previous, dtype=np.int32)
         if table.shape != (self.num_layers, self.num_slots):
-            raise InputError(describe(PLACE, "previous shape", table.shape, f"must be [layers, slots] = {(self.num_layers, self.num_slots)}", "the running plan has other layers or slots"))
+            raise InputError(
+                describe(
+                    PLACE,
+                    "previous shape",
+                    table.shape,
+                    f"must be [layers, slots] = {(self.num_layers, self.num_slots)}",
+                    "the running plan has other layers or slots",
+                )
+            )
         if table.min() < -1 or table.max() >= self.num_experts:
             raise InputError(describe(PLACE, "previous", [int(table.min()), int(table.max())], f"must hold experts in 0..{self.num_experts - 1}, or -1"))
         self._set(previous=table)
         for layer, row in enumerate(table):
             absent = np.setdiff1d(np.arange(self.num_experts), row)
             if absent.size:
-                raise InputError(f"{PLACE}: previous placement has no slot for expert {absent[0]} in layer {layer} ({absent.size} missing there); it cannot be running")
+                raise InputError(
+                    f"{PLACE}: previous placement has no slot for expert {absent[0]} in layer {layer} ({absent.size} missing there); it cannot be running"
+                )
 
     @property
     def num_windows(self) -> int:

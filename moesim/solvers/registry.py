@@ -70,7 +70,9 @@ def solve(
     if unknown:
         raise InputError(describe(f"solver {solver}", "option", unknown[0], f"must be one of {sorted(traits.options) or 'none'}"))
     if problem.move_budget_slots is not None and not traits.keeps_budget:
-        raise InputError(describe("solve", "solver", solver, f"cannot keep a budget of {problem.move_budget_slots} moved slots", "use the solver repair, or no budget"))
+        raise InputError(
+            describe("solve", "solver", solver, f"cannot keep a budget of {problem.move_budget_slots} moved slots", "use the solver repair, or no budget")
+        )
     result = SOLVERS[solver](problem, seed=seed, deadline=deadline, options=options)
     validate(problem, result, may_duplicate=traits.may_duplicate)
     return result

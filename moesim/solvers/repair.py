@@ -150,7 +150,9 @@ def _add_fresh(problem: PlacementProblem, points: list[_Points], bound_KL: np.nd
     free = replace(problem, move_budget_slots=None)
     table, _, late = search_table_LRC(free, {}, deadline, bound_KL)
     named = relabel_LS(problem, to_slots_LS(table, problem.slots_per_rank_R))
-    state = SearchState.of(problem.load_KLE, weight_KL, from_slots_LRC(named, problem.slots_per_rank_R), problem.speed_R, allow_duplicates=problem.allow_duplicates_on_rank)
+    state = SearchState.of(
+        problem.load_KLE, weight_KL, from_slots_LRC(named, problem.slots_per_rank_R), problem.speed_R, allow_duplicates=problem.allow_duplicates_on_rank
+    )
     _record(points, np.arange(problem.num_layers), (named != problem.previous).sum(axis=1), state)
     return late
 

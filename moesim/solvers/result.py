@@ -66,8 +66,15 @@ def cost_weight_KL(problem: PlacementProblem, weight_K: np.ndarray) -> np.ndarra
 
 
 def make_result(
-    problem: PlacementProblem, slot_to_expert_LS: np.ndarray, *, solver: str, status: str, iterations: int = 0, risk: str = "mean",
-    bound_KL: np.ndarray | None = None, cost_bound_L: np.ndarray | None = None,
+    problem: PlacementProblem,
+    slot_to_expert_LS: np.ndarray,
+    *,
+    solver: str,
+    status: str,
+    iterations: int = 0,
+    risk: str = "mean",
+    bound_KL: np.ndarray | None = None,
+    cost_bound_L: np.ndarray | None = None,
 ) -> PlacementResult:
     """Score a placement against the problem's bound and name its status honestly.
 
@@ -90,12 +97,21 @@ def make_result(
     gap = (bound - value) / bound
     if status in ("FEASIBLE", "OPTIMAL"):
         status = "OPTIMAL" if gap <= OPTIMAL_GAP else "FEASIBLE"
-    return PlacementResult(slot_to_expert_LS=table, objective=objective_name(problem, risk), value=value, bound=bound, gap=gap, status=status, solver=solver, iterations=iterations)
+    return PlacementResult(
+        slot_to_expert_LS=table, objective=objective_name(problem, risk), value=value, bound=bound, gap=gap, status=status, solver=solver, iterations=iterations
+    )
 
 
 def to_plan(
-    result: PlacementResult, *, model: str, num_experts: int, moe_layer_ids: Sequence[int], num_ranks: int | None = None, slots_per_rank_R: np.ndarray | None = None,
-    parallel: Parallel | None = None, fingerprints: Mapping[str, str] | None = None,
+    result: PlacementResult,
+    *,
+    model: str,
+    num_experts: int,
+    moe_layer_ids: Sequence[int],
+    num_ranks: int | None = None,
+    slots_per_rank_R: np.ndarray | None = None,
+    parallel: Parallel | None = None,
+    fingerprints: Mapping[str, str] | None = None,
 ) -> Plan:
     """Wrap a result as a plan document.
 
@@ -113,8 +129,23 @@ def to_plan(
     if int(np.sum(slots_per_rank_R)) != slots:
         raise InputError(describe("plan", "slots_per_rank_R", int(np.sum(slots_per_rank_R)), f"must sum to the {slots} slots of the placement"))
     return Plan(
-        model=model, num_experts=num_experts, moe_layer_ids=tuple(moe_layer_ids), slot_to_expert_LS=result.slot_to_expert_LS,
-        slot_rank_S=np.repeat(np.arange(num_ranks), slots_per_rank_R), num_ranks=num_ranks, share_LS=result.share_LS,
-        parallel=Parallel(ep=num_ranks, dp=num_ranks) if parallel is None else parallel, fingerprints=dict(fingerprints or {}), source=f"solver {result.solver}",
-        result={"objective": result.objective, "value": result.value, "bound": result.bound, "gap": result.gap, "status": result.status, "solver": result.solver, "version": __version__},
+        model=model,
+        num_experts=num_experts,
+        moe_layer_ids=tuple(moe_layer_ids),
+        slot_to_expert_LS=result.slot_to_expert_LS,
+        slot_rank_S=np.repeat(np.arange(num_ranks), slots_per_rank_R),
+        num_ranks=num_ranks,
+        share_LS=result.share_LS,
+        parallel=Parallel(ep=num_ranks, dp=num_ranks) if parallel is None else parallel,
+        fingerprints=dict(fingerprints or {}),
+        source=f"solver {result.solver}",
+        result={
+            "objective": result.objective,
+            "value": result.value,
+            "bound": result.bound,
+            "gap": result.gap,
+            "status": result.status,
+            "solver": result.solver,
+            "version": __version__,
+        },
     )

@@ -91,12 +91,12 @@ def _try_pairs(state: SearchState, layers_n: np.ndarray, window: int) -> np.ndar
     return better
 
 
-def disturb(state: SearchState, layer: int, generator: np.random.Generator, moves: int = 3) -> None:
+def disturb(state: SearchState, layer: int, generator: np.random.Generator) -> None:
     """Make a few random legal moves in a layer: a reassigned slot where there are replicas, else a swap."""
     table, held = state.table_LRC[layer], state.held_LRE[layer]
     at = np.array([layer])
     filled = np.argwhere(table >= 0)
-    for _ in range(moves):
+    for _ in range(int(generator.integers(2, 7))):
         (rank, slot), (other, other_slot) = filled[generator.integers(len(filled), size=2)]
         mine, theirs = table[rank, slot], table[other, other_slot]
         fits = state.allow_duplicates or (held[rank, theirs] == 0 and held[other, mine] == 0)

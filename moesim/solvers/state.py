@@ -45,9 +45,17 @@ class SearchState:
         np.add.at(held, (np.arange(layers)[:, None, None], np.arange(ranks)[None, :, None], table_LRC), 1)
         held = held[:, :, :experts].astype(np.uint8)
         state = cls(
-            load_KLE=load_KLE, weight_KL=weight_KL, table_LRC=table_LRC, filled_RC=np.ones((layers, ranks, width), dtype=bool), speed_R=speed_R,
-            copies_LE=held.sum(axis=1, dtype=np.int64), held_LRE=held, value_KLRC=np.zeros((len(load_KLE), *table_LRC.shape)), rank_KLR=np.zeros((len(load_KLE), layers, ranks)),
-            cap=10**9 if allow_duplicates else ranks, allow_duplicates=allow_duplicates,
+            load_KLE=load_KLE,
+            weight_KL=weight_KL,
+            table_LRC=table_LRC,
+            filled_RC=np.ones((layers, ranks, width), dtype=bool),
+            speed_R=speed_R,
+            copies_LE=held.sum(axis=1, dtype=np.int64),
+            held_LRE=held,
+            value_KLRC=np.zeros((len(load_KLE), *table_LRC.shape)),
+            rank_KLR=np.zeros((len(load_KLE), layers, ranks)),
+            cap=10**9 if allow_duplicates else ranks,
+            allow_duplicates=allow_duplicates,
         )
         state.filled_RC = table_LRC >= 0
         state.refresh(np.arange(layers))
@@ -213,7 +221,11 @@ class SearchState:
         cost = self._retarget_cost(layers_n[i], rank, slot, expert)
         order = np.lexsort((cost, i))
         first = order[np.flatnonzero(np.diff(i[order], prepend=-1))]
-        before = (_crowding(self.rank_KLR[0, layers_n] / self.speed_R, self.time_KLR()[0, layers_n].max(axis=1)) if len(self.rank_KLR) == 1 else self.cost_L()[layers_n])[i[first]]
+        before = (
+            _crowding(self.rank_KLR[0, layers_n] / self.speed_R, self.time_KLR()[0, layers_n].max(axis=1))
+            if len(self.rank_KLR) == 1
+            else self.cost_L()[layers_n]
+        )[i[first]]
         better[i[first]] = cost[first] < before * STRICT
         for out, part in zip(result, (rank, slot, expert), strict=True):
             out[i[first]] = part[first]

@@ -107,7 +107,9 @@ def _value(problem: PlacementProblem, rows: list[list[int]], slices: list[tuple[
         slowest = ideal = 0.0
         for row, count, loads in zip(rows, copies, window.tolist(), strict=True):
             per_copy = [load / max(count[expert], 1) for expert, load in enumerate(loads)]
-            slowest += max(sum(per_copy[expert] for expert in row[start:end] if expert >= 0) / speed for (start, end), speed in zip(slices, speeds, strict=True))
+            slowest += max(
+                sum(per_copy[expert] for expert in row[start:end] if expert >= 0) / speed for (start, end), speed in zip(slices, speeds, strict=True)
+            )
             ideal += math.fsum(loads) / sum(speeds)
         imbalance.append(slowest / ideal if ideal > 0 else 1.0)
     weighted = sorted(zip(imbalance, problem.weight_K.tolist(), strict=True), reverse=True)
