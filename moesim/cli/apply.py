@@ -25,6 +25,7 @@ def apply(
     import sys
 
     from moesim.cli.output import emit_json, note
+    from moesim.errors import ApplyError
     from moesim.plan import Plan
     from moesim.runtime.client import apply_plan
     from moesim.runtime.control import parse_address
@@ -41,6 +42,8 @@ def apply(
         emit_json(report)
     else:
         print_report(report)
+    if report["status"] == "rolled_back":
+        raise ApplyError(f"verification failed: {report['reason']}; the old placement was put back and serves on as epoch {report['epoch']}")
 
 
 def print_report(report: dict[str, Any]) -> None:

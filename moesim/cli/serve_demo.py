@@ -20,7 +20,7 @@ def serve_demo(
     host: Annotated[str, typer.Option("--host", help="address to bind; anything but loopback needs MOESIM_TOKEN")] = "127.0.0.1",
     journal: Annotated[Path | None, typer.Option("--journal", help="file of decisions; a restart with it serves the placement it names")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="seed of weights and requests")] = 0,
-    skew: Annotated[float, typer.Option("--skew", min=0, max=4, help="tilt of the random routers, a Zipf-like exponent; part of the weights; 0: none")] = 0.5,
+    skew: Annotated[float, typer.Option("--skew", min=0, max=4, help="tilt of the random routers, a Zipf-like exponent; part of the weights; 0: none")] = 0.3,
     scale: Annotated[str, typer.Option("--scale", help="auto: narrow models above 1 GiB, keeping layers, experts, top-k; tiny: always; full: never")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16")] = "float32",
     slots_per_rank: Annotated[int | None, typer.Option("--slots-per-rank", help="most slots of any later plan; default: 2·⌈E/R⌉")] = None,
@@ -29,15 +29,15 @@ def serve_demo(
     decode: Annotated[int, typer.Option("--decode", min=0, max=4096, help="decode steps per request")] = 16,
     repeat: Annotated[int, typer.Option("--repeat", min=0, help="start the stream of requests again after this many waves; 0: never")] = 0,
     pace_ms: Annotated[float, typer.Option("--pace-ms", min=0, max=10000, help="shortest time of a step")] = 0.0,
-    window: Annotated[int | None, typer.Option("--window", min=1, max=4096, help="steps over which balance is measured; default: two waves")] = None,
+    window: Annotated[int | None, typer.Option("--window", min=1, max=1024, help="steps over which balance is measured; default: two waves")] = None,
     timeout: Annotated[float, typer.Option("--timeout", min=1, max=600, help="seconds after which an exchange with a silent rank fails")] = 20.0,
     as_json: Annotated[bool, typer.Option("--json", help="print nothing but the ready line")] = False,
 ) -> None:
     """Serve a seeded stream of requests through a random-weight model on RANKS processes; Ctrl-C or `stop` ends it.
 
-    Prints one JSON line {control, pids} when it serves. Random routers are nearly balanced, so the demo tilts them:
-    all embeddings share a direction that popular experts' router rows answer to (--skew). Loads are then skewed as in
-    real models, by the weights alone; the placement has no part in it.
+    Prints one JSON line {control, pids} when it serves. Random routers alone are nearly balanced, so the demo tilts them:
+    all embeddings share a direction that popular experts' router rows answer to (--skew), and the tokens of prompts are
+    Zipf-distributed. Loads are then skewed as in real models, by weights and requests; the placement has no part in it.
     """
     import os
 

@@ -27,7 +27,7 @@ from moesim.runtime import failpoints
 from moesim.runtime.expert_parallel import ExpertParallelExperts
 from moesim.runtime.history import History
 from moesim.runtime.migration import Migration, live_digests
-from moesim.runtime.moves import placement_sha256
+from moesim.runtime.moves import local_tables, placement_sha256
 
 LEASE = 4
 """Steps that a rank may go on before it waits for a scheduled decision."""
@@ -51,6 +51,7 @@ class Agent:
         """Connect to the coordinator's store at `host`:`port`. probe: runs a fixed batch through the model (a collective)."""
         self.rank, self.layers, self.plan, self.fingerprint = rank, list(layers), plan, fingerprint
         self.epoch, self.step, self.history = 0, 0, History(len(self.layers), plan.num_experts)
+        self.history.use(0, local_tables(plan)[rank])
         self._address, self._probe, self._metrics = (host, port), probe, metrics or dict
         self._store, self._thread_store = self.connect(), self.connect()
         self._lock = threading.Lock()
@@ -101,8 +102,7 @@ class Agent:
     def count_step(self, *, prefill: int, decode: int, start_ns: int) -> None:
         """Record a step that has just been served: its tokens by phase, and when it began (monotonic ns)."""
         counts = [layer.take_counts() for layer in self.layers]
-        tables = [layer.slot_map.slot_to_expert_S[layer.first : layer.last] for layer in self.layers]
-        self.history.add(self.step, self.epoch, counts, tables, prefill=prefill, decode=decode, start_ns=start_ns)
+        self.history.add(self.step, self.epoch, counts, prefill=prefill, decode=decode, start_ns=start_ns)
         with self._lock:
             self.step += 1
 
@@ -141,6 +141,7 @@ class Agent:
                 next(iter(self._migration.staged.values()))[0] ^= 1
             getattr(self._migration, action)(self.epoch)
             self.plan = self._migration.new if action == "install" else self._migration.old
+            self.history.use(self.epoch, local_tables(self.plan)[self.rank])
             self._add_pause(f"{action}_ms", begin)
             failpoints.hit(f"{action}.end")
         answer |= {"epoch": self.epoch, "pause": dict(self._pause)}

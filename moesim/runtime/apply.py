@@ -11,6 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ class Apply:
         self.epoch = -1
 
     def run(self, *, dry_run: bool) -> dict[str, Any]:
-        """Carry the plan out and return the report; raise ApplyError or PlanError with the reason if it was refused or undone."""
+        """Carry the plan out and return the report; raise ApplyError or PlanError with the reason if it was refused."""
         check_plan(self.new, spec=self.spec, installed=self.old, slot_capacity=self.slot_capacity)
         self.progress("CHECK")
         checks = self._check()
@@ -69,7 +70,7 @@ class Apply:
         between = int(pairs.sum() - np.trace(pairs))
         report: dict[str, Any] = {
             "schema": SCHEMA, "status": "unchanged", "epoch": self.epoch, "map_sha256": self.new.map_sha256,
-            "moved": {"slots": len(moves), "bytes": len(moves) * expert_bytes, "between_ranks": between, "rank_pairs": pairs.tolist()},
+            "moved": {"slots": len(moves), "bytes": int(pairs.sum()), "between_ranks": between, "rank_pairs": pairs.tolist()},
             "balance": {"before": None, "after": None, "predicted": None}, "pause_ms": 0.0, "outputs_equal": True, "break_even_steps": 0,
         }  # fmt: skip
         slots = [np.bincount(plan.slot_rank_S, minlength=self.ranks.size) for plan in (self.old, self.new)]
@@ -89,7 +90,8 @@ class Apply:
             return report
         free = min(check["free_bytes"] for check in checks)
         if int(staging.sum()) > free:
-            raise ApplyError(describe("deployment", "staging memory", f"{int(staging.sum())} B", f"must be <= the {free} B free", "move fewer experts at a time"))
+            needed = f"{int(staging.sum())} B"
+            raise ApplyError(describe("deployment", "staging memory", needed, f"must be <= the {free} B free", "move fewer experts at a time"))
         try:
             self._change(report, before, len(moves) * expert_bytes)
         finally:
@@ -122,7 +124,7 @@ class Apply:
             report["stage_ms"] = (time.monotonic() - begin) * 1e3
             self._compare_staged(ready, digests)
             self.progress("INSTALL")
-            self.ranks.schedule("install", epoch=self.epoch + 1, before_decision=lambda step: self.journal.append("commit", apply=self.number, step=step))
+            self.ranks.schedule("install", epoch=self.epoch + 1, before_decision=partial(self._record, "commit"))
         except BaseException:
             if self.journal.records[-1]["kind"] != "commit":
                 with contextlib.suppress(ApplyError):  # without the line the journal names the old placement all the same
@@ -135,7 +137,8 @@ class Apply:
         answers = self.ranks.schedule("probe")
         reason = self._judge(report, answers, digests, timeout_s)
         if reason:
-            self._roll_back(reason)
+            self._roll_back(report, reason)
+            return
         after = self._measure(self._next(self.window))
         pauses = [answer["pause"] for answer in answers]
         report |= {"status": "installed", "epoch": self.epoch + 1, "pause_ms": max(sum(pause.values()) for pause in pauses)}
@@ -144,6 +147,9 @@ class Apply:
         report["step_ms"] = {"before": before["step_ms"], "after": after["step_ms"]}
         report["break_even_steps"] = self._break_even(report["pause_ms"] / 1e3, before, after["load_LR"])
         self.journal.append("done", apply=self.number)
+
+    def _record(self, kind: str, step: int) -> None:
+        self.journal.append(kind, apply=self.number, step=step)
 
     def _stamped(self) -> dict[str, Any]:
         from moesim.files import canonical_json, sha256_hex
@@ -182,11 +188,12 @@ class Apply:
             return str(cause)
         return None if report["outputs_equal"] else f"the probe's outputs differ (relative error {error:.3g}, allowed {tolerance:g})"
 
-    def _roll_back(self, reason: str) -> None:
+    def _roll_back(self, report: dict[str, Any], reason: str) -> None:
         self.progress("ROLLBACK")
-        self.ranks.schedule("restore", epoch=self.epoch + 2, before_decision=lambda step: self.journal.append("rollback", apply=self.number, step=step))
+        answers = self.ranks.schedule("restore", epoch=self.epoch + 2, before_decision=partial(self._record, "rollback"))
         self.installed = self.old
-        raise ApplyError(f"verification failed: {reason}; the old placement was put back and serves on as epoch {self.epoch + 2}")
+        report |= {"status": "rolled_back", "reason": reason, "epoch": self.epoch + 2, "map_sha256": self.old.map_sha256}
+        report |= {"pause_ms": max(sum(answer["pause"].values()) for answer in answers), "break_even_steps": None}
 
     def _finish(self) -> None:
         """Free the staging buffers; a rank that is gone by now has no say in the outcome."""

@@ -13,7 +13,8 @@ from moesim.runtime.control import call
 def apply_plan(address: str, plan: Plan, *, dry_run: bool = False, on_progress: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Install `plan` on the deployment at `address` ("HOST:PORT") and return the report, schema moesim.apply/1.
 
-    Raises ApplyError with the deployment's reason if it refuses, fails or puts the old placement back.
+    The status is installed, unchanged, dry-run, or rolled_back if verification failed. Raises ApplyError with the
+    deployment's reason if it refuses or fails.
     """
     content = plan.content()
     stamped = {**content, "sha256": sha256_hex(canonical_json(content))}

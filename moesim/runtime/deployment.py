@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from datetime import timedelta
@@ -28,7 +29,10 @@ class Deployment:
 
     def __init__(self, host: str, pids: list[int]) -> None:
         self.host, self.pids = host, pids
-        self.store = dist.TCPStore(host, 0, None, True, timeout=timedelta(seconds=5), wait_for_workers=False)
+        listener = socket.create_server((host, 0))  # left to itself the store would listen on all addresses
+        self.store = dist.TCPStore(
+            host, listener.getsockname()[1], None, True, timeout=timedelta(seconds=5), wait_for_workers=False, master_listen_fd=listener.detach()
+        )
         self.exit_codes: dict[int, int] = {}
         self.failure: str | None = None
         """Why the deployment can serve no more; None while it can."""

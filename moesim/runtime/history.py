@@ -16,7 +16,7 @@ import numpy as np
 
 from moesim.errors import ApplyError
 
-KEEP_STEPS = 4096
+KEEP_STEPS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,8 @@ class StepRecord:
 
     step: int
     epoch: int
-    received: tuple[np.ndarray, ...]
-    """Per layer int64 [Q]: rows received per local slot."""
-    tables: tuple[np.ndarray, ...]
-    """Per layer int32 [Q]: expert of every local slot in that step."""
+    received_LQ: np.ndarray
+    """int32 [L, Q]: rows received per local slot."""
     compute_s: float
     """Seconds spent on experts."""
     prefill: int
@@ -43,19 +41,23 @@ class History:
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self.num_layers, self.num_experts = num_layers, num_experts
         self._records: deque[StepRecord] = deque(maxlen=KEEP_STEPS)
+        self._tables: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
         self.rows, self.tokens = np.zeros(num_layers, np.int64), 0
 
-    def add(
-        self, step: int, epoch: int, counts: Sequence[tuple[np.ndarray, float]], tables: Sequence[np.ndarray], *, prefill: int, decode: int, start_ns: int
-    ) -> None:
+    def use(self, epoch: int, table_LQ: np.ndarray) -> None:
+        """Take int32 [L, Q], the expert of every local slot, as the placement of the steps of `epoch`."""
+        with self._lock:
+            held = {record.epoch for record in self._records}
+            self._tables = {key: table for key, table in self._tables.items() if key in held} | {epoch: table_LQ}
+
+    def add(self, step: int, epoch: int, counts: Sequence[tuple[np.ndarray, float]], *, prefill: int, decode: int, start_ns: int) -> None:
         """Record one step."""
-        record = StepRecord(
-            step, epoch, tuple(rows for rows, _ in counts), tuple(tables), sum(seconds for _, seconds in counts), prefill, decode, start_ns, time.monotonic_ns()
-        )
+        received_LQ = np.stack([rows for rows, _ in counts]).astype(np.int32)
+        record = StepRecord(step, epoch, received_LQ, sum(seconds for _, seconds in counts), prefill, decode, start_ns, time.monotonic_ns())
         with self._lock:
             self._records.append(record)
-            self.rows += [int(rows.sum()) for rows, _ in counts]
+            self.rows += received_LQ.sum(1)
             self.tokens += prefill + decode
 
     def _between(self, first: int, last: int) -> list[StepRecord]:
@@ -69,9 +71,8 @@ class History:
             raise ApplyError(f"steps {first}..{last - 1} are not all in the history, which holds {len(records)} of them")
         rows_LE = np.zeros((self.num_layers, self.num_experts), np.int64)
         for record in records:
-            for layer, (rows, table) in enumerate(zip(record.received, record.tables, strict=True)):
-                used = table >= 0
-                np.add.at(rows_LE[layer], table[used], rows[used])
+            layer, slot = np.nonzero(self._tables[record.epoch] >= 0)
+            np.add.at(rows_LE, (layer, self._tables[record.epoch][layer, slot]), record.received_LQ[layer, slot])
         times = np.array([record.end_ns - record.start_ns for record in records]) / 1e6
         return {
             "rows_LE": rows_LE.tolist(), "compute_s": sum(record.compute_s for record in records), "step_ms": float(times.mean()),

@@ -7,6 +7,7 @@ process of its own that would run the same under torchrun (see `worker`). The la
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moesim.errors import ApplyError, InputError, describe
+from moesim.errors import ApplyError, InputError, MoesimError, describe
 from moesim.plan import Plan, linear
 from moesim.runtime.control import ControlServer
 from moesim.runtime.journal import Journal
@@ -29,6 +30,8 @@ START_S = 120.0
 LINGER_S = 60.0
 """How long the control port of a failed deployment goes on telling why."""
 FIRST_TRACE_STEPS = 64
+LOOPBACK = "127.0.0.1"
+"""Where the ranks meet; only the control port may be open to others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,9 @@ def serve(settings: Settings, *, token: str = "") -> int:
     """Run a deployment until it is stopped; print one JSON line when it serves. Return the exit code."""
     from moesim.runtime.capture import check_target
 
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"serve-demo: needs {' and '.join(missing)}; install moesim[runtime]")
     if settings.trace_out is not None:
         check_target(settings.trace_out)
     scratch = Path(tempfile.mkdtemp(prefix="moesim-serve-"))
@@ -108,7 +114,7 @@ def _serve(settings: Settings, plan: Plan, journal: Journal, scratch: Path, toke
     from moesim.runtime.coordinator import Coordinator
     from moesim.runtime.deployment import Deployment
 
-    deployment = Deployment(settings.host, pids)
+    deployment = Deployment(LOOPBACK, pids)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -132,8 +138,11 @@ def _serve(settings: Settings, plan: Plan, journal: Journal, scratch: Path, toke
         return _stay(deployment, coordinator, stop, recorder)
     finally:
         deployment.stop()
-        recorder.publish()
         control.close()
+        try:
+            recorder.publish()
+        except MoesimError as error:
+            print(f"moesim: serve-demo: the trace is lost: {error}", file=sys.stderr, flush=True)
 
 
 def _fork(ranks: int, control: ControlServer) -> tuple[list[int], list[int]]:
@@ -183,7 +192,7 @@ def _stamped(plan: Plan) -> dict[str, Any]:
 def _worker_settings(settings: Settings, plan: Plan, capacity: int, vocab: int, store_port: int, recorder: _Recorder) -> dict[str, Any]:
     workload = {name: getattr(settings, name) for name in ("ranks", "seed", "batch", "prompt", "decode", "repeat", "pace_ms")}
     return {
-        "host": settings.host, "store_port": store_port, "ranks": settings.ranks, "timeout_s": settings.timeout_s, "slot_capacity": capacity,
+        "host": LOOPBACK, "store_port": store_port, "ranks": settings.ranks, "timeout_s": settings.timeout_s, "slot_capacity": capacity,
         "spec": dataclasses.asdict(settings.spec), "plan": _stamped(plan), "workload": {**workload, "vocab": vocab},
         "spool": None if settings.trace_out is None else str(recorder.folder), "shape": recorder.shape_fields(),
     }  # fmt: skip

@@ -16,7 +16,7 @@ from moesim.files import read_json
 from moesim.model.hf_config import LIBRARY, parse_config, resolve_name
 from moesim.model.moe_model import MoEModel
 
-FAMILIES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "gpt_oss", "deepseek_v3")
+FAMILIES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "gpt_oss", "deepseek_v3", "minimax_m2")
 FULL_SIZE_LIMIT = 1 << 30
 """Bytes of weights up to which a configuration is built as it is."""
 CONFIG_LIMIT = 4 << 20
@@ -33,7 +33,7 @@ class ModelSpec:
     seed: int = 0
     dtype: str = "float32"
     """`float32` or `bfloat16`."""
-    skew: float = 1.0
+    skew: float = 0.3
     """Exponent of the expert popularity that the routers are tilted to; 0: no tilt."""
     source: str = "model"
     """Where the configuration came from, for error messages."""
@@ -50,7 +50,7 @@ class ModelSpec:
         return {"name": self.name, "config": self.config, "seed": self.seed, "dtype": self.dtype, "skew": self.skew}
 
 
-def read_spec(model: str, *, seed: int = 0, dtype: str = "float32", skew: float = 1.0, scale: str = "auto") -> ModelSpec:
+def read_spec(model: str, *, seed: int = 0, dtype: str = "float32", skew: float = 0.3, scale: str = "auto") -> ModelSpec:
     """Return the specification of `model`: a library name, a config.json, or a folder with one.
 
     scale: `auto` reduces the widths if the weights would exceed FULL_SIZE_LIMIT, `full` never, `tiny` always.
@@ -64,9 +64,8 @@ def read_spec(model: str, *, seed: int = 0, dtype: str = "float32", skew: float 
     if not facts.moe_layer_ids:
         raise ModelError(f"{path}: the model has no MoE layers; give a model with experts")
     if config.get("model_type") not in FAMILIES:
-        raise ModelError(
-            describe(str(path), "model_type", config.get("model_type"), f"must be one of {', '.join(FAMILIES)}", "the runtime knows the experts of these families")
-        )
+        rule = f"must be one of {', '.join(FAMILIES)}"
+        raise ModelError(describe(str(path), "model_type", config.get("model_type"), rule, "the runtime knows the experts of these families"))
     for key, value in config.items():
         if isinstance(value, int) and not -1 <= value <= 1 << 24:
             raise ModelError(describe(str(path), key, value, "must be within -1..2^24"))

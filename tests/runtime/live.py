@@ -1,0 +1,121 @@
+"""A deployment under test: `moesim serve-demo` as a subprocess, stopped and checked for orphans at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moesim.cli.main import main
+
+CONFIG = {
+    "model_type": "qwen3_moe", "torch_dtype": "float32", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "intermediate_size": 64, "norm_topk_prob": True,
+    "vocab_size": 256, "max_position_embeddings": 512, "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+LAYERS, EXPERTS = (0, 1, 2), 16
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    """Write the tiny model's config.json and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**CONFIG, **changes}))
+    return path
+
+
+@dataclass
+class Result:
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def moesim(*arguments: str, token: str = "") -> Result:
+    """Run the command line to its end, in this process to save its start-up."""
+    output, errors = io.StringIO(), io.StringIO()
+    before = os.environ.get("MOESIM_TOKEN")
+    os.environ["MOESIM_TOKEN"] = token
+    code: object = 0
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            main(list(arguments))
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        os.environ.pop("MOESIM_TOKEN") if before is None else os.environ.update(MOESIM_TOKEN=before)
+    assert isinstance(code, int)
+    return Result(code, output.getvalue(), errors.getvalue())
+
+
+def alive(pid: int) -> bool:
+    """Return True if the process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def await_gone(pids: list[int], timeout_s: float) -> list[int]:
+    """Return the processes that still exist after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and any(alive(pid) for pid in pids):
+        time.sleep(0.02)
+    return [pid for pid in pids if alive(pid)]
+
+
+class Live:
+    """A running deployment."""
+
+    def __init__(self, model: Path, *flags: str, ranks: int = 4, token: str = "", failpoints: bool = False) -> None:
+        environment = {**os.environ, "MOESIM_TOKEN": token, "MOESIM_TEST_FAILPOINTS": "1" if failpoints else "0"}
+        command = [sys.executable, "-m", "moesim", "serve-demo", "--ranks", str(ranks), "--model", str(model), "--batch", "4", "--prompt", "16", "--json"]
+        self.errors = (model.parent / "stderr").open("w+")
+        self.process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment)
+        self.token, self.stderr_text = token, ""
+        assert self.process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            line = self.process.stdout.readline() if selector.select(90) else ""
+        if not line:
+            self.process.kill()
+            raise AssertionError(f"the deployment did not start: {self.stderr()}")
+        self.ready = json.loads(line)
+        self.control, self.pids = str(self.ready["control"]), list(self.ready["pids"])
+
+    def stderr(self) -> str:
+        """Return what the deployment has written for people."""
+        self.errors.flush()
+        return Path(self.errors.name).read_text()
+
+    def apply(self, plan: Any, *flags: str) -> Result:
+        """Write `plan` beside the model and apply it through the command line."""
+        path = Path(self.errors.name).parent / "plan.json"
+        plan.write(path)
+        return moesim("apply", str(path), "--to", self.control, "--json", *flags, token=self.token)
+
+    def close(self, number: int = signal.SIGINT) -> int:
+        """End the deployment by a signal; assert that no rank is left; return its exit code."""
+        self.process.send_signal(number)
+        try:
+            code = self.process.wait(20)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            if self.process.stdout is not None:
+                self.process.stdout.close()
+            self.stderr_text = self.stderr()
+            self.errors.close()
+        assert await_gone(self.pids, 3) == [], "orphans"
+        return code

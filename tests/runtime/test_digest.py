@@ -1,0 +1,62 @@
+"""The digest of an expert changes with every bit, with the order of its bytes and with its length."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moesim.runtime.digest import BLOCK_WORDS, DIGEST_BYTES, digest
+
+
+def random_bytes(size: int, seed: int = 0) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64(seed)).integers(0, 256, size, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("size", [98304, 3 * BLOCK_WORDS * 8 + 5, 1000])
+def test_100_of_100_random_single_bit_flips_are_detected(size: int) -> None:
+    data = random_bytes(size)
+    clean = digest(data)
+    generator = np.random.Generator(np.random.PCG64(1))
+    for position, bit in zip(generator.integers(0, size, 100), generator.integers(0, 8, 100), strict=True):
+        data[position] ^= np.uint8(1 << bit)
+        assert digest(data) != clean
+        data[position] ^= np.uint8(1 << bit)
+    assert digest(data) == clean
+
+
+def test_every_single_bit_of_a_small_array_counts() -> None:
+    data = random_bytes(41)
+    seen = {digest(data)}
+    for position in range(41):
+        for bit in range(8):
+            data[position] ^= np.uint8(1 << bit)
+            seen.add(digest(data))
+            data[position] ^= np.uint8(1 << bit)
+    assert len(seen) == 41 * 8 + 1
+
+
+@pytest.mark.parametrize("bit", [0, 31, 32, 63])
+def test_the_same_bit_flipped_in_two_words_is_detected(bit: int) -> None:
+    words = random_bytes(8 * 300).view(np.uint64)
+    seen = {digest(words)}
+    for other in range(1, 300):
+        words[[0, other]] ^= np.uint64(1 << bit)
+        seen.add(digest(words))
+        words[[0, other]] ^= np.uint64(1 << bit)
+    assert len(seen) == 300
+
+
+def test_swapped_words_and_blocks_and_lengths_are_told_apart() -> None:
+    words = random_bytes(8 * 2 * BLOCK_WORDS).view(np.uint64)
+    swapped = words.copy()
+    swapped[[3, 4]] = swapped[[4, 3]]
+    blocks = np.roll(words, BLOCK_WORDS)
+    zeros = [digest(np.zeros(size, np.uint8)) for size in range(40)]
+    assert len({digest(words), digest(swapped), digest(blocks), *zeros}) == 43
+    assert len(digest(words)) == DIGEST_BYTES
+
+
+def test_the_digest_is_of_bytes_not_of_numbers() -> None:
+    values = np.array([0.0, 1.5, -2.0], np.float32)
+    assert digest(values) == digest(values.view(np.uint8)) == digest(values.reshape(3, 1))
+    assert digest(values) != digest(np.array([-0.0, 1.5, -2.0], np.float32))
