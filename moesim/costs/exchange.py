@@ -29,6 +29,7 @@ COMMUNICATION_SMS = 20
 TABLE_DEVICES = 8
 GROUP_LIMIT = 4
 """Nodes a token may reach in the high-throughput tables: over 8 nodes only this keeps the table's combine below the NIC's bandwidth."""
+ROUNDING = 1e-9
 EVEN = 0.1
 """Loads within this share of their mean count as the table's own (random, balanced) distribution."""
 _TABLES = {"normal": "normal", "low_latency": "ll"}
@@ -144,25 +145,32 @@ class ExchangeCost:
         low = max((count for count in known if count <= nodes), default=high)
         weight = 0.0 if low == high else log2(nodes / low) / log2(high / low)
         seconds = np.zeros(up.shape)
-        codes = np.zeros(up.shape, dtype=np.uint8)
+        # One class per exchange: all its ranks wait for each other.
+        codes = np.zeros((*up.shape[:-1], 1), dtype=np.uint8)
         for count, share in ((low, 1.0 - weight), (high, weight)):
             if share == 0:
                 continue
             reference = references[count]
             out_rate = self._out_rate(reference)
             per_token = max(reference.up / up_rate, reference.out / out_rate)
-            tokens = np.maximum(up / up_rate, out / out_rate) / per_token
-            tokens = np.where(np.abs(tokens - np.round(tokens)) < 1e-9 * np.maximum(tokens, 1.0), np.round(tokens), tokens)
-            timed = reference.curve(tokens)
-            seconds += share * np.where(tokens > 0, timed.seconds, 0.0)
-            mean = tokens.mean(axis=-1, keepdims=True)
-            even = np.abs(tokens - mean) <= EVEN * mean
-            same = reference.shape == (self._model.hidden_size, self._model.top_k, self._model.num_experts, nodes, devices)
-            own = even & same & (share == 1.0)
-            # A grid key counts as measured only if every rank is on it.
-            own_codes = np.where((timed.provenance == 0) & (tokens == mean), np.uint8(0), np.maximum(timed.provenance, np.uint8(Provenance.INTERPOLATED)))
-            np.maximum(codes, np.where(own, own_codes, np.uint8(Provenance.CALIBRATED)), out=codes)
+            tokens = np.maximum(up / (up_rate * per_token), out / (out_rate * per_token))
+            seconds += share * reference.curve.seconds_at(tokens)
+            own = share == 1.0 and reference.shape == (self._model.hidden_size, self._model.top_k, self._model.num_experts, nodes, devices)
+            np.maximum(codes, self._classes(reference.curve, tokens) if own else np.uint8(Provenance.CALIBRATED), out=codes)
+        seconds[(up == 0) & (out == 0)] = 0.0
         return Timing(seconds=seconds, provenance=np.where(seconds > 0, codes, np.uint8(0)))
+
+    @staticmethod
+    def _classes(curve: Curve, tokens: np.ndarray) -> np.ndarray:
+        """Return the class of every exchange [..., 1] of the table's own shape: loads that are even are of its distribution."""
+        mean, least, most = tokens.mean(axis=-1, keepdims=True), tokens.min(axis=-1, keepdims=True), tokens.max(axis=-1, keepdims=True)
+        even = (most <= (1 + EVEN) * mean) & (least >= (1 - EVEN) * mean)
+        keys = curve.keys
+        near = keys[np.clip(np.searchsorted(keys, mean * (1 - ROUNDING)), 0, len(keys) - 1)]
+        on_key = (np.abs(least - near) <= ROUNDING * near) & (np.abs(most - near) <= ROUNDING * near)
+        codes = np.where(on_key, np.uint8(Provenance.MEASURED), np.uint8(Provenance.INTERPOLATED))
+        outside = (least < keys[0] * (1 - ROUNDING)) | (most > keys[-1] * (1 + ROUNDING))
+        return np.where(even & ~outside, codes, np.uint8(Provenance.CALIBRATED))
 
     @staticmethod
     def _up_rate(references: dict[int, _Reference]) -> float:

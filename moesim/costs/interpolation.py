@@ -80,8 +80,6 @@ class Curve:
 
     def __call__(self, query: np.ndarray) -> Timing:
         """Return the time at every size of `query`."""
-        if self.work is identity and len(self.keys) > 1:
-            return self._plain(query)
         at = bracket(self.keys, query, self.work)
         high = np.minimum(at.low + 1, len(self.keys) - 1)
         # The two-product form returns the grid value exactly at weight 0 and 1.
@@ -89,13 +87,12 @@ class Curve:
         return Timing(seconds=seconds, provenance=np.where(at.on_key, _MEASURED, np.where(at.inside, _INTERPOLATED, _CALIBRATED)))
 
 
-    def _plain(self, query: np.ndarray) -> Timing:
-        """Return the same where work is size: one library interpolation instead of a dozen array passes."""
-        keys, query = self.keys, np.asarray(query, dtype=np.float64)
-        seconds = np.interp(query, keys, self.seconds) * np.maximum(query / keys[-1], 1.0)
-        on_key = keys[np.minimum(np.searchsorted(keys, query), len(keys) - 1)] == query
-        inside = (query >= keys[0]) & (query <= keys[-1])
-        return Timing(seconds=seconds, provenance=np.where(on_key, _MEASURED, np.where(inside, _INTERPOLATED, _CALIBRATED)))
+    def seconds_at(self, query: np.ndarray) -> np.ndarray:
+        """Return the seconds alone; where work is size, one library interpolation instead of a dozen array passes."""
+        if self.work is not identity or len(self.keys) == 1:
+            return self(query).seconds
+        seconds = np.interp(query, self.keys, self.seconds)
+        return seconds * np.maximum(query / self.keys[-1], 1.0) if query.size and query.max() > self.keys[-1] else seconds
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,9 +62,11 @@ def ports(algorithm: str, devices: int, *, assign_RR: np.ndarray | None, copy_RR
         return _normal(blocks, local, None if nodes == 1 else _given(node_RN, "node_RN"), (*lead, num_ranks))
     if algorithm == "2dh":
         return _two_level(blocks, local, (*lead, num_ranks))
-    inner = np.einsum("...aiaj->...aij", blocks)
-    inner_out, inner_in = inner.sum(axis=-1, dtype=np.float64).reshape(local.shape), inner.sum(axis=-2, dtype=np.float64).reshape(local.shape)
-    all_out, all_in = pairs.sum(axis=-1, dtype=np.float64), pairs.sum(axis=-2, dtype=np.float64)
+    inner = np.einsum("...aiaj->...aij", blocks).astype(np.float64)
+    inner_out, inner_in = inner.sum(axis=-1).reshape(local.shape), inner.sum(axis=-2).reshape(local.shape)
+    # A matrix product with ones sums short axes several times faster than a reduction.
+    counts, ones = pairs.astype(np.float64), np.ones(num_ranks)
+    all_out, all_in = counts @ ones, ones @ counts
     return Ports(inner_out - local, inner_in - local, all_out - inner_out, all_in - inner_in, local)
 
 

@@ -53,15 +53,19 @@ class Ledger:
         passes = len(finish_P)
         start_P = begin_s + np.r_[0.0, np.cumsum(finish_P[:-1])]
         sums: dict[str, np.ndarray] = {}
+        ones = np.ones(self.num_ranks)
         for index, op in enumerate(program.ops):
             start, end, gate = times.start[index], times.end[index], times.gate[index]
-            length = np.broadcast_to(end - start, (passes, self.num_ranks))
+            length = end - start
+            if length.shape != (passes, self.num_ranks):
+                length = np.broadcast_to(length, (passes, self.num_ranks))
             if gate is not None:
                 wait = np.minimum(gate - start, length)
-                sums["straggler_wait"] = sums.get("straggler_wait", 0.0) + wait.sum(axis=1)
+                sums["straggler_wait"] = sums.get("straggler_wait", 0.0) + wait @ ones
                 length = length - wait
-            sums[op.label] = sums.get(op.label, 0.0) + length.sum(axis=1)
-            self._count_classes(op.provenance, length)
+            seconds = length @ ones
+            sums[op.label] = sums.get(op.label, 0.0) + seconds
+            self._count_classes(op.provenance, length, float(seconds.sum()))
         sums["overhead"] = np.full(passes, overhead_s * self.num_ranks)
         for label in set(sums) | set(self.by_label):
             history = self.by_label.setdefault(label, [np.zeros(n) for n in self._batches])
@@ -74,13 +78,13 @@ class Ledger:
         self.duration_s += finish_P.tolist()
         return float(start_P[-1] + finish_P[-1])
 
-    def _count_classes(self, provenance: np.ndarray | int, length: np.ndarray) -> None:
+    def _count_classes(self, provenance: np.ndarray | int, length: np.ndarray, total: float) -> None:
         codes = np.asarray(provenance)
-        if codes.ndim == 0 or codes.size == 1:
-            self.class_s[int(codes.reshape(-1)[0])] += float(length.sum())
+        first = int(codes.flat[0])
+        if codes.size == 1 or bool((codes == first).all()):
+            self.class_s[first] += total
         else:
-            codes = np.broadcast_to(codes, length.shape)
-            self.class_s += np.bincount(codes.ravel(), weights=length.ravel(), minlength=len(CLASSES))
+            self.class_s += np.bincount(np.broadcast_to(codes, length.shape).ravel(), weights=length.ravel(), minlength=len(CLASSES))
 
     def intervals(self) -> Iterator[Interval]:
         """Yield the Ops of the kept passes on the run's clock, pass by pass."""

@@ -72,7 +72,7 @@ class Program:
         for job in op.jobs:
             if job.work_s.shape[-1] != self.num_ranks:
                 raise SimulationError(f"program: op {index} ({op.label}) has work for {job.work_s.shape[-1]} ranks, must be {self.num_ranks}")
-            if not (np.isfinite(job.work_s).all() and (job.work_s >= 0).all()):
+            if job.work_s.size and not (job.work_s.min() >= 0 and job.work_s.max() < np.inf):
                 raise SimulationError(f"program: op {index} ({op.label}) has work that is not finite and >= 0; check its costs")
         self.ops.append(op)
         return index
