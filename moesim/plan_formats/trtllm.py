@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from moesim.errors import InputError, PlanError, describe
-from moesim.files import read_yaml, write_atomic
+from moesim.files import read_bytes, read_yaml, write_atomic
 from moesim.plan import MAX_SLOTS, Plan
 from moesim.plan_formats.checks import MAX_LAYERS, as_dict, as_int, as_rows
 
 KEYS = {"initial_global_assignments", "num_slots", "layer_updates_per_iter"}
 LIMIT_BYTES = 32 * 2**20
+MAX_BRACKETS = 8
 
 
 def write(plan: Plan, path: Path, *, num_hidden_layers: int | None, mtp_layers: int, layer_updates_per_iter: int, **_: Any) -> None:
@@ -35,8 +36,18 @@ def write(plan: Plan, path: Path, *, num_hidden_layers: int | None, mtp_layers: 
     write_atomic(path, "\n".join(lines))
 
 
+def _check_depth(path: Path) -> None:
+    """Refuse deeply nested brackets before they reach the YAML parser, whose time grows with the square of the depth."""
+    text = np.frombuffer(read_bytes(path, limit=LIMIT_BYTES, error=PlanError), dtype=np.uint8)
+    opened, closed = np.isin(text, np.frombuffer(b"[{", dtype=np.uint8)), np.isin(text, np.frombuffer(b"]}", dtype=np.uint8))
+    depth = np.cumsum(opened.astype(np.int32) - closed)
+    if depth.size and depth.max() > MAX_BRACKETS:
+        raise PlanError(f"{path}: brackets nested {int(depth.max())} deep; this format has lists inside one mapping")
+
+
 def read(path: Path, *, num_experts: int, moe_layer_ids: tuple[int, ...], **_: Any) -> np.ndarray:
     """Return [L, S]: the slots of the MoE layers; layers after the last one (multi-token prediction) are left out."""
+    _check_depth(path)
     node = as_dict(read_yaml(path, limit=LIMIT_BYTES, error=PlanError), str(path), KEYS - {"layer_updates_per_iter"}, frozenset({"layer_updates_per_iter"}))
     slots = as_int(node["num_slots"], str(path), "num_slots", 1, MAX_SLOTS)
     as_int(node.get("layer_updates_per_iter", 0), str(path), "layer_updates_per_iter", 0, MAX_LAYERS)
