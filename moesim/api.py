@@ -7,7 +7,7 @@ command line prints; its keys are stable. Bad input raises an `InputError` that 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from moesim.traces.steps import iter_steps, sharding
 
 PLACEMENTS = ("linear", "round_robin", "random", "eplb")
 OBJECTIVES = ("balance", "robust")
-GAIN_TOKENS = 16384
+GAIN_TOKENS = 8192
 """Tokens of the trace on which `solve` replays the plan to predict its gain."""
 
 
@@ -77,15 +77,14 @@ def replay(
     map_layers: str | None = None,
     strict: bool = False,
     seed: int = 0,
-    max_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Replay:
     """Run a routing trace on a cluster with expert parallelism over all of its devices.
 
     trace: name, path or `synthetic:…`. plan: a plan or its path; without one, `placement` (linear, round_robin, random,
     eplb) makes one. tokens_per_step: tokens per forward pass over all ranks; None keeps the recorded steps. settings: see
-    `moesim.sim.settings.Settings`. map_layers: how trace layers stand for model layers if they differ. max_tokens: replay at
-    most about this many tokens. Raises InputError if any document breaks a rule, or if they do not fit each other.
+    `moesim.sim.settings.Settings`. map_layers: how trace layers stand for model layers if they differ.
+    Raises InputError if any document breaks a rule, or if they do not fit each other.
     """
     began = time.perf_counter()
     moe_model, cluster = _model(model), _cluster(hardware)
@@ -94,17 +93,9 @@ def replay(
     _check_tokens_per_step(tokens_per_step)
     costs = CostModel(cluster, moe_model, strict=strict)
     placed = _plan(plan, placement, routing, moe_model, cluster, seed)
-    placed.check_model(name=moe_model.name, num_experts=moe_model.num_experts, moe_layer_ids=moe_model.moe_layer_ids)
-    builder = ProgramBuilder(cluster=cluster, model=moe_model, plan=placed, costs=costs, settings=chosen)
-    memory.account(cluster, moe_model, placed, attention_tp=builder.tp, kv_entries=0, tokens=0)
-    compiler = LoadCompiler(placed, ranks_per_node=cluster.devices_per_node)
-    passes = _passes(routing, cluster.num_ranks, tokens_per_step, seed, max_tokens)
-    run = run_passes(passes, builder=builder, compiler=compiler, progress=progress)
-    if run.steps == 0:
-        raise TraceError(f"{routing.source}: holds no token to replay; every row is a warm-up dummy or the trace is empty")
-    account = memory.account(cluster, moe_model, placed, attention_tp=builder.tp, kv_entries=run.kv_entries_peak * builder.tp, tokens=run.tokens_peak)
-    report = _replay_report(run, routing, moe_model, cluster, placed, chosen, account, tokens_per_step, time.perf_counter() - began)
-    return Replay(report=report, ledger=run.ledger, plan=placed, load_LE=run.sums.expert_LE)
+    builder = _builder(cluster, moe_model, placed, costs, chosen)
+    passes = _passes(routing, cluster.num_ranks, tokens_per_step, seed)
+    return _simulate(passes, builder, routing, tokens_per_step, progress, began)
 
 
 def solve(
@@ -279,7 +270,15 @@ def _moved(old: Plan, new: Plan, expert_bytes: float) -> dict[str, float]:
 # --- running ---------------------------------------------------------------------------------------
 
 
-def _passes(routing: RoutingTrace, num_ranks: int, tokens_per_step: int | None, seed: int, max_tokens: int | None) -> Iterator[Pass]:
+def _builder(cluster: Cluster, model: MoEModel, plan: Plan, costs: CostModel, settings: Settings) -> ProgramBuilder:
+    """Check that plan, model and cluster fit each other, weights included, and return what builds their Programs."""
+    plan.check_model(name=model.name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids)
+    builder = ProgramBuilder(cluster=cluster, model=model, plan=plan, costs=costs, settings=settings)
+    memory.account(cluster, model, plan, attention_tp=builder.tp, kv_entries=0, tokens=0)
+    return builder
+
+
+def _passes(routing: RoutingTrace, num_ranks: int, tokens_per_step: int | None, seed: int, max_tokens: int | None = None) -> Iterator[Pass]:
     done = 0
     for step in iter_steps(routing, num_ranks=num_ranks, tokens_per_step=tokens_per_step, seed=seed):
         shape = pass_shape(rank_T=step.rank_T, phase_T=step.phase_T, request_T=step.request_T, position_T=step.position_T, num_ranks=num_ranks)
@@ -289,13 +288,33 @@ def _passes(routing: RoutingTrace, num_ranks: int, tokens_per_step: int | None, 
             return
 
 
+def _simulate(
+    passes: Iterable[Pass],
+    builder: ProgramBuilder,
+    routing: RoutingTrace,
+    tokens_per_step: int | None,
+    progress: Callable[[int], None] | None,
+    began: float,
+) -> Replay:
+    cluster, model, plan = builder.cluster, builder.model, builder.plan
+    compiler = LoadCompiler(plan, ranks_per_node=cluster.devices_per_node)
+    run = run_passes(passes, builder=builder, compiler=compiler, progress=progress)
+    if run.steps == 0:
+        raise TraceError(f"{routing.source}: holds no token to replay; every row is a warm-up dummy or the trace is empty")
+    account = memory.account(cluster, model, plan, attention_tp=builder.tp, kv_entries=run.kv_entries_peak * builder.tp, tokens=run.tokens_peak)
+    report = _replay_report(run, routing, builder, account, tokens_per_step, time.perf_counter() - began)
+    return Replay(report=report, ledger=run.ledger, plan=plan, load_LE=run.sums.expert_LE)
+
+
 def _predict(report: dict[str, Any], routing: RoutingTrace, model: MoEModel, cluster: Cluster, plan: Plan, seed: int) -> None:
-    """Replay the plan and linear placement on the head of the first trace and add what they predict."""
-    tokens = None if not routing.is_synthetic and routing.kind == "tokens" else GAIN_TOKENS
-    runs = {}
-    for name, choice in (("linear", None), ("plan", plan)):
-        runs[name] = replay(routing, model=model, hardware=cluster, plan=choice, tokens_per_step=tokens, max_tokens=GAIN_TOKENS, seed=seed).report
-    before, after = runs["linear"], runs["plan"]
+    """Replay the plan and linear placement on the same head of the first trace and add what they predict."""
+    tokens = GAIN_TOKENS if routing.kind == "counts" or routing.is_synthetic and routing.num_rows > GAIN_TOKENS else None
+    passes = list(_passes(routing, cluster.num_ranks, tokens, seed, max_tokens=GAIN_TOKENS))
+    costs = CostModel(cluster, model)
+    before, after = (
+        _simulate(passes, _builder(cluster, model, choice, costs, Settings()), routing, tokens, None, 0.0).report
+        for choice in (_plan(None, "linear", routing, model, cluster, seed), plan)
+    )
     report["traffic"] = {"distinct_remote_ranks": after["traffic"]["distinct_remote_ranks"], "inter_node_bytes": after["bytes"]["inter_node"]}
     report["predicted"] = {
         "tokens": after["tokens"],
@@ -306,16 +325,9 @@ def _predict(report: dict[str, Any], routing: RoutingTrace, model: MoEModel, clu
 
 
 def _replay_report(
-    run: ReplayRun,
-    routing: RoutingTrace,
-    model: MoEModel,
-    cluster: Cluster,
-    plan: Plan,
-    settings: Settings,
-    account: memory.MemoryAccount,
-    tokens_per_step: int | None,
-    wall_s: float,
+    run: ReplayRun, routing: RoutingTrace, builder: ProgramBuilder, account: memory.MemoryAccount, tokens_per_step: int | None, wall_s: float
 ) -> dict[str, Any]:
+    model, cluster, plan, settings = builder.model, builder.cluster, builder.plan, builder.settings
     ledger = run.ledger
     breakdown = {label: float(values.mean() * 1e3) for label, values in ledger.breakdown_s().items()}
     wait_s = float(ledger.breakdown_s().get("straggler_wait", np.zeros(1)).sum())

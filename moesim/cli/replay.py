@@ -33,7 +33,9 @@ def replay(
     plan: Annotated[Path | None, typer.Option("--plan", help="plan to replay")] = None,
     placement: Annotated[str, typer.Option("--placement", help="linear, round_robin, random or eplb, where no plan is given")] = "linear",
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value: attention_tp, dispatch, shared_experts, host_overhead_us")] = None,
-    tokens_per_step: Annotated[int | None, typer.Option("--tokens-per-step", help="tokens per forward pass over all ranks; default: the recorded steps")] = None,
+    tokens_per_step: Annotated[
+        int | None, typer.Option("--tokens-per-step", help="tokens per forward pass over all ranks; default: the recorded steps")
+    ] = None,
     map_layers: Annotated[str | None, typer.Option("--map-layers", help="cycle, or trace:model pairs, where the layers differ")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="refuse extrapolated and roofline times")] = False,
     seed: Annotated[int, typer.Option("--seed", help="seed of synthetic or sampled routing")] = 0,
@@ -48,8 +50,16 @@ def replay(
     if plan is not None and placement != "linear":
         raise InputError("replay: --plan and --placement exclude each other; give one")
     result = api.replay(
-        trace, model=model, hardware=hardware, plan=plan, placement=placement, settings=parse_settings(settings or []), tokens_per_step=tokens_per_step,
-        map_layers=map_layers, strict=strict, seed=seed,
+        trace,
+        model=model,
+        hardware=hardware,
+        plan=plan,
+        placement=placement,
+        settings=parse_settings(settings or []),
+        tokens_per_step=tokens_per_step,
+        map_layers=map_layers,
+        strict=strict,
+        seed=seed,
     )
     files = result.write(out) if out is not None else []
     if as_json:

@@ -32,8 +32,17 @@ def solve(
 
     budget = None if move_budget is None else _bytes(move_budget)
     result = api.solve(
-        traces, model=model, hardware=hardware, objective=objective, redundant=redundant, solver=solver, previous=previous, move_budget_bytes=budget,
-        time_limit_s=time_limit, map_layers=map_layers, seed=seed,
+        traces,
+        model=model,
+        hardware=hardware,
+        objective=objective,
+        redundant=redundant,
+        solver=solver,
+        previous=previous,
+        move_budget_bytes=budget,
+        time_limit_s=time_limit,
+        map_layers=map_layers,
+        seed=seed,
     )
     result.plan.write(output)
     if as_json:
@@ -69,6 +78,8 @@ def print_solution(report: dict[str, Any]) -> None:
         rows.append(("moved", f"{report['moved']['slots']} slots, {format_bytes(report['moved']['bytes'])}"))
     if report["predicted"] is not None:
         predicted = report["predicted"]
-        rows.append(("predicted step, linear → plan", f"{predicted['step_ms']['linear']:.3f} → {predicted['step_ms']['plan']:.3f} ms ({predicted['gain']:+.1%})"))
+        rows.append(
+            ("predicted step, linear → plan", f"{predicted['step_ms']['linear']:.3f} → {predicted['step_ms']['plan']:.3f} ms ({predicted['gain']:+.1%})")
+        )
         rows.append(("predicted balance, linear → plan", f"{predicted['balance']['linear']:.3f} → {predicted['balance']['plan']:.3f}"))
     table("", ["", "value"], rows)
