@@ -173,7 +173,7 @@ def check_pages(file: BinaryIO, chunk: Chunk, kind: np.dtype[Any] | int, *, rows
             raise BadLayout("holds a page of an unknown kind") from None
         except ThriftError as cause:
             raise BadLayout(str(cause)) from None
-        if not good or (page == 0 and {inner.get(3), inner.get(4)} - {3, 4}):
+        if not good or (page == 0 and not (inner.get(3) in (3, 4) and inner.get(4) in (3, 4))):
             raise BadLayout("holds a page header with impossible values")
         if 4 not in header:
             raise BadLayout("holds a page without a checksum")

@@ -2,7 +2,7 @@
 
 - `balanced_TK`: every expert equally often, exactly as far as divisibility allows;
 - `proportional_TK`: expert e is among a token's k with probability exactly π_e = k · w_e / Σw, capped at 1
-  (systematic sampling in a random order that changes every 64 tokens);
+  (systematic sampling in a random order that changes every 16 tokens);
 - `fill_TK`: complete partly chosen rows by successive draws without replacement.
 With routing groups a token touches at most M of G groups. Shapes: T tokens, K choices, E experts, G groups.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 _UNIT = 1 << 24
 """One whole inclusion, in the integer arithmetic of systematic sampling: distinctness is then exact, not a rounding matter."""
-_BLOCK = 64
+_BLOCK = 16
 """Tokens that share one random order of the experts."""
 
 

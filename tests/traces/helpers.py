@@ -40,7 +40,7 @@ def trace(of: TraceShape, tokens: int = 40, **more: Any) -> RoutingTrace:
     return from_batches(of, [batch(of, tokens, **more)], source="toy trace")
 
 
-def restamp(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def restamp(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change a manifest and stamp it again, as an attacker would."""
     node = json.loads((folder / "manifest.json").read_text())
     change(node)

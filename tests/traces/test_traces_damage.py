@@ -17,7 +17,7 @@ import pytest
 
 from moesim.errors import MoesimError, TraceError
 from moesim.traces.columns import TableReader, open_writer, to_table
-from moesim.traces.manifest import Columns, token_spec
+from moesim.traces.manifest import Columns, parse_manifest, token_spec
 from moesim.traces.open import open_trace
 from moesim.traces.reader import open_stored
 from moesim.traces.writer import write_trace
@@ -104,15 +104,13 @@ def test_every_bit_flip_in_a_manifest_is_detected(folder: Path) -> None:
     fingerprint = open_trace(str(folder)).fingerprint
     for bit in range(0, len(good) * 8 - 8):  # the last byte is a newline
         good[bit // 8] ^= 1 << bit % 8
-        (folder / "manifest.json").write_bytes(good)
-        good[bit // 8] ^= 1 << bit % 8
         with pytest.raises(TraceError):
-            open_trace(str(folder))
-    (folder / "manifest.json").write_bytes(good)
-    assert open_trace(str(folder)).fingerprint == fingerprint
+            parse_manifest(bytes(good), "t")
+        good[bit // 8] ^= 1 << bit % 8
+    assert parse_manifest(bytes(good), "t").fingerprint == fingerprint
 
 
-LIES: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
+LIES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("newer schema", lambda m: m.update(schema="moetrace/2"), "newer moesim"),
     ("other schema", lambda m: m.update(schema="x"), "import other formats"),
     ("extra key", lambda m: m.update(pickle="x"), "unknown keys"),
@@ -146,7 +144,7 @@ LIES: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
 
 
 @pytest.mark.parametrize(("lie", "message"), [(lie, message) for _, lie, message in LIES], ids=[name for name, *_ in LIES])
-def test_a_lying_manifest_is_refused(folder: Path, lie: Callable[[dict[str, Any]], None], message: str) -> None:
+def test_a_lying_manifest_is_refused(folder: Path, lie: Callable[[dict[str, Any]], object], message: str) -> None:
     restamp(folder, lie)
     with pytest.raises(TraceError, match=message):
         read_all(folder)
@@ -166,12 +164,24 @@ def _write(path: Path, table: pa.Table, **options: Any) -> bytes:
 
 def _columns(rows: int) -> dict[str, np.ndarray]:
     one = batch(shape(), rows)
-    return {"step": one.step_T, "rank": one.rank_T, "request": one.request_T, "position": one.position_T, "phase": one.phase_T, "routes": one.experts_TLK.reshape(rows, -1)}
+    return {
+        "step": one.step_T,
+        "rank": one.rank_T,
+        "request": one.request_T,
+        "position": one.position_T,
+        "phase": one.phase_T,
+        "routes": one.experts_TLK.reshape(rows, -1),
+    }
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"compression": "snappy"}, "zstd"), ({"compression": "none"}, "zstd"), ({"write_page_checksum": False}, "checksum"), ({"use_byte_stream_split": ["routes"], "use_dictionary": False}, "zstd")],
+    [
+        ({"compression": "snappy"}, "zstd"),
+        ({"compression": "none"}, "zstd"),
+        ({"write_page_checksum": False}, "checksum"),
+        ({"use_byte_stream_split": ["routes"], "use_dictionary": False}, "zstd"),
+    ],
 )
 def test_a_shard_of_another_layout_is_refused(folder: Path, options: dict[str, Any], message: str) -> None:
     table = to_table(token_spec(shape(), Columns()), _columns(40))
@@ -289,7 +299,9 @@ def test_counts_in_another_order_are_refused(tmp_path: Path) -> None:
 
     of = shape(layers=2)
     write_trace(from_counts(of, np.ones((2, 2, 16), dtype=np.int64), ["a", "b"], source="x"), tmp_path / "t")
-    write_table(tmp_path / "x", counts_spec(of), {"window": np.array([1, 1, 0, 0]), "layer": np.array([0, 1, 0, 1]), "counts": np.ones((4, 16), dtype=np.int64)})
+    write_table(
+        tmp_path / "x", counts_spec(of), {"window": np.array([1, 1, 0, 0]), "layer": np.array([0, 1, 0, 1]), "counts": np.ones((4, 16), dtype=np.int64)}
+    )
     replace_shard(tmp_path / "t", "counts.parquet", (tmp_path / "x").read_bytes())
     with pytest.raises(TraceError, match="sorted by window"):
         open_trace(str(tmp_path / "t")).counts_WLE()

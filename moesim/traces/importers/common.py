@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import itertools
 import math
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -293,7 +294,7 @@ def text_lines(path: Path) -> Iterator[str]:
     if not path.is_file():
         raise TraceError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'does not exist'}; check the path")
     packed = path.stat().st_size
-    limit = min(MAX_CSV_BYTES, max(16 << 20, packed * GZIP_RATIO))
+    limit = min(MAX_CSV_BYTES, max(4 << 20, packed * GZIP_RATIO))
     seen = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
@@ -316,12 +317,13 @@ def text_lines(path: Path) -> Iterator[str]:
 
 def numeric_table(lines: Iterator[str], columns: int, place: str) -> np.ndarray:
     """Return float64 [rows, columns] of comma-separated numbers."""
+    first = next(lines, None)
+    if first is None:
+        raise TraceError(f"{place}: has no rows")
     try:
-        table = np.loadtxt(lines, delimiter=",", dtype=np.float64, comments=None, ndmin=2)
+        table = np.loadtxt(itertools.chain([first], lines), delimiter=",", dtype=np.float64, comments=None, ndmin=2)
     except ValueError as cause:
         raise TraceError(f"{place}: {str(cause).splitlines()[0][:160]}; every row must have {columns} numbers") from None
-    if table.size == 0:
-        raise TraceError(f"{place}: has no rows")
     if table.shape[1] != columns:
         raise TraceError(describe(place, "columns", table.shape[1], f"must be {columns} as in the header"))
     return table

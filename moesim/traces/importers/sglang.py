@@ -100,7 +100,8 @@ def _stat(source: Path, dumps: Mapping[Path, Any], options: ImportOptions) -> Ro
     parts, names = [], []
     for path, dump in dumps.items():
         value = dump["logical_count"]
-        two = len(getattr(value, "shape", ())) == 2 or (isinstance(value, list) and value and not isinstance(value[0][0], list))
+        nested = isinstance(value, list) and bool(value) and isinstance(value[0], list) and bool(value[0]) and isinstance(value[0][0], list)
+        two = len(value.shape) == 2 if hasattr(value, "numel") else not nested
         table = _array(value, f"{path}: logical_count", 2 if two else 3)
         parts.append(table[None] if two else table)
         prefix = f"{path.stem} " if len(dumps) > 1 else ""
