@@ -230,6 +230,9 @@ class Apply:
         last = first + self.window
         self._wait_for(last)
         answers = self.ranks.ask("window", first=first, last=last)
+        epochs = {epoch for answer in answers for epoch in answer["epochs"]}
+        if len(epochs) != 1:
+            raise ApplyError(f"steps {first}..{last - 1} were served in epochs {sorted(epochs)}; balance needs one")
         rows_RLE = np.array([answer["rows_LE"] for answer in answers])
         load_LR = rows_RLE.sum(2).T
         return {

@@ -57,6 +57,11 @@ class Spool:
         self._steps.flush()
         self.full = self._tokens.tell() > MAX_SPOOL_BYTES
 
+    def close(self) -> None:
+        """Close the files."""
+        self._tokens.close()
+        self._steps.close()
+
 
 def spooled_steps(folder: Path, ranks: int) -> int:
     """Return how many steps all ranks have written."""
@@ -70,25 +75,29 @@ def publish(folder: Path, ranks: int, shape: TraceShape, target: Path, provenanc
     fresh = target.parent / f".{target.name}.new-{os.getpid()}"
     shutil.rmtree(fresh, ignore_errors=True)
     steps = [np.fromfile(folder / f"steps-{rank}", STEP, count) for rank in range(ranks)]
-    tokens = [np.memmap(folder / f"tokens-{rank}", token_dtype(shape), mode="r") for rank in range(ranks)]
     starts = [np.concatenate([[0], np.cumsum(table["prefill"].astype(np.int64) + table["decode"])]) for table in steps]
-    facts = {"parallel": {"ep": ranks, "dp": ranks, "tp": 1}, "clock": "CLOCK_MONOTONIC"}
-    with TraceWriter(fresh, shape, provenance={**provenance, "steps": count}, facts=facts) as writer:
-        for index in range(count):
-            for rank in range(ranks):
-                rows = np.array(tokens[rank][starts[rank][index] : starts[rank][index + 1]])
-                writer.append(
-                    TokenBatch(
-                        step_T=rows["step"], rank_T=np.full(len(rows), rank, np.uint16), request_T=rows["request"], position_T=rows["position"],
-                        phase_T=rows["phase"], experts_TLK=np.ascontiguousarray(rows["routes"]),
-                    )
-                )  # fmt: skip
-        joined = np.stack(steps, axis=1).reshape(-1) if count else np.empty(0, STEP)
-        if count:
-            names = {"step": "step", "map_epoch": "epoch", "n_prefill": "prefill", "n_decode": "decode", "t_start_ns": "start_ns", "t_end_ns": "end_ns"}
-            table = {column: joined[name] for column, name in names.items()}
-            writer.add_table("steps", {**table, "rank": np.tile(np.arange(ranks, dtype=np.uint16), count)})
-    _replace(fresh, target)
+    # Bounded, because behind the last whole step a rank may be in the middle of writing a row.
+    tokens = [np.memmap(folder / f"tokens-{rank}", token_dtype(shape), mode="r", shape=(int(starts[rank][-1]),)) for rank in range(ranks)]
+    try:
+        facts = {"parallel": {"ep": ranks, "dp": ranks, "tp": 1}, "clock": "CLOCK_MONOTONIC"}
+        with TraceWriter(fresh, shape, provenance={**provenance, "steps": count}, facts=facts) as writer:
+            for index in range(count):
+                for rank in range(ranks):
+                    rows = np.array(tokens[rank][starts[rank][index] : starts[rank][index + 1]])
+                    writer.append(
+                        TokenBatch(
+                            step_T=rows["step"], rank_T=np.full(len(rows), rank, np.uint16), request_T=rows["request"], position_T=rows["position"],
+                            phase_T=rows["phase"], experts_TLK=np.ascontiguousarray(rows["routes"]),
+                        )
+                    )  # fmt: skip
+            joined = np.stack(steps, axis=1).reshape(-1) if count else np.empty(0, STEP)
+            if count:
+                names = {"step": "step", "map_epoch": "epoch", "n_prefill": "prefill", "n_decode": "decode", "t_start_ns": "start_ns", "t_end_ns": "end_ns"}
+                table = {column: joined[name] for column, name in names.items()}
+                writer.add_table("steps", {**table, "rank": np.tile(np.arange(ranks, dtype=np.uint16), count)})
+        _replace(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     return int(sum(start[-1] for start in starts))
 
 

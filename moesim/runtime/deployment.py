@@ -20,15 +20,15 @@ import torch.distributed as dist
 from moesim.errors import ApplyError
 
 ANSWER_S = 10.0
-"""Deadline of a command that needs no data to move."""
+"""Default deadline of a command that needs no data to move."""
 KEEP_COMMANDS = 64
 
 
 class Deployment:
     """Commands to all ranks, and their answers."""
 
-    def __init__(self, host: str, pids: list[int]) -> None:
-        self.host, self.pids = host, pids
+    def __init__(self, host: str, pids: list[int], *, answer_s: float = ANSWER_S) -> None:
+        self.host, self.pids, self.answer_s = host, pids, answer_s
         listener = socket.create_server((host, 0))  # left to itself the store would listen on all addresses
         self.store = dist.TCPStore(
             host, listener.getsockname()[1], None, True, timeout=timedelta(seconds=5), wait_for_workers=False, master_listen_fd=listener.detach()
@@ -98,9 +98,9 @@ class Deployment:
             result.append(status)
         return result
 
-    def ask(self, kind: str, *, timeout_s: float = ANSWER_S, **fields: Any) -> list[dict[str, Any]]:
+    def ask(self, kind: str, *, timeout_s: float | None = None, **fields: Any) -> list[dict[str, Any]]:
         """Give a command to all ranks and return their answers by rank; raise ApplyError if one refuses, dies or is late."""
-        return self._collect("rep", self._send(kind, fields), kind, timeout_s)
+        return self._collect("rep", self._send(kind, fields), kind, timeout_s or self.answer_s)
 
     def _send(self, kind: str, fields: dict[str, Any]) -> int:
         with self._lock:
@@ -134,11 +134,12 @@ class Deployment:
                 raise ApplyError(f"rank {late[0]} (pid {self.pids[late[0]]}) did not answer {what} within {timeout_s:g} s; it hangs or is stopped")
             time.sleep(0.003)
 
-    def schedule(self, action: str, *, timeout_s: float = ANSWER_S, before_decision: Any = None, **fields: Any) -> list[dict[str, Any]]:
+    def schedule(self, action: str, *, timeout_s: float | None = None, before_decision: Any = None, **fields: Any) -> list[dict[str, Any]]:
         """Let all ranks do `action` between the same two steps; return their answers.
 
         before_decision: called with the step once all ranks have promised, before it is decided; it may raise.
         """
+        timeout_s = timeout_s or self.answer_s
         number = self._send("schedule", {"action": action, **fields})
         key = f"decide/{number}"
         try:

@@ -47,6 +47,9 @@ class Settings:
     journal: Path | None = None
     slots_per_rank: int | None = None
     timeout_s: float = 20.0
+    """After which an exchange with a silent rank fails."""
+    answer_s: float = 10.0
+    """After which a rank that does not answer a command fails an apply."""
     window: int | None = None
     """Steps over which balance is measured; default two waves."""
     seed: int = 0
@@ -114,7 +117,7 @@ def _serve(settings: Settings, plan: Plan, journal: Journal, scratch: Path, toke
     from moesim.runtime.coordinator import Coordinator
     from moesim.runtime.deployment import Deployment
 
-    deployment = Deployment(LOOPBACK, pids)
+    deployment = Deployment(LOOPBACK, pids, answer_s=settings.answer_s)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -139,10 +142,7 @@ def _serve(settings: Settings, plan: Plan, journal: Journal, scratch: Path, toke
     finally:
         deployment.stop()
         control.close()
-        try:
-            recorder.publish()
-        except MoesimError as error:
-            print(f"moesim: serve-demo: the trace is lost: {error}", file=sys.stderr, flush=True)
+        recorder.try_publish()
 
 
 def _fork(ranks: int, control: ControlServer) -> tuple[list[int], list[int]]:
@@ -242,7 +242,14 @@ class _Recorder:
 
         if self.settings.trace_out is not None and spooled_steps(self.folder, self.settings.ranks) >= self._due:
             self._due *= 4
+            self.try_publish()
+
+    def try_publish(self) -> None:
+        """Publish; a trace that cannot be written is no reason to stop serving."""
+        try:
             self.publish()
+        except (MoesimError, OSError) as error:
+            print(f"moesim: serve-demo: the trace cannot be written: {error}", file=sys.stderr, flush=True)
 
     def publish(self) -> int | None:
         """Write the trace so far; return its rows, or None if there is nothing to write."""

@@ -64,6 +64,8 @@ def serve_rank(rank: int, settings: dict[str, Any]) -> None:
         raise
     finally:
         agent.close()
+        if spool is not None:
+            spool.close()
 
 
 def run(rank: int, settings: dict[str, Any]) -> int:
