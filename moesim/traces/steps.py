@@ -42,6 +42,11 @@ def sharding(trace: RoutingTrace, *, num_ranks: int, tokens_per_step: int | None
     """Return how `iter_steps` deals tokens to ranks: `requests` or `tokens` (equal contiguous blocks)."""
     if trace.kind == "counts":
         return "tokens"
+    if tokens_per_step is not None and trace.resized is not None:
+        trace, tokens_per_step = trace.resized(tokens_per_step), None
+    known = getattr(trace.tokens, "requests_per_step", None)
+    if known is not None and tokens_per_step is None:
+        return "requests" if known >= num_ranks else "tokens"
     for batch, _ in _cut(trace, tokens_per_step):
         return _sharding_of(batch, num_ranks)
     return "tokens"

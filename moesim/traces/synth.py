@@ -149,6 +149,7 @@ class _Generated:
     def __init__(self, spec: Synthetic, shape: TraceShape) -> None:
         self._spec, self._shape = spec, shape
         self.groups: Sequence[GroupInfo] = _Steps(spec)
+        self.requests_per_step = spec.requests
         self._state: tuple[int, np.ndarray] | None = None
 
     def _generator(self, *key: int) -> np.random.Generator:

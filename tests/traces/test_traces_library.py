@@ -37,7 +37,6 @@ def test_flame_is_real_top_6_routing_of_eight_sequences() -> None:
     rows = concatenate(list(trace.batches()))
     assert len(rows) == 1536 and not trace.is_synthetic and trace.routing == "recorded"
     assert rows.experts_TLK[0, 0].tolist() == [34, 28, 21, 47, 3, 12]
-    first = [0.099801, 0.052281, 0.041714, 0.038429, 0.032560, 0.029556]
     assert rows.weights_TLK is not None and rows.weights_TLK[0, 0].tolist() == pytest.approx(
         [0.099801, 0.052281, 0.041714, 0.038429, 0.032560, 0.029556], abs=1e-7
     )

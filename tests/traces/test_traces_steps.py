@@ -167,6 +167,17 @@ def test_counts_that_no_top_k_could_give_are_refused() -> None:
         list(iter_steps(from_counts(OF, counts, ["a"], source="x"), num_ranks=2))
 
 
+@pytest.mark.parametrize(
+    ("text", "size"), [("requests=8", None), ("requests=8", 32), ("requests=8,tokens=64", None), ("requests=8,tokens=64", 16), ("phase=decode", 6)]
+)
+@pytest.mark.parametrize("ranks", [2, 8, 9])
+def test_the_sharding_that_is_announced_is_the_one_used(text: str, size: int | None, ranks: int) -> None:
+    one = open_trace(f"synthetic:balanced,steps=2,{text}", shape=OF)
+    step = next(iter(iter_steps(one, num_ranks=ranks, tokens_per_step=size)))
+    used = "requests" if len(np.unique(step.request_T)) >= ranks else "tokens"
+    assert sharding(one, num_ranks=ranks, tokens_per_step=size) == used
+
+
 @pytest.mark.parametrize(("ranks", "size"), [(0, None), (2, 0), (2, 1 << 30)])
 def test_senseless_sizes_are_refused(ranks: int, size: int | None) -> None:
     with pytest.raises(TraceError, match="tokens_per_step"):
