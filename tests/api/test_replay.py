@@ -18,7 +18,7 @@ from moesim.hardware import load_cluster
 from moesim.plan import Plan, linear
 from moesim.traces.open import open_trace
 
-FLAME = {"model": "flame-moe-290m", "hardware": "h100-sxm-8"}
+FLAME: dict[str, Any] = {"model": "flame-moe-290m", "hardware": "h100-sxm-8"}
 KEYS = {
     "schema", "model", "hardware", "placement", "settings", "simulated_s", "wall_s", "steps", "tokens", "tokens_per_s", "step_ms", "breakdown_ms", "balance",
     "bytes", "traffic", "cache", "stall_s", "memory", "requests", "routing", "provenance",
@@ -102,7 +102,7 @@ def test_attention_tp_splits_attention_and_adds_a_reduction() -> None:
 
 
 def test_the_dispatch_algorithm_follows_the_phase_unless_set() -> None:
-    model = {"model": "deepseek-v2-lite", "hardware": "h100-sxm-8x2"}
+    model: dict[str, Any] = {"model": "deepseek-v2-lite", "hardware": "h100-sxm-8x2"}
     for phase, default, other in (("prefill", "normal", "low_latency"), ("decode", "low_latency", "normal")):
         trace = f"synthetic:zipf:0.8,tokens=512,phase={phase}"
         chosen = api.replay(trace, **model).report

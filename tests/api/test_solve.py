@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from moesim.balance import balance_of
 from moesim.errors import InputError, PlanError
 from moesim.traces.open import open_trace
 
-FLAME = {"model": "flame-moe-290m", "hardware": "h100-sxm-8"}
+FLAME: dict[str, Any] = {"model": "flame-moe-290m", "hardware": "h100-sxm-8"}
 
 
 @pytest.fixture(scope="module")
