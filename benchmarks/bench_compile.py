@@ -80,7 +80,7 @@ def plain(
     """Compile one pass the obvious way: look up every choice, count with `np.add.at`, deduplicate with `np.unique`."""
     tokens, layers, top_k = experts_TLK.shape
     ranks, nodes = plan.num_ranks, -(-plan.num_ranks // ranks_per_node)
-    index_T = np.arange(tokens) - np.searchsorted(rank_T, rank_T)
+    index_T = (np.arange(tokens) - np.searchsorted(rank_T, rank_T)) * ranks + rank_T
     phase_T = phases_T(index_T)
     token = np.repeat(np.arange(tokens), top_k)
     slot_LS = np.zeros((layers, plan.num_slots), np.int64)

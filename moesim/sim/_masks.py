@@ -25,7 +25,7 @@ _LANES = np.uint64(0x0101010101010101)
 
 
 def phases_T(index_T: np.ndarray) -> np.ndarray:
-    """Return int64 [T]: floor(64 frac((t + 1) golden)) of the index t that a token has within its source rank, in exact integer arithmetic."""
+    """Return int64 [T]: floor(64 frac((t + 1) golden)) of every index t, in exact integer arithmetic."""
     return (((index_T.astype(np.uint64) + np.uint64(1)) * _GOLDEN) >> np.uint64(58)).astype(np.int64)
 
 

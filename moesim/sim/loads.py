@@ -2,8 +2,8 @@
 
 Input is one expert choice per (token, layer, k); output is per layer and rank pair: assignments, copies after deduplication per
 destination rank, copies per destination node, and assignments per slot. Counts only, no times, no bytes.
-An expert with several slots is served by the slot at the token's phase (see `_masks`): a golden-ratio sequence over the tokens of a source
-rank, so every rank spreads alike, and the share of a slot is met within 1/64 (plus 1 / tokens for short sequences).
+An expert with several slots is served by the slot at the token's phase (see `_masks`): point t·R + rank of a golden-ratio sequence for token t of
+a source rank, as the runtime spreads them; the share of a slot is met within 1/64 (plus 1 / tokens for short sequences).
 Shapes: P passes, L MoE layers, R ranks, S slots, N nodes, T tokens, K choices; source axis before destination axis.
 """
 
@@ -163,7 +163,7 @@ class LoadCompiler:
         )
         class_T = None
         if self._slot_LCE.shape[1] > 1:
-            index_T = np.arange(tokens) - np.repeat(np.cumsum(counts_X) - counts_X, counts_X)
+            index_T = (np.arange(tokens) - np.repeat(np.cumsum(counts_X) - counts_X, counts_X)) * ranks + rank_T
             class_T = self._class_P[_masks.phases_T(index_T)] * self._width
         for low, high in _masks.blocks(counts_X[counts_X > 0], max(1, block_entries // experts_TLK.shape[2])):
             valid = None if valid_TLK is None else valid_TLK[low:high]

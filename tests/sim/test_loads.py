@@ -47,7 +47,7 @@ def make_routing(seed: int, plan: Plan, counts_R: np.ndarray, top_k: int, *, dty
 
 
 def replica(slots: list[int], share: list[float], index: int) -> int:
-    """The slot that the definition gives to the token of this index in its rank."""
+    """The slot that the definition gives to point `index` of the sequence."""
     point = (math.floor(64 * (((index + 1) * GOLDEN_FRACTION) % 2**64 / 2**64)) + 0.5) / 64
     upto = 0.0
     for slot, part in zip(slots, share, strict=True):
@@ -70,7 +70,7 @@ def count_by_hand(plan: Plan, routing: PassRouting, ranks_per_node: int) -> dict
         for slot in range(slots):
             slots_of[layer, int(plan.slot_to_expert_LS[layer, slot])].append(slot)
     for token, source in enumerate(routing.rank_T.tolist()):
-        index, seen[source] = seen[source], seen[source] + 1
+        index, seen[source] = seen[source] * plan.num_ranks + source, seen[source] + 1
         result["tokens_PR"][0, source] += 1
         for layer in range(layers):
             places = set()
@@ -264,6 +264,12 @@ def test_shares_of_replicas_are_met_within_one_part_in_64(share: float) -> None:
         assert abs(loads.assign_PLRR[0, 0, rank, 0] / 10000 - share) <= 1 / 128 + 1e-3
     if share in (0.0, 1.0):
         assert loads.slot_PLS[0, 0].tolist() == [20000 * share, 20000 * (1 - share)]
+
+
+def test_one_token_on_every_rank_still_spreads_over_replicas() -> None:
+    plan = Plan(model="m", num_experts=1, moe_layer_ids=(0,), slot_to_expert_LS=np.zeros((1, 2)), slot_rank_S=np.array([0, 63]), num_ranks=64)
+    loads = compile_pass(plan, experts_TLK=np.zeros((64, 1, 1), np.uint8), rank_T=np.arange(64), ranks_per_node=8)
+    assert 28 <= loads.slot_PLS[0, 0, 0] <= 36
 
 
 def test_phases_cover_the_circle_evenly() -> None:
