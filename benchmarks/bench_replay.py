@@ -41,6 +41,10 @@ def best(function, repeats: int = 5, clock=time.process_time) -> float:
     return min(times)
 
 
+def shell(command: list[str]) -> float:
+    return best(lambda: subprocess.run(command, check=True, capture_output=True), clock=time.perf_counter)
+
+
 def main() -> None:
     model, cluster = load_model("deepseek-v3"), load_cluster("h100-sxm-8x4")
     plan = linear(model=model.name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids, num_ranks=cluster.num_ranks)
@@ -70,11 +74,12 @@ def main() -> None:
                 ledger.record(program, evaluate(program, 0.0), steps=[index], begin_s=0.0)
 
         fast, slow, compiling = best(together), best(one_by_one, 1), best(compile_all)
-        print(f"DeepSeek-V3, 32 ranks, {tokens} tokens a pass: {PASSES / fast:,.0f} passes/s on compiled loads ({slow / fast:.1f}x one by one), "
-              f"compile {experts.size / compiling / 1e6:,.0f} M entries/s, both {PASSES / (fast + compiling):,.0f} passes/s")
+        print(
+            f"DeepSeek-V3, 32 ranks, {tokens} tokens a pass: {PASSES / fast:,.0f} passes/s on compiled loads ({slow / fast:.1f}x one by one), "
+            f"compile {experts.size / compiling / 1e6:,.0f} M entries/s, both {PASSES / (fast + compiling):,.0f} passes/s"
+        )
     command = [sys.executable, "-m", "moesim", "replay", "flame-moe-290m", "--model", "flame-moe-290m", "--hardware", "h100-sxm-8", "--json"]
-    print(f"small replay from the shell: {best(lambda: subprocess.run(command, check=True, capture_output=True), clock=time.perf_counter):.2f} s; "
-          f"moesim --help: {best(lambda: subprocess.run([sys.executable, '-m', 'moesim', '--help'], check=True, capture_output=True), clock=time.perf_counter):.3f} s")
+    print(f"small replay from the shell: {shell(command):.2f} s; moesim --help: {shell([*command[:3], '--help']):.3f} s")
 
 
 def shape_of(step: StepTokens, num_ranks: int) -> PassShape:

@@ -86,8 +86,13 @@ def check(ref: Ref, json: Json = False) -> None:
     if json:
         emit_json(
             {
-                "schema": "moesim.hardware-check/1", "name": cluster.name, "ok": True, "warnings": list(cluster.warnings), "tables": rows,
-                "num_ranks": cluster.num_ranks, "sha256": cluster.sha256,
+                "schema": "moesim.hardware-check/1",
+                "name": cluster.name,
+                "ok": True,
+                "warnings": list(cluster.warnings),
+                "tables": rows,
+                "num_ranks": cluster.num_ranks,
+                "sha256": cluster.sha256,
             }
         )
         return

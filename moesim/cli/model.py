@@ -22,7 +22,11 @@ def list_(json: Json = False) -> None:
     if json:
         facts = [
             {
-                "name": name, "layers": one.num_layers, "moe_layers": len(one.moe_layer_ids), "experts": one.num_experts, "top_k": one.top_k,
+                "name": name,
+                "layers": one.num_layers,
+                "moe_layers": len(one.moe_layer_ids),
+                "experts": one.num_experts,
+                "top_k": one.top_k,
                 "parameters": parameters(one).total,
             }
             for name, one in models.items()
@@ -50,13 +54,22 @@ def show(ref: Annotated[str, typer.Argument(metavar="M", help="A library name, a
     model = load_model(ref)
     counts = sizes.parameters(model)
     weights = {
-        "expert": sizes.expert_bytes(model), "attention_layer": sizes.attention_weight_bytes(model), "dense_ffn_layer": sizes.dense_ffn_bytes(model),
-        "shared_ffn_layer": sizes.shared_ffn_bytes(model), "router_layer": sizes.router_bytes(model), "embedding_and_head": sizes.embedding_bytes(model),
-        "kv_per_token": sizes.kv_bytes_per_token(model), "all_weights": sizes.total_weight_bytes(model),
+        "expert": sizes.expert_bytes(model),
+        "attention_layer": sizes.attention_weight_bytes(model),
+        "dense_ffn_layer": sizes.dense_ffn_bytes(model),
+        "shared_ffn_layer": sizes.shared_ffn_bytes(model),
+        "router_layer": sizes.router_bytes(model),
+        "embedding_and_head": sizes.embedding_bytes(model),
+        "kv_per_token": sizes.kv_bytes_per_token(model),
+        "all_weights": sizes.total_weight_bytes(model),
     }
     flops = {
-        "expert": sizes.expert_flops(model), "projections_layer": sizes.projection_flops(model), "dense_ffn_layer": sizes.dense_ffn_flops(model),
-        "shared_ffn_layer": sizes.shared_ffn_flops(model), "router_layer": sizes.router_flops(model), "head": sizes.head_flops(model),
+        "expert": sizes.expert_flops(model),
+        "projections_layer": sizes.projection_flops(model),
+        "dense_ffn_layer": sizes.dense_ffn_flops(model),
+        "shared_ffn_layer": sizes.shared_ffn_flops(model),
+        "router_layer": sizes.router_flops(model),
+        "head": sizes.head_flops(model),
     }
     if json:
         emit_json({"schema": "moesim.model-show/1", **asdict(model), "parameters": asdict(counts), "bytes": weights, "flops_per_token": flops})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -23,6 +25,26 @@ def _plain(value: Any) -> Any:
 def note(text: str) -> None:
     """Print one line for people on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def counting(text: str, delay_s: float = 1.0) -> Iterator[Callable[[int], None]]:
+    """Yield a function that is told how much is done; on a terminal, work longer than `delay_s` shows a moving line with it."""
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+
+    began, console = time.monotonic(), Console(stderr=True)
+    with console.status("", spinner="line") as status:
+        status.stop()
+
+        def tell(done: int) -> None:
+            if time.monotonic() - began > delay_s:
+                status.start()
+                status.update(f"{done} {text}, {time.monotonic() - began:.0f} s")
+
+        yield tell
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -44,23 +44,25 @@ def replay(
 ) -> None:
     """Run a routing trace on a cluster with expert parallelism and report where the time goes."""
     from moesim import api
-    from moesim.cli.output import emit_json, note
+    from moesim.cli.output import counting, emit_json, note
     from moesim.errors import InputError
 
     if plan is not None and placement != "linear":
         raise InputError("replay: --plan and --placement exclude each other; give one")
-    result = api.replay(
-        trace,
-        model=model,
-        hardware=hardware,
-        plan=plan,
-        placement=placement,
-        settings=parse_settings(settings or []),
-        tokens_per_step=tokens_per_step,
-        map_layers=map_layers,
-        strict=strict,
-        seed=seed,
-    )
+    with counting("forward passes") as progress:
+        result = api.replay(
+            trace,
+            model=model,
+            hardware=hardware,
+            plan=plan,
+            placement=placement,
+            settings=parse_settings(settings or []),
+            tokens_per_step=tokens_per_step,
+            map_layers=map_layers,
+            strict=strict,
+            seed=seed,
+            progress=progress,
+        )
     files = result.write(out) if out is not None else []
     if as_json:
         emit_json(result.report)

@@ -31,6 +31,7 @@ def serve_demo(
     pace_ms: Annotated[float, typer.Option("--pace-ms", min=0, max=10000, help="shortest time of a step")] = 0.0,
     window: Annotated[int | None, typer.Option("--window", min=1, max=1024, help="steps over which balance is measured; default: two waves")] = None,
     timeout: Annotated[float, typer.Option("--timeout", min=1, max=600, help="seconds after which an exchange with a silent rank fails")] = 20.0,
+    launcher: Annotated[str, typer.Option("--launcher", help="fork: start ranks from one process that imports torch once; torchrun: by torchrun")] = "fork",
     answer_timeout: Annotated[float, typer.Option("--answer-timeout", min=1, max=600, help="seconds that a rank has to answer during an apply")] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="print nothing but the ready line")] = False,
 ) -> None:
@@ -48,12 +49,13 @@ def serve_demo(
     from moesim.runtime.launch import Settings, serve
     from moesim.runtime.spec import read_spec
 
-    for name, value, allowed in (("--scale", scale, ("auto", "tiny", "full")), ("--dtype", dtype, ("float32", "bfloat16"))):
+    choices = (("--scale", scale, ("auto", "tiny", "full")), ("--dtype", dtype, ("float32", "bfloat16")), ("--launcher", launcher, ("fork", "torchrun")))
+    for name, value, allowed in choices:
         if value not in allowed:
             raise InputError(describe("serve-demo", name, value, f"must be one of {', '.join(allowed)}"))
     spec = read_spec(model, seed=seed, dtype=dtype, skew=skew, scale=scale)
     settings = Settings(
-        spec=spec, ranks=ranks, plan=None if plan is None else Plan.read(plan), host=host, port=port, trace_out=trace_out, journal=journal,
+        spec=spec, ranks=ranks, launcher=launcher, plan=None if plan is None else Plan.read(plan), host=host, port=port, trace_out=trace_out, journal=journal,
         slots_per_rank=slots_per_rank, timeout_s=timeout, answer_s=answer_timeout, window=window,
         seed=seed, batch=batch, prompt=prompt, decode=decode, repeat=repeat, pace_ms=pace_ms,
     )  # fmt: skip

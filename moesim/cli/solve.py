@@ -74,7 +74,7 @@ def print_solution(report: dict[str, Any]) -> None:
         ("bound", f"{report['bound']:.4f} (gap {report['gap']:.2%}), {report['status']}"),
         ("planned balance", f"{report['balance']['planned']:.4f}, worst layer {report['balance']['per_layer_min']:.4f}"),
     ]
-    if report["moved"] is not None:
+    if report["moved"]["slots"] is not None:
         rows.append(("moved", f"{report['moved']['slots']} slots, {format_bytes(report['moved']['bytes'])}"))
     if report["predicted"] is not None:
         predicted = report["predicted"]
