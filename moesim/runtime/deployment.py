@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from datetime import timedelta
@@ -22,13 +23,19 @@ from moesim.errors import ApplyError
 ANSWER_S = 10.0
 """Default deadline of a command that needs no data to move."""
 KEEP_COMMANDS = 64
+UNKNOWN = 255
+"""Exit code of a rank whose own is not known here."""
 
 
 class Deployment:
     """Commands to all ranks, and their answers."""
 
-    def __init__(self, host: str, pids: list[int], *, answer_s: float = ANSWER_S) -> None:
-        self.host, self.pids, self.answer_s = host, pids, answer_s
+    def __init__(self, host: str, size: int, *, pids: list[int] | None = None, answer_s: float = ANSWER_S) -> None:
+        """size: R, the number of ranks. pids: of the ranks, if they are children of this process; else see `adopt`."""
+        self.host, self.size, self.answer_s = host, size, answer_s
+        self.pids, self._children = pids or [], pids is not None
+        self.launcher: subprocess.Popen[bytes] | None = None
+        """The process that started the ranks, if they are not children of this one."""
         listener = socket.create_server((host, 0))  # left to itself the store would listen on all addresses
         self.store = dist.TCPStore(
             host, listener.getsockname()[1], None, True, timeout=timedelta(seconds=5), wait_for_workers=False, master_listen_fd=listener.detach()
@@ -41,29 +48,37 @@ class Deployment:
         self._lock = threading.Lock()
         self._monitor = threading.Thread(target=self._watch, name="moesim-monitor", daemon=True)
 
-    @property
-    def size(self) -> int:
-        """R, the number of ranks."""
-        return len(self.pids)
-
     def start(self) -> None:
         """Begin to watch the ranks."""
         self._monitor.start()
+
+    def adopt(self) -> None:
+        """Learn the ranks' pids from what they publish."""
+        if not self.pids:
+            self.pids = [int(status["pid"]) for status in self.statuses() if status is not None]
 
     # --- death ------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         while len(self.exit_codes) < self.size:
-            dead = [rank for rank in range(self.size) if rank not in self.exit_codes and self._has_ended(rank)]
+            dead = [rank for rank in range(len(self.pids)) if rank not in self.exit_codes and self._has_ended(rank)]
             if dead and self.failure is None and not self.stopping:
                 self.failure = self._reason(dead)
+            if not self.pids and self.launcher is not None and self.launcher.poll() is not None:
+                said = next((text for rank in range(self.size) if (text := self.get(f"down/{rank}"))), f"exit code {self.launcher.returncode}")
+                self.failure = self.failure or f"the launcher ended: {said}"
+                return
             time.sleep(0.05)
 
     def _has_ended(self, rank: int) -> bool:
+        if not self._children:
+            if not _exists(self.pids[rank]):
+                self.exit_codes[rank] = UNKNOWN
+            return rank in self.exit_codes
         try:
             pid, status = os.waitpid(self.pids[rank], os.WNOHANG)
         except ChildProcessError:
-            self.exit_codes[rank] = -1
+            self.exit_codes[rank] = UNKNOWN
             return True
         if pid:
             self.exit_codes[rank] = os.waitstatus_to_exitcode(status)
@@ -73,11 +88,11 @@ class Deployment:
         """Name the rank that failed first: one killed by a signal, else one whose error is not about a lost peer."""
         killed = [rank for rank in dead if self.exit_codes[rank] < 0]
         if killed:
-            name = signal.Signals(-self.exit_codes[killed[0]]).name if self.exit_codes[killed[0]] != -1 else "a signal"
-            return f"rank {killed[0]} (pid {self.pids[killed[0]]}) was killed by {name}"
-        said = {rank: self.get(f"down/{rank}") or f"exit code {self.exit_codes[rank]}" for rank in dead}
-        first = next((rank for rank in dead if "peer" not in said[rank]), dead[0])
-        return f"rank {first} (pid {self.pids[first]}) failed: {said[first]}"
+            return f"rank {killed[0]} (pid {self.pids[killed[0]]}) was killed by {signal.Signals(-self.exit_codes[killed[0]]).name}"
+        said = {rank: self.get(f"down/{rank}") for rank in dead}
+        first = next((rank for rank in dead if "peer" not in (said[rank] or "")), dead[0])
+        code = self.exit_codes[first]
+        return f"rank {first} (pid {self.pids[first]}) failed: {said[first] or ('it was killed' if code == UNKNOWN else f'exit code {code}')}"
 
     # --- commands ---------------------------------------------------------------------------------
 
@@ -160,17 +175,31 @@ class Deployment:
     def stop(self, timeout_s: float = 5.0) -> None:
         """End all ranks: by agreement if they answer, else by SIGTERM and then SIGKILL. Returns when none is left."""
         self.stopping = True
-        if self.failure is None and not self.exit_codes:
+        if self.failure is None and not self.exit_codes and self.pids:
             with contextlib.suppress(ApplyError):
                 self.schedule("stop", timeout_s=timeout_s)
         self._await_ends(timeout_s if self.failure is None else 0.0)
         for name, wait_s in ((signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0)):
-            for rank in [rank for rank in range(self.size) if rank not in self.exit_codes]:
+            for rank in [rank for rank in range(len(self.pids)) if rank not in self.exit_codes]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self.pids[rank], name)
             self._await_ends(wait_s)
+        if self.launcher is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.launcher.wait(3 if self.pids else 0)
+            self.launcher.kill()
+            self.launcher.wait()
 
     def _await_ends(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        while len(self.exit_codes) < self.size and time.monotonic() < deadline:
+        while len(self.exit_codes) < len(self.pids) and time.monotonic() < deadline:
             time.sleep(0.01)
+
+
+def _exists(pid: int) -> bool:
+    """Return True if a process runs that is not a child of this one; one that has ended but was not reaped does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

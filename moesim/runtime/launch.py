@@ -12,6 +12,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -40,6 +42,8 @@ class Settings:
 
     spec: ModelSpec
     ranks: int
+    launcher: str = "fork"
+    """`fork` from this process (imports torch once) or `torchrun`."""
     plan: Plan | None = None
     host: str = "127.0.0.1"
     port: int = 0
@@ -112,19 +116,25 @@ def _serve(settings: Settings, plan: Plan, journal: Journal, scratch: Path, toke
 
     torch.set_num_threads(1)
     vocab = int(skeleton(settings.spec).config.vocab_size)
-    pids, pipes = _fork(settings.ranks, control)
+    forked = settings.launcher == "fork"
+    pids, pipes = _fork(settings.ranks, control) if forked else ([], [])
 
     from moesim.runtime.coordinator import Coordinator
     from moesim.runtime.deployment import Deployment
 
-    deployment = Deployment(LOOPBACK, pids, answer_s=settings.answer_s)
+    deployment = Deployment(LOOPBACK, settings.ranks, pids=pids if forked else None, answer_s=settings.answer_s)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    deployment.start()
     recorder = _Recorder(settings, scratch / "spool")
     try:
-        _tell(pipes, _worker_settings(settings, plan, capacity, vocab, deployment.store.port, recorder))
+        told = json.dumps(_worker_settings(settings, plan, capacity, vocab, deployment.store.port, recorder)).encode()
+        for pipe in pipes:
+            with os.fdopen(pipe, "wb") as file:
+                file.write(told)
+        if not forked:
+            deployment.launcher = _torchrun(settings.ranks, told, scratch / "worker.json")
+        deployment.start()
         if not journal.records:
             journal.append("start", plan=_stamped(plan))
         window = settings.window or 2 * (1 + settings.decode)
@@ -133,9 +143,10 @@ def _serve(settings: Settings, plan: Plan, journal: Journal, scratch: Path, toke
         )  # fmt: skip
         holder.append(coordinator)
         _await_first_step(deployment, stop)
+        deployment.adopt()
         control.start()
         address = f"{settings.host}:{control.port}"
-        ready = {"schema": "moesim.serve-demo/1", "control": address, "pids": pids, "model": settings.spec.name, "ranks": settings.ranks}
+        ready = {"schema": "moesim.serve-demo/1", "control": address, "pids": deployment.pids, "model": settings.spec.name, "ranks": settings.ranks}
         sys.stdout.write(json.dumps(ready) + "\n")
         sys.stdout.flush()
         return _stay(deployment, coordinator, stop, recorder)
@@ -175,11 +186,18 @@ def _fork(ranks: int, control: ControlServer) -> tuple[list[int], list[int]]:
     return pids, pipes
 
 
-def _tell(pipes: list[int], settings: dict[str, Any]) -> None:
-    text = json.dumps(settings).encode()
-    for pipe in pipes:
-        with os.fdopen(pipe, "wb") as file:
-            file.write(text)
+def _torchrun(ranks: int, told: bytes, path: Path) -> subprocess.Popen[bytes]:
+    """Start the ranks by torchrun on this machine; they read their settings from `path`."""
+    from moesim.runtime.worker import die_with_parent
+
+    path.write_bytes(told)
+    with socket.create_server((LOOPBACK, 0)) as probe:
+        port = probe.getsockname()[1]
+    rendezvous = ["--nnodes=1", f"--nproc-per-node={ranks}", "--rdzv-backend=static", "--node-rank=0", f"--master-addr={LOOPBACK}", f"--master-port={port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "-m", "moesim.runtime.worker"]
+    environment = {**os.environ, "MOESIM_WORKER": str(path)}
+    # A session of its own keeps Ctrl-C away from torchrun; the launcher ends the ranks in order.
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr, preexec_fn=die_with_parent, start_new_session=True)
 
 
 def _stamped(plan: Plan) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """One rank of a deployment: joins the group, builds its part of the model, serves until it is told to stop.
 
-Started by fork from the launcher, or by `torchrun … -m moesim.runtime.worker` with the same settings as JSON in
-MOESIM_WORKER. Exit codes: 0 stopped, 3 failed; the reason of a failure is left under `down/<rank>` in the store.
+Started by fork from the launcher, or by `torchrun … -m moesim.runtime.worker` with the same settings in the JSON file
+that MOESIM_WORKER names. Exit codes: 0 stopped, 3 failed; the reason of a failure is left under `down/<rank>` in the store.
 """
 
 from __future__ import annotations
@@ -86,4 +86,4 @@ def run(rank: int, settings: dict[str, Any]) -> int:
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.stdout.flush()
-    os._exit(run(int(os.environ["RANK"]), json.loads(os.environ["MOESIM_WORKER"])))
+    os._exit(run(int(os.environ["RANK"]), json.loads(Path(os.environ["MOESIM_WORKER"]).read_bytes())))

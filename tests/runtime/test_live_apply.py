@@ -213,6 +213,19 @@ def test_the_journal_names_the_installed_plan(live: Live, folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_deployment_started_by_torchrun_does_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOESIM_TOKEN", "")
+    started = Live(write_config(tmp_path / "tiny"), "--launcher", "torchrun", "--decode", "3", ranks=2)
+    try:
+        plan = linear(model="tiny", num_experts=EXPERTS, moe_layer_ids=LAYERS, num_ranks=2, kind="random", seed=1)
+        report = json.loads(started.apply(plan).stdout)
+        assert (report["status"], report["outputs"]["bitwise"]) == ("installed", True)
+        assert all(alive(pid) for pid in started.pids)
+    finally:
+        assert started.close() == 0
+
+
+@pytest.mark.slow
 def test_50_migrations_under_load_change_no_answer_and_leak_no_memory(live: Live) -> None:
     def resident() -> int:
         return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in live.pids) * 4096
