@@ -20,7 +20,6 @@ FAMILIES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "gpt_oss", "deepseek_v
 FULL_SIZE_LIMIT = 1 << 30
 """Bytes of weights up to which a configuration is built as it is."""
 CONFIG_LIMIT = 4 << 20
-DEMO_MODELS = Path(__file__).parent / "models"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +88,6 @@ def _find(model: str) -> tuple[Path, str]:
     if path.suffix == ".json" or "/" in model:
         name = path.resolve().parent.name if path.name == "config.json" else path.stem
         return path, name or "model"
-    own = DEMO_MODELS / f"{model}.json"
-    if own.is_file():
-        return own, model
     name = resolve_name(model)
     return LIBRARY / f"{name}.json", name
 
