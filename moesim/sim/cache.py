@@ -9,7 +9,6 @@ kept in a buffer beside the cache for its one use. Shapes: T steps, L layers, K 
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -18,7 +17,7 @@ import numpy as np
 
 from moesim.errors import InputError, SimulationError, describe
 from moesim.sim import policies
-from moesim.sim.policies import CacheView, Policy
+from moesim.sim.policies import CacheView, Oracle, Policy
 from moesim.units import format_bytes
 
 SCOPES = ("layer", "global", "device")
@@ -101,31 +100,6 @@ class Counts:
         return {**{field.name: getattr(self, field.name) for field in fields(self)}, "hit_rate": self.hit_rate}
 
 
-class Future:
-    """The demands to come, for oracle policies."""
-
-    def __init__(self, routes_TLK: np.ndarray, num_experts: int) -> None:
-        steps, layers, width = routes_TLK.shape
-        position = np.repeat(np.arange(steps * layers), width)
-        flat = routes_TLK.reshape(-1)
-        keys = (position % layers) * num_experts + flat
-        keys, position = keys[flat >= 0], position[flat >= 0]
-        order = np.argsort(keys, kind="stable")
-        self._positions: list[int] = position[order].tolist()
-        self._first: list[int] = np.searchsorted(keys[order], np.arange(layers * num_experts + 1)).tolist()
-
-    def next_use(self, key: int, position: int) -> float:
-        """Return the first position after `position` that demands `key`; inf if none does."""
-        end = self._first[key + 1]
-        index = bisect_right(self._positions, position, self._first[key], end)
-        return self._positions[index] if index < end else float("inf")
-
-    def uses_within(self, key: int, position: int, until: int) -> int:
-        """Return how many positions in (position, until] demand `key`."""
-        low, high = self._first[key], self._first[key + 1]
-        return bisect_right(self._positions, until, low, high) - bisect_right(self._positions, position, low, high)
-
-
 class Cache:
     """The experts of one memory tier.
 
@@ -141,7 +115,7 @@ class Cache:
         bytes_of: Sequence[int],
         tier: str = "hbm",
         room_bytes: float = float("inf"),
-        future: Future | None = None,
+        future: Oracle | None = None,
     ) -> None:
         self.tier = tier
         self.num_layers, self.num_experts = num_layers, num_experts
@@ -166,6 +140,7 @@ class Cache:
         """Prefetched and not used yet."""
         self.useless = self.cold = self.insertions = 0
         self.bytes_now = self.peak_bytes = self.staging_bytes = self.peak_staging_bytes = 0
+        self._wanted: Sequence[int] = ()
         self.on_leave: Callable[[int], None] | None = None
         """Called with every key that leaves."""
         self._touches = self.policy.order != "insertion"
@@ -219,6 +194,7 @@ class Cache:
         resident: list[int] = []
         missing: list[int] = []
         where, hold, unused = self.where, self.hold, self.unused
+        self._wanted = keys
         for key in keys:
             if hold[key] <= tick:
                 hold[key] = tick + 1
@@ -240,7 +216,10 @@ class Cache:
         return resident, missing
 
     def admit(self, key: int, tick: int, nbytes: int | None = None) -> None:
-        """Make room for a demanded key that is missing. Raises SimulationError if neither cache nor staging has any."""
+        """Make room for a demanded key that is missing, if need be in the buffer of the prefetch that is wanted last.
+
+        Raises SimulationError if neither cache nor staging has any.
+        """
         size = self.bytes_of[key] if nbytes is None else nbytes
         pool = self.pool_of[key]
         free = self.used[pool] + (1 if self.by_slots else size) <= self.capacity[pool]
@@ -248,10 +227,18 @@ class Cache:
         if free or self._make_room(pool, 1 if self.by_slots else size, tick):
             self._insert(key, size)
         elif not self._stage(key, size):
-            raise SimulationError(
-                f"{self.name_of(key)}: finds no room in {self.tier}, {format_bytes(size)} are missing; every resident expert is pinned, in use or awaited "
-                f"and all {self.staging_slots} staging slots are taken; a demanded expert must fit: give more slots or staging_slots"
-            )
+            awaited = [other for other in self.staged if other not in self._wanted]
+            if awaited:
+                last = max(awaited, key=lambda other: (self.hold[other] <= tick, self.hold[other]))
+                self.hold[last] = 0
+                self.discard(last)
+            if not awaited or not self._stage(key, size):
+                missing = max(0.0, self.bytes_now + size - self.room_bytes) or size
+                slots = "any number of" if self.staging_slots is None else self.staging_slots
+                raise SimulationError(
+                    f"{self.name_of(key)}: finds no room in {self.tier}, {format_bytes(missing)} are missing; cache and staging must be "
+                    f"<= {format_bytes(self.room_bytes)} in {slots} staging slots, and all residents are pinned or in use: give more room or staging_slots"
+                )
 
     def admit_predicted(self, key: int, tick: int, target: int, *, staged: bool = False) -> bool:
         """Make room for a predicted key that is absent and keep it until tick `target`; return whether there is any.
@@ -318,7 +305,7 @@ class Cache:
                 )
 
     def _stage(self, key: int, nbytes: int) -> bool:
-        if self.staging_slots is not None and len(self.staged) >= self.staging_slots:
+        if (self.staging_slots is not None and len(self.staged) >= self.staging_slots) or self.bytes_now + nbytes > self.room_bytes:
             return False
         self.staged[key] = None
         self.where[key] = STAGED
@@ -382,47 +369,3 @@ class Cache:
             rule = f"must be one of the evictable experts of pool {pool}: {shown}"
             raise InputError(describe(f"policy {self.policy.name} (hook cache)", "victim", victim, rule))
         return int(victim)
-
-
-def count_hits(
-    routes_TLK: np.ndarray, num_experts: int, settings: CacheSettings, *, expert_bytes: int = 1, predicted_TLK: np.ndarray | None = None, lookahead: int = 1
-) -> Counts:
-    """Count hits and misses of demands alone, as if every transfer took no time.
-
-    routes_TLK: int, distinct experts of every step and layer, -1 where there are fewer. predicted_TLK: likewise, made `lookahead` layers ahead.
-    """
-    steps, layers, _ = routes_TLK.shape
-    future = Future(routes_TLK, num_experts)
-    cache = Cache(settings, num_layers=layers, num_experts=num_experts, bytes_of=[expert_bytes] * (layers * num_experts), future=future)
-    demands = keys_by_position(routes_TLK, num_experts)
-    predicted = keys_by_position(predicted_TLK, num_experts) if predicted_TLK is not None else None
-    counts = Counts()
-    for position, keys in enumerate(demands):
-        tick = 2 * position
-        resident, missing = cache.demand(keys, tick)
-        for key in missing:
-            cache.admit(key, tick)
-        counts.hits += len(resident)
-        counts.misses += len(missing)
-        target = position + lookahead
-        if predicted is not None and target // layers == position // layers:
-            for key in predicted[target]:
-                if cache.where[key]:
-                    cache.hold[key] = max(cache.hold[key], 2 * target)
-                elif cache.admit_predicted(key, tick, 2 * target):
-                    counts.prefetches += 1
-                else:
-                    counts.refused_prefetches += 1
-        cache.release(tick + 1)
-    counts.useless_prefetches = cache.useless + len(cache.unused)
-    counts.cold_misses = cache.cold
-    return counts
-
-
-def keys_by_position(experts_TLK: np.ndarray, num_experts: int) -> list[list[int]]:
-    """Return the keys of every position, without the -1 that fill up."""
-    steps, layers, _ = experts_TLK.shape
-    keys = np.where(experts_TLK >= 0, experts_TLK + np.arange(layers)[None, :, None] * num_experts, -1).reshape(steps * layers, -1)
-    if not (keys < 0).any():
-        return keys.tolist()
-    return [[key for key in row if key >= 0] for row in keys.tolist()]

@@ -90,6 +90,7 @@ class _Recurrence:
                 clock = self._predict(position, clock, 2 * position + 1)
             if position % layers == layers - 1:
                 ends.append(clock)
+        self._issue_until(inf, inputs.positions, 2 * inputs.positions)
         path.finish()
         return state.result(np.diff(np.asarray([0.0, *ends])), self.stall_s)
 

@@ -35,7 +35,8 @@ class _Job:
     """Of the copy that a full chunk is."""
     after: _Job | None
     """Disk read that has to be over first."""
-    done: int = 0
+    begun: int = 0
+    """Chunks."""
     over: bool = False
 
     @property
@@ -44,7 +45,7 @@ class _Job:
 
     @property
     def next_share(self) -> float:
-        return self.share if self.done + 1 < self.chunks else 1.0 - self.share * (self.chunks - 1)
+        return self.share if self.begun + 1 < self.chunks else 1.0 - self.share * (self.chunks - 1)
 
 
 class _LinkActor:
@@ -98,14 +99,14 @@ class _LinkActor:
                 yield self._wake
                 continue
             self._current = job
-            share, last = job.next_share, job.done + 1 == job.chunks
+            share, last = job.next_share, job.begun + 1 == job.chunks
+            job.begun += 1
             if last:
                 self.queue.remove(job)
             seconds = job.seconds * share
             self.busy_until = self.engine.now + seconds
             if seconds > 0:
                 yield self.engine.start_flow(Flow(f"copy {job.key}", seconds, {(self.port, 0): 1.0}))
-            job.done += 1
             self.moved_bytes += job.nbytes * share
             if last:
                 job.over = True
@@ -180,7 +181,7 @@ class OffloadActor:
     def wait_s(self, now: float) -> float:
         """Return how long a copy demanded now would wait for the link."""
         jobs = [job for job in self._host.queue if job.demanded or self.case.host.discipline == "fifo"]
-        return max(0.0, self._host.busy_until - now) + sum(job.seconds * (1 - job.share * job.done) for job in jobs)
+        return max(0.0, self._host.busy_until - now) + sum(job.seconds * (1 - job.share * job.begun) for job in jobs)
 
     def _at_host(self, job: _Job) -> None:
         self._host.wake()

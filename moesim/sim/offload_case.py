@@ -15,7 +15,8 @@ import numpy as np
 
 from moesim.errors import InputError, describe
 from moesim.sim import policies
-from moesim.sim.cache import CacheSettings, Counts, keys_by_position
+from moesim.sim.cache import CacheSettings, Counts
+from moesim.sim.demands import keys_by_position
 from moesim.sim.policies import COMPUTE, LOAD, PRECISION, Policy
 from moesim.sim.stores import Store
 
@@ -228,7 +229,7 @@ def _experts(value: np.ndarray, name: str, experts: int, shape: tuple[int, int] 
     array = np.asarray(value)
     if array.ndim != 3 or array.dtype.kind not in "iu" or 0 in array.shape[:2] or (shape is not None and array.shape[:2] != shape):
         rule = f"must be integers [steps, layers, experts], {shape or 'at least one'} steps and layers"
-        raise InputError(describe("decode", name, f"{array.dtype}{list(array.shape)}", rule))
+        raise InputError(f"decode: {name} = {array.dtype} {list(array.shape)} {rule}")
     wrong = (array < -1) | (array >= experts)
     if wrong.any():
         place = f"{name}{np.argwhere(wrong)[0].tolist()}"
@@ -251,7 +252,8 @@ def _like(value: np.ndarray, routes: np.ndarray, name: str) -> np.ndarray:
 def _checked(array: np.ndarray, name: str, unit: str) -> np.ndarray:
     bad = ~(np.isfinite(array) & (array >= 0))
     if bad.any():
-        raise InputError(describe("decode", f"{name}{np.argwhere(bad)[0].tolist()}", f"{array[bad][0]} {unit}", "must be finite and >= 0"))
+        place = f"{name}{np.argwhere(bad)[0].tolist() if array.ndim else ''}"
+        raise InputError(f"decode: {place} = {array[bad][0]} {unit} must be finite and >= 0")
     return array
 
 
@@ -274,7 +276,8 @@ def _expert_times(case: Decode, routes: np.ndarray, tokens: np.ndarray) -> np.nd
         if array.shape not in ((), (layers,), (layers, experts)):
             rule = f"must be a number, [{layers}], [{layers}, {experts}] or a callable of (layer, expert, tokens)"
             raise InputError(describe("decode", "expert_s", array.shape, rule))
-        table_LE = np.broadcast_to(_checked(array, "expert_s", "s")[:, None] if array.ndim == 1 else array, (layers, experts))
+        _checked(array, "expert_s", "s")
+        table_LE = np.broadcast_to(array[:, None] if array.ndim == 1 else array, (layers, experts))
         return np.where(tokens > 0, table_LE[layer, np.maximum(routes, 0)], 0.0)
     asked = np.stack([layer, routes, tokens], axis=-1)[tokens > 0]
     result = np.zeros(routes.shape)
@@ -289,7 +292,8 @@ def _bytes(value: Any, name: str, layers: int, experts: int) -> list[int]:
     array = np.asarray(value, dtype=np.float64)
     if array.shape not in ((), (layers,), (layers, experts)):
         raise InputError(describe("decode", name, array.shape, f"must be a number, [{layers}] or [{layers}, {experts}]"))
-    table_LE = np.broadcast_to(_checked(array, name, "B")[:, None] if array.ndim == 1 else array, (layers, experts))
+    _checked(array, name, "B")
+    table_LE = np.broadcast_to(array[:, None] if array.ndim == 1 else array, (layers, experts))
     return np.ceil(table_LE).astype(np.int64).reshape(-1).tolist()
 
 
@@ -298,7 +302,7 @@ def _seconds(link: CopyLink, nbytes: list[int]) -> list[float]:
     times = {size: float(link.load_s(size)) for size in sorted(set(nbytes))}
     for size, seconds in times.items():
         if not (np.isfinite(seconds) and seconds >= 0):
-            raise InputError(describe(f"link {link.name}", f"load_s({size} B)", f"{seconds} s", "must be finite and >= 0"))
+            raise InputError(f"link {link.name}: load_s({size} B) = {seconds} s must be finite and >= 0")
     return [times[size] for size in nbytes]
 
 

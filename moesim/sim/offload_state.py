@@ -12,7 +12,8 @@ import numpy as np
 
 from moesim.errors import InputError, describe
 from moesim.sim import policies
-from moesim.sim.cache import CACHED, Cache, CacheSettings, Counts, Future
+from moesim.sim.cache import CACHED, Cache, CacheSettings, Counts
+from moesim.sim.demands import Future
 from moesim.sim.offload_case import Decode, DecodeResult, Inputs
 from moesim.sim.policies import COMPUTE, LOAD, MISS_ACTIONS, PRECISION, MissView
 from moesim.sim.stores import Store

@@ -178,7 +178,7 @@ class Store:
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
     def _vacate(self, category: str, size: int) -> None:
-        self.used[category] -= size
+        self.used[category] = self.used.get(category, 0) - size
         self.used_bytes -= size
 
 
