@@ -132,8 +132,14 @@ def measure(shape: Shape, *, repeat: int, quick: bool) -> dict[str, object]:
     equal = all(np.array_equal(a, b[0]) for a, b in zip(expected, (loads.slot_PLS, loads.assign_PLRR, loads.copy_PLRR, loads.node_PLRN), strict=True))
     rate, plain_rate = experts_TLK.size / min(cpu_s), sample.size / min(plain_s)
     return {
-        "shape": shape.name, "entries": experts_TLK.size, "cpu_s": min(cpu_s), "entries_per_s": rate, "plain_entries_per_s": plain_rate,
-        "ratio": rate / plain_rate, "tables_s": tables_s, "equal": equal,
+        "shape": shape.name,
+        "entries": experts_TLK.size,
+        "cpu_s": min(cpu_s),
+        "entries_per_s": rate,
+        "plain_entries_per_s": plain_rate,
+        "ratio": rate / plain_rate,
+        "tables_s": tables_s,
+        "equal": equal,
     }
 
 

@@ -31,8 +31,12 @@ def main() -> None:
     costs = CostModel(cluster, model)
     print(f"{'construction (imports pyarrow)':46s} {(time.perf_counter() - start) * 1e3:9.2f} ms")
     tokens = rng.integers(1, 200, (8, ranks))
-    counts = {key: value * 100.0 for key, value in balanced_counts(
-        num_ranks=ranks, devices=min(ranks, cluster.devices_per_node), num_experts=model.num_experts, top_k=model.top_k).items()}
+    counts = {
+        key: value * 100.0
+        for key, value in balanced_counts(
+            num_ranks=ranks, devices=min(ranks, cluster.devices_per_node), num_experts=model.num_experts, top_k=model.top_k
+        ).items()
+    }
 
     def small_replay() -> None:
         for phase in ("prefill", "decode"):

@@ -82,9 +82,7 @@ class AttentionCost:
             self._gemm("attention.output", tokens, hidden, heads * attention.head_dim, self._dtype),
         )
 
-    def _layers_mean(
-        self, phase: str, batch: np.ndarray, tokens: np.ndarray, kv_length: np.ndarray, heads: int, kv_heads: int, attention: Attention
-    ) -> Timing:
+    def _layers_mean(self, phase: str, batch: np.ndarray, tokens: np.ndarray, kv_length: np.ndarray, heads: int, kv_heads: int, attention: Attention) -> Timing:
         full = self.core(phase, batch, tokens, kv_length, heads=heads, kv_heads=kv_heads, head_dim=attention.head_dim)
         if not attention.sliding_window or not attention.sliding_every:
             return full
@@ -93,8 +91,17 @@ class AttentionCost:
         return total(windowed.scaled(share), full.scaled(1.0 - share))
 
     def core(
-        self, phase: str, batch: np.ndarray, tokens: np.ndarray, kv_length: np.ndarray, *, heads: int, kv_heads: int, head_dim: int,
-        window: int = 0, value_dim: int = 0,
+        self,
+        phase: str,
+        batch: np.ndarray,
+        tokens: np.ndarray,
+        kv_length: np.ndarray,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        window: int = 0,
+        value_dim: int = 0,
     ) -> Timing:
         """Return the time of the attention kernel alone; `value_dim` differs from `head_dim` in MLA's expanded form only."""
         key = (phase, heads, kv_heads, head_dim, window)
@@ -115,8 +122,16 @@ class AttentionCost:
         return self._evaluate(found, phase, batch, tokens, kv_length, read, window, worst, found.scale * narrower)
 
     def _evaluate(
-        self, found: _Core, phase: str, batch: np.ndarray, tokens: np.ndarray, kv_length: np.ndarray, read: np.ndarray, window: int,
-        worst: Provenance, scale: float,
+        self,
+        found: _Core,
+        phase: str,
+        batch: np.ndarray,
+        tokens: np.ndarray,
+        kv_length: np.ndarray,
+        read: np.ndarray,
+        window: int,
+        worst: Provenance,
+        scale: float,
     ) -> Timing:
         if phase == "decode":
             timed = found.grid(tokens, kv_length)

@@ -122,7 +122,9 @@ class ExchangeCost:
             sent = self._links.all_to_all(moved.up_out, moved.out_out, ranks=num_ranks, devices=devices, one_after_the_other=both)
             received = self._links.all_to_all(moved.up_in, moved.out_in, ranks=num_ranks, devices=devices, one_after_the_other=both)
         return ExchangeTiming(
-            send_s=sent.seconds, recv_s=received.seconds, provenance=np.maximum(sent.provenance, received.provenance),
+            send_s=sent.seconds,
+            recv_s=received.seconds,
+            provenance=np.maximum(sent.provenance, received.provenance),
             bytes={"local": moved.local.sum(axis=-1), "intra_node": moved.up_out.sum(axis=-1), "inter_node": moved.out_out.sum(axis=-1)},
             port_bytes={"intra_out": moved.up_out, "intra_in": moved.up_in, "inter_out": moved.out_out, "inter_in": moved.out_in},
         )
@@ -208,7 +210,8 @@ class ExchangeCost:
         model = self._model
         # Nearest shape of every node count: the bytes of a token matter most, the experts (how copies spread) least.
         distance = (
-            4 * np.abs(np.log2(rows["hidden_size"] / model.hidden_size)) + 2 * np.abs(np.log2(rows["num_topk"] / max(model.top_k, 1)))
+            4 * np.abs(np.log2(rows["hidden_size"] / model.hidden_size))
+            + 2 * np.abs(np.log2(rows["num_topk"] / max(model.top_k, 1)))
             + np.abs(np.log2(rows["num_experts"] / max(model.num_experts, 1)))
         )
         result = {}

@@ -212,7 +212,12 @@ class ExpertCost:
         """Return the rows measured under expert parallelism: num_tokens counts all ranks, uniform routing."""
         model = self._model
         rows = self._tables.rows(
-            "wideep_moe_generation", "num_tokens", "topk", "num_experts", "moe_ep_size", "latency_s",
+            "wideep_moe_generation",
+            "num_tokens",
+            "topk",
+            "num_experts",
+            "moe_ep_size",
+            "latency_s",
             where={"moe_dtype": dtype, "hidden_size": model.hidden_size, "inter_size": model.expert_ffn_size, "moe_tp_size": 1, "distribution": "uniform"},
         )
         if rows is None:
@@ -241,8 +246,11 @@ class ExpertCost:
         wanted = np.array([model.hidden_size, model.expert_ffn_size, model.num_experts, model.top_k, expert_tp])
         width = known[:, 1] / known[:, 4]
         distance = (
-            4 * np.abs(np.log2(known[:, 0] / wanted[0])) + 4 * np.abs(np.log2(width / (wanted[1] / expert_tp)))
-            + np.abs(np.log2(known[:, 2] / wanted[2])) + np.abs(np.log2(known[:, 3] / wanted[3])) + 0.1 * (known[:, 4] != expert_tp)
+            4 * np.abs(np.log2(known[:, 0] / wanted[0]))
+            + 4 * np.abs(np.log2(width / (wanted[1] / expert_tp)))
+            + np.abs(np.log2(known[:, 2] / wanted[2]))
+            + np.abs(np.log2(known[:, 3] / wanted[3]))
+            + 0.1 * (known[:, 4] != expert_tp)
         )
         # Another kernel of the same dtype serves other kinds of experts (without gates); it is used for its own shapes only.
         distance = distance + 16.0 * (source.ravel()[first] != usual) * (distance > 0)

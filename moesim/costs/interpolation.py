@@ -86,7 +86,6 @@ class Curve:
         seconds = (self.seconds[at.low] * (1.0 - at.weight) + self.seconds[high] * at.weight) * at.beyond
         return Timing(seconds=seconds, provenance=np.where(at.on_key, _MEASURED, np.where(at.inside, _INTERPOLATED, _CALIBRATED)))
 
-
     def seconds_at(self, query: np.ndarray) -> np.ndarray:
         """Return the seconds alone; where work is size, one library interpolation instead of a dozen array passes."""
         if self.work is not identity or len(self.keys) == 1:

@@ -138,9 +138,7 @@ class CostModel:
         """Return the time of one message of `nbytes` [...] between two devices of a node (nodes = 1) or of two nodes (2)."""
         return self.links.p2p(nbytes, nodes)
 
-    def copies(
-        self, algorithm: str, *, assign_RR: np.ndarray | None = None, copy_RR: np.ndarray | None = None, node_RN: np.ndarray | None = None
-    ) -> Ports:
+    def copies(self, algorithm: str, *, assign_RR: np.ndarray | None = None, copy_RR: np.ndarray | None = None, node_RN: np.ndarray | None = None) -> Ports:
         """Return the token copies on every port in the direction of dispatch, to be given to `exchange` for both of its stages."""
         return self._exchange.copies(algorithm, assign_RR=assign_RR, copy_RR=copy_RR, node_RN=node_RN)
 
@@ -181,7 +179,6 @@ class CostModel:
     def payload_bytes(self, stage: str) -> float:
         """Return the bytes of one token's copy in `dispatch` or `combine`."""
         return self._exchange.payload_bytes(stage)
-
 
 
 def _float(tokens: np.ndarray) -> np.ndarray:

@@ -44,45 +44,56 @@ class Layout:
 # Order matters: the first layout whose columns are all there wins.
 LAYOUTS = (
     Layout(
-        kind="moe_a2a", columns=frozenset({"comm_backend", "phase", "latency"}), latency_unit_s=1e-6,
+        kind="moe_a2a",
+        columns=frozenset({"comm_backend", "phase", "latency"}),
+        latency_unit_s=1e-6,
         description="Expert dispatch or combine (phase) of one backend; one call; num_tokens per GPU",
     ),
     Layout(
-        kind="deepep_ll", columns=frozenset({"dispatch_avg_t_us", "combine_avg_t_us"}),
+        kind="deepep_ll",
+        columns=frozenset({"dispatch_avg_t_us", "combine_avg_t_us"}),
         description="DeepEP low-latency dispatch and combine; num_token per GPU; 8 GPUs a node; Bps is bytes per second of one GPU",
     ),
     Layout(
-        kind="deepep_normal", columns=frozenset({"dispatch_transmit_us", "combine_transmit_us"}),
+        kind="deepep_normal",
+        columns=frozenset({"dispatch_transmit_us", "combine_transmit_us"}),
         description="DeepEP high-throughput dispatch and combine; num_token per GPU; 8 GPUs a node; *_sms are the SMs given to communication",
     ),
     Layout(
-        kind="wideep_moe_eplb", columns=frozenset({"rank0_num_tokens", "num_slots", "latency"}),
+        kind="wideep_moe_eplb",
+        columns=frozenset({"rank0_num_tokens", "num_slots", "latency"}),
         description="MoE compute of the timed rank, with and without load balancing; num_tokens of all ranks, dp_num_tokens per rank, "
         "rank0_num_tokens those that reach the timed rank",
     ),
     Layout(
-        kind="wideep_mla", columns=frozenset({"gemm_type", "num_heads", "isl", "latency"}),
+        kind="wideep_mla",
+        columns=frozenset({"gemm_type", "num_heads", "isl", "latency"}),
         description="A whole MLA block with its projections, one layer, one GPU; isl is the prompt length, step the KV length before the call",
     ),
     Layout(
-        kind="mla", columns=frozenset({"mla_dtype", "num_heads", "isl", "latency"}),
+        kind="mla",
+        columns=frozenset({"mla_dtype", "num_heads", "isl", "latency"}),
         description="MLA attention kernel, one layer, one GPU; isl is the prompt length, step the KV length before the call",
     ),
     Layout(
-        kind="attention", columns=frozenset({"attn_dtype", "num_key_value_heads", "latency"}),
+        kind="attention",
+        columns=frozenset({"attn_dtype", "num_key_value_heads", "latency"}),
         description="MHA or GQA kernel, one layer, one GPU; isl is the prompt length, step the KV length before the call; window_size 0: full",
     ),
     Layout(
-        kind="moe", columns=frozenset({"moe_dtype", "num_experts", "topk", "moe_ep_size", "latency"}),
+        kind="moe",
+        columns=frozenset({"moe_dtype", "num_experts", "topk", "moe_ep_size", "latency"}),
         description="Fused MoE layer of one GPU; num_tokens, hidden_size, inter_size, topk, num_experts as in the model",
     ),
     Layout(kind="gemm", columns=frozenset({"gemm_dtype", "m", "n", "k", "latency"}), description="Dense matrix product [m,k]·[k,n] on one GPU"),
     Layout(
-        kind="nccl", columns=frozenset({"nccl_dtype", "num_gpus", "message_size", "latency"}),
+        kind="nccl",
+        columns=frozenset({"nccl_dtype", "num_gpus", "message_size", "latency"}),
         description="NCCL collective inside one node; message_size is the elements of the full buffer, message_bytes its bytes",
     ),
     Layout(
-        kind="custom_allreduce", columns=frozenset({"allreduce_dtype", "num_gpus", "message_size", "latency"}),
+        kind="custom_allreduce",
+        columns=frozenset({"allreduce_dtype", "num_gpus", "message_size", "latency"}),
         description="The engine's own all-reduce inside one node; message_size is the elements of the full buffer, message_bytes its bytes",
     ),
 )
@@ -194,8 +205,15 @@ def write_table(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
 
     def write(target: Path) -> None:
         pq.write_table(
-            table, target, compression="zstd", compression_level=19, write_page_checksum=True, row_group_size=1 << 20, data_page_version="2.0",
-            use_dictionary=[name for name in arrays if name not in measured], column_encoding=dict.fromkeys(measured, "BYTE_STREAM_SPLIT"),
+            table,
+            target,
+            compression="zstd",
+            compression_level=19,
+            write_page_checksum=True,
+            row_group_size=1 << 20,
+            data_page_version="2.0",
+            use_dictionary=[name for name in arrays if name not in measured],
+            column_encoding=dict.fromkeys(measured, "BYTE_STREAM_SPLIT"),
         )
 
     write_atomic(path, write)
@@ -221,8 +239,12 @@ def convert_folder(source: Path, target: Path, *, origin: str = AIC_ORIGIN, lice
         version = re.search(r"(?:sglang|trtllm|vllm|nccl)\d[\w.]*$", stem)
         description = (layout.description if layout else "Measured timings") + (f". {REMARKS[stem]}" if stem in REMARKS else "")
         metadata = {
-            "kind": layout.kind if layout else "unknown", "description": description, "source": origin, "licence": licence,
-            "version": version.group() if version else "", "units": json.dumps(units, sort_keys=True),
+            "kind": layout.kind if layout else "unknown",
+            "description": description,
+            "source": origin,
+            "licence": licence,
+            "version": version.group() if version else "",
+            "units": json.dumps(units, sort_keys=True),
         }
         write_table(target / f"{stem}.parquet", arrays, metadata)
         stems.append(stem)

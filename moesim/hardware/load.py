@@ -257,9 +257,15 @@ def _build(node: dict[str, Any], origins: Mapping[KeyPath, str], place: str, bas
     doc = _validate(node, origins, place)
     links = {
         name: Link(
-            name=name, bandwidth_Bps=link.bandwidth, latency_s=link.latency, duplex=link.duplex, discipline=link.discipline,
+            name=name,
+            bandwidth_Bps=link.bandwidth,
+            latency_s=link.latency,
+            duplex=link.duplex,
+            discipline=link.discipline,
             shared_by=doc.devices_per_node if link.shared_by == "node" else min(link.shared_by, doc.devices_per_node),
-            efficiency=_curve(link.efficiency), kind=link.kind, source=link.source,
+            efficiency=_curve(link.efficiency),
+            kind=link.kind,
+            source=link.source,
         )
         for name, link in doc.links
         if link is not None
@@ -270,17 +276,40 @@ def _build(node: dict[str, Any], origins: Mapping[KeyPath, str], place: str, bas
             read, write = tier.read or tier.bandwidth, tier.write or tier.bandwidth
             assert read is not None and write is not None
             tiers[name] = Tier(
-                name=name, capacity_bytes=tier.capacity, read_Bps=read, write_Bps=write, latency_s=tier.latency, attached_to=tier.attached_to,
-                shared=tier.shared, link=tier.link, source=tier.source,
+                name=name,
+                capacity_bytes=tier.capacity,
+                read_Bps=read,
+                write_Bps=write,
+                latency_s=tier.latency,
+                attached_to=tier.attached_to,
+                shared=tier.shared,
+                link=tier.link,
+                source=tier.source,
             )
     device = Device(
-        name=doc.device.name, kind=doc.device.kind, peak_flops={str(name): value for name, value in doc.device.peak_flops.items()}, num_sms=doc.device.num_sms,
-        gemm_efficiency=doc.device.gemm_efficiency, memory_efficiency=doc.device.memory_efficiency, kernel_launch_s=doc.device.kernel_launch,
-        power_idle_w=doc.device.power.idle, power_peak_w=doc.device.power.peak, source=doc.device.source, l2_bytes=doc.device.l2,
+        name=doc.device.name,
+        kind=doc.device.kind,
+        peak_flops={str(name): value for name, value in doc.device.peak_flops.items()},
+        num_sms=doc.device.num_sms,
+        gemm_efficiency=doc.device.gemm_efficiency,
+        memory_efficiency=doc.device.memory_efficiency,
+        kernel_launch_s=doc.device.kernel_launch,
+        power_idle_w=doc.device.power.idle,
+        power_peak_w=doc.device.power.peak,
+        source=doc.device.source,
+        l2_bytes=doc.device.l2,
     )
     return Cluster(
-        name=doc.name, device=device, tiers=tiers, links=links, devices_per_node=doc.devices_per_node,
-        num_nodes=doc.num_nodes, fabric_oversubscription=doc.fabric_oversubscription, tables=_tables(doc, base, _origin(origins, ("tables",), place)),
-        price_per_hour=doc.price_per_hour, sha256=sha256_hex(canonical_json(doc.model_dump(mode="json"))),
-        warnings=tuple(_warnings(doc, origins, place)), source=place,
+        name=doc.name,
+        device=device,
+        tiers=tiers,
+        links=links,
+        devices_per_node=doc.devices_per_node,
+        num_nodes=doc.num_nodes,
+        fabric_oversubscription=doc.fabric_oversubscription,
+        tables=_tables(doc, base, _origin(origins, ("tables",), place)),
+        price_per_hour=doc.price_per_hour,
+        sha256=sha256_hex(canonical_json(doc.model_dump(mode="json"))),
+        warnings=tuple(_warnings(doc, origins, place)),
+        source=place,
     )

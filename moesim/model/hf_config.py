@@ -100,8 +100,15 @@ def parse_config(node: Any, name: str, place: str) -> MoEModel:
         experts = 0
     types = precision(keys)
     facts: dict[str, Any] = {
-        "num_experts": experts, "moe_layer_ids": moe_layers, "top_k": 0, "expert_ffn_size": 0, "num_shared_experts": 0, "shared_ffn_size": 0,
-        "num_groups": 1, "top_k_groups": 1, "gate_activation": "softmax",
+        "num_experts": experts,
+        "moe_layer_ids": moe_layers,
+        "top_k": 0,
+        "expert_ffn_size": 0,
+        "num_shared_experts": 0,
+        "shared_ffn_size": 0,
+        "num_groups": 1,
+        "top_k_groups": 1,
+        "gate_activation": "softmax",
     }
     if experts:
         facts.update(_experts(keys, experts, family))
@@ -112,12 +119,23 @@ def parse_config(node: Any, name: str, place: str) -> MoEModel:
     architectures = keys.get("architectures")[1]
     architecture = architectures[0] if isinstance(architectures, list) and architectures and isinstance(architectures[0], str) else ""
     model = MoEModel(
-        name=name, num_layers=layers, hidden_size=hidden, vocab_size=keys.need("vocab_size", "padded_vocab_size", low=1, high=100_000_000),
-        attention=_attention(keys, layers, hidden), dense_ffn_size=dense, dtype=types.dtype, expert_dtype=types.expert_dtype,
-        weight_dtype=types.weight_dtype, kv_dtype=types.kv_dtype, weight_block=types.weight_block,
-        gated_ffn=activation not in PLAIN_ACTIVATIONS, tie_embeddings=keys.flag("tie_word_embeddings", default=family.startswith("gemma")),
+        name=name,
+        num_layers=layers,
+        hidden_size=hidden,
+        vocab_size=keys.need("vocab_size", "padded_vocab_size", low=1, high=100_000_000),
+        attention=_attention(keys, layers, hidden),
+        dense_ffn_size=dense,
+        dtype=types.dtype,
+        expert_dtype=types.expert_dtype,
+        weight_dtype=types.weight_dtype,
+        kv_dtype=types.kv_dtype,
+        weight_block=types.weight_block,
+        gated_ffn=activation not in PLAIN_ACTIVATIONS,
+        tie_embeddings=keys.flag("tie_word_embeddings", default=family.startswith("gemma")),
         max_position=keys.need("max_position_embeddings", "seq_length", "max_sequence_length", "n_positions", low=1, high=10**9),
-        architecture=architecture[:200], source=place, **facts,
+        architecture=architecture[:200],
+        source=place,
+        **facts,
     )
     identity = {key: value for key, value in asdict(model).items() if key not in ("name", "source", "sha256", "architecture")}
     return MoEModel(**{**{key: getattr(model, key) for key in MoEModel.__dataclass_fields__}, "sha256": sha256_hex(canonical_json(identity))})
@@ -182,7 +200,12 @@ def _experts(keys: Keys, experts: int, family: str) -> dict[str, Any]:
     if gate not in GATES:
         raise ModelError(describe(keys.place, "scoring_func", gate, f"must be one of {', '.join(GATES)}"))
     return {
-        "top_k": top_k, "expert_ffn_size": ffn, "num_shared_experts": shared, "shared_ffn_size": shared_ffn, "num_groups": groups, "top_k_groups": chosen,
+        "top_k": top_k,
+        "expert_ffn_size": ffn,
+        "num_shared_experts": shared,
+        "shared_ffn_size": shared_ffn,
+        "num_groups": groups,
+        "top_k_groups": chosen,
         "gate_activation": gate,
     }
 
@@ -193,9 +216,15 @@ def _attention(keys: Keys, layers: int, hidden: int) -> Attention:
     if latent is not None:
         nope = keys.need("qk_nope_head_dim", low=1, high=65_536)
         return Attention(
-            kind="mla", num_heads=heads, num_kv_heads=heads, head_dim=nope + keys.need("qk_rope_head_dim", low=1, high=65_536),
-            q_lora_rank=keys.whole("q_lora_rank", low=1, high=1_000_000, required=False), kv_lora_rank=latent, qk_nope_head_dim=nope,
-            qk_rope_head_dim=keys.need("qk_rope_head_dim", low=1, high=65_536), v_head_dim=keys.need("v_head_dim", low=1, high=65_536),
+            kind="mla",
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=nope + keys.need("qk_rope_head_dim", low=1, high=65_536),
+            q_lora_rank=keys.whole("q_lora_rank", low=1, high=1_000_000, required=False),
+            kv_lora_rank=latent,
+            qk_nope_head_dim=nope,
+            qk_rope_head_dim=keys.need("qk_rope_head_dim", low=1, high=65_536),
+            v_head_dim=keys.need("v_head_dim", low=1, high=65_536),
         )
     for key in ("q_lora_rank", "o_lora_rank"):
         if keys.get(key)[1]:
@@ -210,8 +239,13 @@ def _attention(keys: Keys, layers: int, hidden: int) -> Attention:
         dim = hidden // heads
     window, sliding = _sliding(keys, layers)
     return Attention(
-        kind="mha" if kv_heads == heads else "gqa", num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, sliding_window=window,
-        sliding_every=max(1, round(layers / len(sliding))) if sliding else None, sliding_layer_ids=sliding,
+        kind="mha" if kv_heads == heads else "gqa",
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        sliding_window=window,
+        sliding_every=max(1, round(layers / len(sliding))) if sliding else None,
+        sliding_layer_ids=sliding,
     )
 
 
@@ -235,8 +269,13 @@ def _sliding(keys: Keys, layers: int) -> tuple[int | None, tuple[int, ...]]:
 def _refuse_foreign_layers(keys: Keys, layers: int) -> None:
     """Refuse layers whose sizes do not follow from the keys that are read here."""
     foreign = (
-        "hybrid_override_pattern", "hybrid_layer_pattern", "linear_attn_config", "full_attention_interval", "layers_block_type",
-        "zero_expert_num", "mamba_d_state",
+        "hybrid_override_pattern",
+        "hybrid_layer_pattern",
+        "linear_attn_config",
+        "full_attention_interval",
+        "layers_block_type",
+        "zero_expert_num",
+        "mamba_d_state",
     )
     for key in foreign:
         value = keys.get(key)[1]

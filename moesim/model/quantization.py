@@ -13,8 +13,15 @@ from moesim.errors import ModelError, describe
 from moesim.model.config_keys import Keys
 
 _DTYPES = {
-    "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16", "fp16": "float16", "half": "float16",
-    "float32": "float32", "fp32": "float32", "float": "float32", "float8_e4m3fn": "fp8",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+    "half": "float16",
+    "float32": "float32",
+    "fp32": "float32",
+    "float": "float32",
+    "float8_e4m3fn": "fp8",
 }
 METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "modelopt", "gptq", "awq", "bitsandbytes")
 
@@ -55,7 +62,11 @@ def precision(keys: Keys) -> Precision:
     cache = config.get("kv_cache_scheme") or config.get("kv_cache_quant_algo")
     eight_bit = isinstance(cache, dict) and cache.get("num_bits") == 8 or isinstance(cache, str) and cache.upper() == "FP8"
     return Precision(
-        dtype=dtype, expert_dtype=weight, weight_dtype=dtype if attention_kept else weight, kv_dtype="fp8" if eight_bit else dtype, weight_block=block,
+        dtype=dtype,
+        expert_dtype=weight,
+        weight_dtype=dtype if attention_kept else weight,
+        kv_dtype="fp8" if eight_bit else dtype,
+        weight_block=block,
     )
 
 

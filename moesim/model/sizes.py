@@ -59,7 +59,9 @@ def attention_matrices(model: MoEModel, tp: int = 1) -> tuple[Matrix, ...]:
         assert one.kv_lora_rank and one.qk_rope_head_dim and one.qk_nope_head_dim and one.v_head_dim
         queries = ((hidden, one.q_lora_rank), (one.q_lora_rank, heads * one.head_dim)) if one.q_lora_rank else ((hidden, heads * one.head_dim),)
         return (
-            *queries, (hidden, one.kv_lora_rank + one.qk_rope_head_dim), (one.kv_lora_rank, heads * (one.qk_nope_head_dim + one.v_head_dim)),
+            *queries,
+            (hidden, one.kv_lora_rank + one.qk_rope_head_dim),
+            (one.kv_lora_rank, heads * (one.qk_nope_head_dim + one.v_head_dim)),
             (heads * one.v_head_dim, hidden),
         )
     kv_heads = max(1, ceil(one.num_kv_heads / tp))
@@ -102,9 +104,17 @@ def parameters(model: MoEModel) -> Parameters:
     common = attention + dense + shared + router + norms
     active = common + moe * model.top_k * expert + embedding
     return Parameters(
-        total=common + routed + embedding * (1 if model.tie_embeddings else 2), active=active,
-        active_with_embedding=active + (0 if model.tie_embeddings else embedding), embedding=embedding, expert=expert, routed=routed,
-        attention=attention, dense_ffn=dense, shared=shared, router=router, norms=norms,
+        total=common + routed + embedding * (1 if model.tie_embeddings else 2),
+        active=active,
+        active_with_embedding=active + (0 if model.tie_embeddings else embedding),
+        embedding=embedding,
+        expert=expert,
+        routed=routed,
+        attention=attention,
+        dense_ffn=dense,
+        shared=shared,
+        router=router,
+        norms=norms,
     )
 
 

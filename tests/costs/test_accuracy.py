@@ -10,8 +10,17 @@ from moesim.costs.interpolation import identity
 from moesim.hardware import Cluster
 
 LIMITS = {
-    "gemm bfloat16": 0.06, "gemm fp8": 0.06, "gemm fp8_block": 0.06, "prefill attention": 0.06, "decode attention": 0.03, "decode MLA kernel": 0.03,
-    "prefill MLA block": 0.06, "decode MLA block": 0.03, "experts": 0.03, "experts under EP": 0.03, "collectives": 0.03,
+    "gemm bfloat16": 0.06,
+    "gemm fp8": 0.06,
+    "gemm fp8_block": 0.06,
+    "prefill attention": 0.06,
+    "decode attention": 0.03,
+    "decode MLA kernel": 0.03,
+    "prefill MLA block": 0.06,
+    "decode MLA block": 0.03,
+    "experts": 0.03,
+    "experts under EP": 0.03,
+    "collectives": 0.03,
 }
 
 

@@ -41,7 +41,11 @@ def test_gqa_decode_kernel_rows_are_reproduced_exactly(h100: Cluster, qwen_costs
 
 def test_gqa_prefill_kernel_rows_are_reproduced_exactly(h100: Cluster, qwen_costs: CostModel) -> None:
     where: dict[str, str | int | float] = {
-        "num_heads": 64, "num_key_value_heads": 4, "head_dim": 128, "kv_cache_dtype": "bfloat16", "window_size": 0,
+        "num_heads": 64,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "kv_cache_dtype": "bfloat16",
+        "window_size": 0,
         "attn_dtype": "bfloat16",
     }
     rows = read_table(h100, "attn_context_sglang0.5.14", where=where)

@@ -21,9 +21,13 @@ def balanced(costs: CostModel, algorithm: str, stage: str, nodes: int, tokens: f
     return costs.exchange(algorithm, stage, **{name: value * tokens for name, value in counts.items()})
 
 
-@pytest.mark.parametrize(("algorithm", "stem", "latency"), [
-    ("low_latency", "deepep_ll_1to8nodes_sglang0.5.6", "avg_t_s"), ("normal", "deepep_normal_1to8nodes_sglang0.5.6", "transmit_s"),
-])
+@pytest.mark.parametrize(
+    ("algorithm", "stem", "latency"),
+    [
+        ("low_latency", "deepep_ll_1to8nodes_sglang0.5.6", "avg_t_s"),
+        ("normal", "deepep_normal_1to8nodes_sglang0.5.6", "transmit_s"),
+    ],
+)
 @pytest.mark.parametrize("stage", ["dispatch", "combine"])
 def test_every_balanced_grid_point_takes_the_tables_time(v3_costs: CostModel, h100: Cluster, algorithm: str, stem: str, latency: str, stage: str) -> None:
     rows = read_table(h100, stem)

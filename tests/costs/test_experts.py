@@ -32,7 +32,13 @@ def test_uniform_rows_under_expert_parallelism_are_reproduced_exactly(h100: Clus
 @pytest.mark.parametrize("expert_tp", [1, 4])
 def test_balanced_rows_of_one_rank_are_reproduced_exactly(h100: Cluster, qwen_costs: CostModel, expert_tp: int) -> None:
     where: dict[str, str | int | float] = {
-        "moe_dtype": "bfloat16", "hidden_size": 4096, "inter_size": 1536, "num_experts": 128, "topk": 8, "moe_ep_size": 1, "moe_tp_size": expert_tp,
+        "moe_dtype": "bfloat16",
+        "hidden_size": 4096,
+        "inter_size": 1536,
+        "num_experts": 128,
+        "topk": 8,
+        "moe_ep_size": 1,
+        "moe_tp_size": expert_tp,
         "distribution": "balanced",
     }
     rows = read_table(h100, "moe_sglang0.5.14", where=where)

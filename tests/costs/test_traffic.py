@@ -115,9 +115,7 @@ def test_expected_counts_match_drawn_routing() -> None:
 
 
 def test_a_group_limited_gate_reaches_fewer_nodes() -> None:
-    free, limited = (
-        balanced_counts(num_ranks=64, devices=8, num_experts=256, top_k=8, max_nodes=limit)["node_RN"].sum(axis=1)[0] for limit in (None, 4)
-    )
+    free, limited = (balanced_counts(num_ranks=64, devices=8, num_experts=256, top_k=8, max_nodes=limit)["node_RN"].sum(axis=1)[0] for limit in (None, 4))
     missed = np.prod((224 - np.arange(8)) / (256 - np.arange(8)))
     assert free == pytest.approx(8 * (1 - missed)) and 3.5 < limited < 4.0
 

@@ -19,8 +19,16 @@ VALID: dict[str, Any] = {
     "format": "moesim.hardware/1",
     "name": "toy",
     "device": {
-        "name": "Toy", "kind": "gpu", "peak_flops": {"bfloat16": "100 TFLOP/s"}, "datasheet": {"bfloat16": "100 TFLOP/s"}, "num_sms": 10, "l2": "1 MiB",
-        "gemm_efficiency": 0.5, "memory_efficiency": 1, "kernel_launch": "2.5 us", "power": {"idle": "10 W", "peak": "0.1 kW"},
+        "name": "Toy",
+        "kind": "gpu",
+        "peak_flops": {"bfloat16": "100 TFLOP/s"},
+        "datasheet": {"bfloat16": "100 TFLOP/s"},
+        "num_sms": 10,
+        "l2": "1 MiB",
+        "gemm_efficiency": 0.5,
+        "memory_efficiency": 1,
+        "kernel_launch": "2.5 us",
+        "power": {"idle": "10 W", "peak": "0.1 kW"},
     },
     "tiers": {
         "hbm": {"capacity": "80 GiB", "bandwidth": "1 TB/s", "datasheet": "1 TB/s", "latency": "500 ns"},
@@ -121,10 +129,22 @@ def test_a_bad_name_is_explained(name: str, words: str) -> None:
 
 
 UNIT_KEYS = [
-    ("device.peak_flops.bfloat16", "flop/s"), ("device.datasheet.bfloat16", "flop/s"), ("device.l2", "bytes"), ("device.kernel_launch", "seconds"),
-    ("device.power.idle", "watts"), ("device.power.peak", "watts"), ("tiers.hbm.capacity", "bytes"), ("tiers.hbm.bandwidth", "bytes/s"),
-    ("tiers.dram.read", "bytes/s"), ("tiers.dram.write", "bytes/s"), ("tiers.hbm.datasheet", "bytes/s"), ("tiers.hbm.latency", "seconds"),
-    ("links.scale_up.bandwidth", "bytes/s"), ("links.scale_up.datasheet", "bytes/s"), ("links.scale_up.latency", "seconds"), ("price_per_hour", "dollars/h"),
+    ("device.peak_flops.bfloat16", "flop/s"),
+    ("device.datasheet.bfloat16", "flop/s"),
+    ("device.l2", "bytes"),
+    ("device.kernel_launch", "seconds"),
+    ("device.power.idle", "watts"),
+    ("device.power.peak", "watts"),
+    ("tiers.hbm.capacity", "bytes"),
+    ("tiers.hbm.bandwidth", "bytes/s"),
+    ("tiers.dram.read", "bytes/s"),
+    ("tiers.dram.write", "bytes/s"),
+    ("tiers.hbm.datasheet", "bytes/s"),
+    ("tiers.hbm.latency", "seconds"),
+    ("links.scale_up.bandwidth", "bytes/s"),
+    ("links.scale_up.datasheet", "bytes/s"),
+    ("links.scale_up.latency", "seconds"),
+    ("price_per_hour", "dollars/h"),
 ]
 SAMPLE = {"bytes": "1 GiB", "bytes/s": "1 GB/s", "seconds": "1 us", "flop/s": "1 TFLOP/s", "watts": "1 W", "dollars/h": "1 $/h"}
 
@@ -333,9 +353,15 @@ def test_extends_stays_inside_the_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "words"),
     [
-        ("h100-smx", "did you mean 'h100-sxm'"), ("h100-sxm-0", "1..1024"), ("absent.yaml", "does not exist"), (5, "must be a library name"),
-        ({"a": 1}, "must be a library name"), ([["a"]], "must be a library name"), ("../laptop", "neither in the library"),
-        ("nodes/../laptop", "neither in the library"), ("", "neither in the library"),
+        ("h100-smx", "did you mean 'h100-sxm'"),
+        ("h100-sxm-0", "1..1024"),
+        ("absent.yaml", "does not exist"),
+        (5, "must be a library name"),
+        ({"a": 1}, "must be a library name"),
+        ([["a"]], "must be a library name"),
+        ("../laptop", "neither in the library"),
+        ("nodes/../laptop", "neither in the library"),
+        ("", "neither in the library"),
     ],
 )
 def test_a_bad_extends_is_explained(tmp_path: Path, part: Any, words: str) -> None:

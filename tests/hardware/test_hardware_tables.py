@@ -39,14 +39,29 @@ LITERAL: list[tuple[str, dict[str, str | int], dict[str, float]]] = [
     ),
     (
         "moe_trtllm1.3.0rc20",
-        {"moe_dtype": "w4a16_mxfp4", "num_tokens": 1, "hidden_size": 2880, "inter_size": 2880, "num_experts": 32, "moe_tp_size": 1, "moe_ep_size": 1,
-         "distribution": "power_law_1.01"},
+        {
+            "moe_dtype": "w4a16_mxfp4",
+            "num_tokens": 1,
+            "hidden_size": 2880,
+            "inter_size": 2880,
+            "num_experts": 32,
+            "moe_tp_size": 1,
+            "moe_ep_size": 1,
+            "distribution": "power_law_1.01",
+        },
         {"latency_s": 0.0785344e-3},
     ),
     (
         "wideep_moe_eplb_trtllm1.3.0rc10",
-        {"op_name": "wideep_moe", "num_tokens": 1, "hidden_size": 3072, "num_slots": 256, "moe_ep_size": 2, "distribution": "power_law_1.2",
-         "rank0_num_tokens": 1},
+        {
+            "op_name": "wideep_moe",
+            "num_tokens": 1,
+            "hidden_size": 3072,
+            "num_slots": 256,
+            "moe_ep_size": 2,
+            "distribution": "power_law_1.2",
+            "rank0_num_tokens": 1,
+        },
         {"latency_s": 0.1125056e-3},
     ),
 ]

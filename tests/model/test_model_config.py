@@ -16,8 +16,17 @@ from moesim.model import library_names, load_model
 from moesim.model.hf_config import LIBRARY, aliases, parse_config
 
 BASE: dict[str, Any] = {
-    "architectures": ["SomethingNewForCausalLM"], "num_hidden_layers": 8, "hidden_size": 64, "intermediate_size": 256, "moe_intermediate_size": 32,
-    "num_experts": 16, "num_experts_per_tok": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 1000, "max_position_embeddings": 4096,
+    "architectures": ["SomethingNewForCausalLM"],
+    "num_hidden_layers": 8,
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 32,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "max_position_embeddings": 4096,
     "torch_dtype": "bfloat16",
 }
 
@@ -267,9 +276,17 @@ def test_a_file_and_its_folder_give_the_same_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "not valid JSON"), (b"{", "not valid JSON"), (b"[]", "JSON object"), (b'"x"', "JSON object"), (b'{"hidden_size": NaN}', "NaN is not allowed"),
-        (b'{"hidden_size": Infinity}', "Infinity is not allowed"), (b'{"a": 1, "a": 2}', "appears twice"), (b"[" * 100_000, "not valid JSON"),
-        (b'{"a":' * 80 + b"1" + b"}" * 80, "nested deeper"), (b"\xff\xfe{}", ""), (b'{"hidden_size": 1e400}', ""),
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"[]", "JSON object"),
+        (b'"x"', "JSON object"),
+        (b'{"hidden_size": NaN}', "NaN is not allowed"),
+        (b'{"hidden_size": Infinity}', "Infinity is not allowed"),
+        (b'{"a": 1, "a": 2}', "appears twice"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"a":' * 80 + b"1" + b"}" * 80, "nested deeper"),
+        (b"\xff\xfe{}", ""),
+        (b'{"hidden_size": 1e400}', ""),
         (b'{"num_hidden_layers": ' + b"9" * 5000 + b"}", ""),
     ],
 )
@@ -308,11 +325,20 @@ def test_any_config_parses_or_is_refused(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("ref", "name"),
     [
-        ("DeepSeek-V3", "deepseek-v3"), ("deepseek-ai/DeepSeek-R1", "deepseek-v3"), ("deepseek-ai/DeepSeek-R1-0528", "deepseek-v3"),
-        ("Qwen/Qwen3-30B-A3B-Instruct-2507", "qwen3-30b-a3b"), ("Qwen/Qwen3-235B-A22B-FP8", "qwen3-235b-a22b-fp8"),
-        ("mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral-8x7b"), ("allenai/OLMoE-1B-7B-0924", "olmoe-1b-7b"), ("olmoe", "olmoe-1b-7b"),
-        ("openai/gpt-oss-120b", "gpt-oss-120b"), ("meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-8b"), ("FLAME-MoE-290M", "flame-moe-290m"),
-        ("moonshotai/Kimi-K2-Instruct", "kimi-k2"), ("MiniMaxAI/MiniMax-M2.5", "minimax-m2.5"), ("qwen3_30b_a3b", "qwen3-30b-a3b"),
+        ("DeepSeek-V3", "deepseek-v3"),
+        ("deepseek-ai/DeepSeek-R1", "deepseek-v3"),
+        ("deepseek-ai/DeepSeek-R1-0528", "deepseek-v3"),
+        ("Qwen/Qwen3-30B-A3B-Instruct-2507", "qwen3-30b-a3b"),
+        ("Qwen/Qwen3-235B-A22B-FP8", "qwen3-235b-a22b-fp8"),
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral-8x7b"),
+        ("allenai/OLMoE-1B-7B-0924", "olmoe-1b-7b"),
+        ("olmoe", "olmoe-1b-7b"),
+        ("openai/gpt-oss-120b", "gpt-oss-120b"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-8b"),
+        ("FLAME-MoE-290M", "flame-moe-290m"),
+        ("moonshotai/Kimi-K2-Instruct", "kimi-k2"),
+        ("MiniMaxAI/MiniMax-M2.5", "minimax-m2.5"),
+        ("qwen3_30b_a3b", "qwen3-30b-a3b"),
     ],
 )
 def test_names_aliases_and_hub_ids_find_their_model(ref: str, name: str) -> None:
@@ -322,8 +348,13 @@ def test_names_aliases_and_hub_ids_find_their_model(ref: str, name: str) -> None
 @pytest.mark.parametrize(
     ("ref", "words"),
     [
-        ("deepseek-v33", "did you mean 'deepseek-v3'"), ("qwen3-30b-a3", "qwen3-30b-a3b"), ("", "library: "), ("%%%", "library: "),
-        ("mixtral-8x7b-fp8", "did you mean"), ("./nowhere", "does not exist"), ("a/b/config.json", "does not exist"),
+        ("deepseek-v33", "did you mean 'deepseek-v3'"),
+        ("qwen3-30b-a3", "qwen3-30b-a3b"),
+        ("", "library: "),
+        ("%%%", "library: "),
+        ("mixtral-8x7b-fp8", "did you mean"),
+        ("./nowhere", "does not exist"),
+        ("a/b/config.json", "does not exist"),
     ],
 )
 def test_an_unknown_name_is_explained(ref: str, words: str) -> None:
