@@ -64,13 +64,13 @@ def main() -> None:
         loads = compile_all()
 
         def together(shape: PassShape = shape, loads: StepLoads = loads, builder: ProgramBuilder = builder) -> None:
-            program, _ = builder.build(shape, loads, False)
+            program, _ = builder.build([(shape, loads)], False)
             Ledger(cluster.num_ranks).record(program, evaluate(program, 0.0), steps=list(range(PASSES)), begin_s=0.0)
 
         def one_by_one(steps: list[StepTokens] = steps, loads: StepLoads = loads, builder: ProgramBuilder = builder) -> None:
             ledger = Ledger(cluster.num_ranks)
             for index, step in enumerate(steps):
-                program, _ = builder.build(shape_of(step, cluster.num_ranks), loads.one(index), False)
+                program, _ = builder.build([(shape_of(step, cluster.num_ranks), loads.one(index))], False)
                 ledger.record(program, evaluate(program, 0.0), steps=[index], begin_s=0.0)
 
         fast, slow, compiling = best(together), best(one_by_one, 1), best(compile_all)

@@ -24,15 +24,15 @@ from moesim.model.hf_config import load_model
 from moesim.model.moe_model import MoEModel
 from moesim.plan import Parallel, Plan, linear
 from moesim.sim import memory
-from moesim.sim.batch import pass_shape
+from moesim.sim.batch import micro_batch_T, pass_shape
 from moesim.sim.build import ProgramBuilder
 from moesim.sim.ledger import Ledger
 from moesim.sim.loads import LoadCompiler
-from moesim.sim.replay import Pass, ReplayRun, run_passes
+from moesim.sim.replay import Part, Pass, ReplayRun, run_passes
 from moesim.sim.settings import Settings
 from moesim.traces.open import check_fits, open_trace
 from moesim.traces.routing_trace import RoutingTrace, TraceShape
-from moesim.traces.steps import iter_steps, sharding
+from moesim.traces.steps import StepTokens, iter_steps, sharding
 
 PLACEMENTS = ("linear", "round_robin", "random", "eplb")
 OBJECTIVES = ("balance", "robust")
@@ -94,7 +94,7 @@ def replay(
     costs = CostModel(cluster, moe_model, strict=strict)
     placed = _plan(plan, placement, routing, moe_model, cluster, seed)
     builder = _builder(cluster, moe_model, placed, costs, chosen)
-    passes = _passes(routing, cluster.num_ranks, tokens_per_step, seed)
+    passes = _passes(routing, cluster.num_ranks, tokens_per_step, seed, micro_batches=chosen.micro_batches)
     return _simulate(passes, builder, routing, tokens_per_step, progress, began)
 
 
@@ -278,11 +278,24 @@ def _builder(cluster: Cluster, model: MoEModel, plan: Plan, costs: CostModel, se
     return builder
 
 
-def _passes(routing: RoutingTrace, num_ranks: int, tokens_per_step: int | None, seed: int, max_tokens: int | None = None) -> Iterator[Pass]:
+def _part(step: StepTokens, keep_T: np.ndarray | None, num_ranks: int) -> Part:
+    rows = slice(None) if keep_T is None else keep_T
+    rank_T, valid = step.rank_T[rows], None if step.valid_TLK is None else step.valid_TLK[rows]
+    shape = pass_shape(rank_T=rank_T, phase_T=step.phase_T[rows], request_T=step.request_T[rows], position_T=step.position_T[rows], num_ranks=num_ranks)
+    return Part(shape, step.experts_TLK[rows], rank_T, valid)
+
+
+def _passes(
+    routing: RoutingTrace, num_ranks: int, tokens_per_step: int | None, seed: int, *, micro_batches: int = 1, max_tokens: int | None = None
+) -> Iterator[Pass]:
     done = 0
     for step in iter_steps(routing, num_ranks=num_ranks, tokens_per_step=tokens_per_step, seed=seed):
-        shape = pass_shape(rank_T=step.rank_T, phase_T=step.phase_T, request_T=step.request_T, position_T=step.position_T, num_ranks=num_ranks)
-        yield Pass(step.step, shape, step.experts_TLK, step.rank_T, step.valid_TLK)
+        whole = _part(step, None, num_ranks)
+        if micro_batches == 1:
+            yield Pass(step.step, whole.shape, (whole,))
+        else:
+            number_T = micro_batch_T(step.rank_T, micro_batches)
+            yield Pass(step.step, whole.shape, tuple(_part(step, number_T == index, num_ranks) for index in range(micro_batches)))
         done += len(step.rank_T)
         if max_tokens is not None and done >= max_tokens:
             return

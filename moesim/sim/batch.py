@@ -91,6 +91,13 @@ def pass_shape(*, rank_T: np.ndarray, phase_T: np.ndarray, request_T: np.ndarray
     )
 
 
+def micro_batch_T(rank_T: np.ndarray, parts: int) -> np.ndarray:
+    """Return int64 [T]: the micro-batch of every token; each rank (ascending in `rank_T`) splits its tokens in order, as evenly as they go."""
+    count_R = np.bincount(rank_T)
+    first_R = np.cumsum(count_R) - count_R
+    return (np.arange(len(rank_T)) - first_R[rank_T]) * parts // count_R[rank_T]
+
+
 def stack(shapes: Sequence[PassShape]) -> PassShape:
     """Join the passes of several shapes."""
     return PassShape(**{field.name: np.concatenate([getattr(shape, field.name) for shape in shapes]) for field in fields(PassShape)})

@@ -7,10 +7,12 @@ All passes of one Program use the same all-to-all algorithm. Shapes: P passes, L
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from moesim.costs.exchange import ExchangeTiming
 from moesim.costs.model import CostModel
 from moesim.costs.provenance import Timing, total
 from moesim.errors import PlanError, describe
@@ -30,6 +32,22 @@ class Traffic:
     local_P: np.ndarray
     intra_node_P: np.ndarray
     inter_node_P: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Times:
+    """Operator times of one micro-batch: [P, R], for MoE layers [P, L, R]; None where the operator does not run."""
+
+    embedding: Timing
+    attention: Timing
+    reduce: Timing | None
+    dense: Timing
+    gate: Timing
+    dispatch: ExchangeTiming | None
+    experts: Timing
+    shared: Timing | None
+    combine: ExchangeTiming | None
+    head: Timing
 
 
 class ProgramBuilder:
@@ -67,38 +85,62 @@ class ProgramBuilder:
         self._slot_RC[self._mask_RC] = np.arange(plan.num_slots)
         self._even = bool(self._mask_RC.all())
 
-    def build(self, shape: PassShape, loads: StepLoads | None, is_prefill: bool) -> tuple[Program, Traffic]:
-        """Return the Program of these passes and the bytes that it exchanges; `loads` is None for a dense model."""
-        model, costs, ranks = self.model, self.costs, self.cluster.num_ranks
-        program = Program(ranks)
-        passes = shape.num_passes
-        tokens_PR = shape.tokens_PR
-        attention = self._attention(shape)
+    def build(self, parts: Sequence[tuple[PassShape, StepLoads]], is_prefill: bool) -> tuple[Program, Traffic]:
+        """Return the Program of P passes and the bytes that it exchanges.
+
+        parts: the micro-batches of the passes, each with P passes. With several, a layer issues the first half (attention to
+        dispatch) of every micro-batch and then the second halves (experts to combine), so that the exchanges of one run
+        beside the computation of another.
+        """
+        model = self.model
+        program = Program(self.cluster.num_ranks)
+        passes = parts[0][0].num_passes
         traffic = Traffic(local_P=np.zeros(passes), intra_node_P=np.zeros(passes), inter_node_P=np.zeros(passes))
-        reduce = self._attention_reduce(shape)
-        dense = costs.dense_ffn(shape.grouped(self.tp).tokens_PR, tp=self.tp) if len(model.moe_layer_ids) < model.num_layers else None
-        moe = self._moe_parts(loads, tokens_PR, is_prefill, traffic) if loads is not None else None
-        last: list[int] = [self._local(program, "embedding", costs.embedding(tokens_PR), [], -1)]
+        batches = [self._times(shape, loads, is_prefill, traffic) for shape, loads in parts]
+        last = [[self._local(program, "embedding", times.embedding, [], -1)] for times in batches]
         row_of = {layer: row for row, layer in enumerate(model.moe_layer_ids)}
         for layer in range(model.num_layers):
-            last = [self._local(program, "attention", attention, last, layer)]
-            if reduce is not None:
-                last = [self._reduce(program, reduce, last, layer)]
             row = row_of.get(layer)
-            if row is not None and moe is not None:
-                last = self._moe_layer(program, moe, row, last, layer)
-            elif dense is not None:
-                last = [self._local(program, "dense_ffn", dense, last, layer)]
-                if reduce is not None:
-                    last = [self._reduce(program, reduce, last, layer)]
-        seqs = shape.grouped(self.tp)
-        self._local(program, "head", costs.head(seqs.prefill_seqs_PR + seqs.decode_seqs_PR, tp=self.tp), last, model.num_layers)
+            for index, times in enumerate(batches):
+                last[index] = self._attend(program, times, last[index], layer)
+                last[index] = self._dispatch(program, times, row, last[index], layer) if row is not None else self._dense(program, times, last[index], layer)
+            if row is not None:
+                for index, times in enumerate(batches):
+                    last[index] = self._combine(program, times, row, last[index], layer)
+        for index, times in enumerate(batches):
+            self._local(program, "head", times.head, last[index], model.num_layers)
         return program, traffic
 
-    # --- parts -----------------------------------------------------------------------------------
+    # --- the halves of a layer -------------------------------------------------------------------
+
+    def _attend(self, program: Program, times: _Times, last: list[int], layer: int) -> list[int]:
+        done = [self._local(program, "attention", times.attention, last, layer)]
+        return done if times.reduce is None else [self._reduce(program, times.reduce, done, layer)]
+
+    def _dense(self, program: Program, times: _Times, last: list[int], layer: int) -> list[int]:
+        done = [self._local(program, "dense_ffn", times.dense, last, layer)]
+        return done if times.reduce is None else [self._reduce(program, times.reduce, done, layer)]
+
+    def _dispatch(self, program: Program, times: _Times, row: int, last: list[int], layer: int) -> list[int]:
+        """Issue gate and dispatch; return [arrived, gate] or [arrived, gate, shared]."""
+        gate = self._local(program, "gate", times.gate, last, layer)
+        arrived = self._exchange(program, "dispatch", times.dispatch, row, [gate], layer)
+        if times.shared is None or self.settings.shared_experts != "beside_dispatch":
+            return [arrived, gate]
+        return [arrived, gate, self._local(program, "shared_experts", times.shared, [gate], layer)]
+
+    def _combine(self, program: Program, times: _Times, row: int, last: list[int], layer: int) -> list[int]:
+        """Issue experts, shared experts unless they have run, and combine; return what the next layer waits for."""
+        arrived, gate, *before = last
+        seconds, provenance = times.experts.seconds[:, row], _row(times.experts.provenance, row, times.experts.seconds.ndim)
+        done = program.local("experts", seconds, deps=[arrived], layer=layer, provenance=provenance)
+        shared = before or ([] if times.shared is None else [self._local(program, "shared_experts", times.shared, [gate], layer)])
+        waits = [done, *shared] if self.settings.shared_experts == "serial" else [done]
+        return [self._exchange(program, "combine", times.combine, row, waits, layer), *shared]
+
+    # --- times -----------------------------------------------------------------------------------
 
     def _attention(self, shape: PassShape) -> Timing:
-        shape = shape.grouped(self.tp)
         prefill = decode = None
         if (shape.prefill_tokens_PR > 0).any():
             prefill = self.costs.attention(
@@ -115,7 +157,7 @@ class ProgramBuilder:
     def _attention_reduce(self, shape: PassShape) -> Timing | None:
         if self.tp == 1:
             return None
-        nbytes = shape.grouped(self.tp).tokens_PR * self.model.hidden_size * DTYPE_BYTES[self.model.dtype]
+        nbytes = shape.tokens_PR * self.model.hidden_size * DTYPE_BYTES[self.model.dtype]
         nodes = -(-self.tp // self.cluster.devices_per_node)
         return self.costs.all_reduce(nbytes, ranks=self.tp, nodes=nodes)
 
@@ -126,55 +168,42 @@ class ProgramBuilder:
     def _local(self, program: Program, label: str, time: Timing, deps: list[int], layer: int) -> int:
         return program.local(label, time.seconds, deps=deps, layer=layer, provenance=time.provenance)
 
-    def _moe_parts(self, loads: StepLoads, tokens_PR: np.ndarray, is_prefill: bool, traffic: Traffic) -> dict[str, object]:
-        """Compute the times of all MoE layers at once, [P, L, R]."""
-        costs = self.costs
+    def _times(self, shape: PassShape, loads: StepLoads, is_prefill: bool, traffic: Traffic) -> _Times:
+        """Compute all operator times of one micro-batch; those of the MoE layers at once, [P, L, R]."""
+        costs, model, tokens_PR, group = self.costs, self.model, shape.tokens_PR, shape.grouped(self.tp)
         slot = loads.slot_PLS
         if self._even:
             slot_PLRC = slot.reshape(*slot.shape[:2], *self._slot_RC.shape)
         else:
             slot_PLRC = np.where(self._mask_RC, slot[..., self._slot_RC], 0)
         algorithm = self.settings.algorithm(is_prefill)
-        exchange = {}
+        exchange: dict[str, ExchangeTiming] = {}
         if self.cluster.num_ranks > 1:
             copies = costs.copies(algorithm, assign_RR=loads.assign_PLRR, copy_RR=loads.copy_PLRR, node_RN=loads.node_PLRN)
             for stage in ("dispatch", "combine"):
-                time = costs.exchange(algorithm, stage, copies=copies)
-                exchange[stage] = time
+                time = exchange[stage] = costs.exchange(algorithm, stage, copies=copies)
                 traffic.local_P[:] += time.bytes["local"].sum(axis=1)
                 traffic.intra_node_P[:] += time.bytes["intra_node"].sum(axis=1)
                 traffic.inter_node_P[:] += time.bytes["inter_node"].sum(axis=1)
-        return {
-            "gate": costs.gate(tokens_PR),
-            "experts": costs.experts(slot_PLRC, slot_mask=None if self._even else self._mask_RC),
-            "shared": costs.shared_experts(tokens_PR) if self.model.num_shared_experts else None,
-            "port": "scale_out" if self.cluster.num_nodes > 1 else "scale_up",
-            **exchange,
-        }
+        return _Times(
+            embedding=costs.embedding(tokens_PR),
+            attention=self._attention(group),
+            reduce=self._attention_reduce(group),
+            dense=costs.dense_ffn(group.tokens_PR, tp=self.tp),
+            gate=costs.gate(tokens_PR),
+            dispatch=exchange.get("dispatch"),
+            experts=costs.experts(slot_PLRC, slot_mask=None if self._even else self._mask_RC),
+            shared=costs.shared_experts(tokens_PR) if model.num_shared_experts else None,
+            combine=exchange.get("combine"),
+            head=costs.head(group.prefill_seqs_PR + group.decode_seqs_PR, tp=self.tp),
+        )
 
-    def _moe_layer(self, program: Program, moe: dict, row: int, last: list[int], layer: int) -> list[int]:
-        order = self.settings.shared_experts
-        gate = self._local(program, "gate", moe["gate"], last, layer)
-        arrived = self._exchange(program, "dispatch", moe, row, [gate], layer)
-        shared = None
-        if moe["shared"] is not None and order == "beside_dispatch":
-            shared = self._local(program, "shared_experts", moe["shared"], [gate], layer)
-        experts = moe["experts"]
-        done = program.local("experts", experts.seconds[:, row], deps=[arrived], layer=layer, provenance=_row(experts.provenance, row, experts.seconds.ndim))
-        if moe["shared"] is not None and shared is None:
-            shared = self._local(program, "shared_experts", moe["shared"], [gate], layer)
-        waits = [done] if shared is None or order != "serial" else [done, shared]
-        back = self._exchange(program, "combine", moe, row, waits, layer)
-        return [back] if shared is None else [back, shared]
-
-    def _exchange(self, program: Program, stage: str, moe: dict, row: int, deps: list[int], layer: int) -> int:
-        time = moe.get(stage)
+    def _exchange(self, program: Program, stage: str, time: ExchangeTiming | None, row: int, deps: list[int], layer: int) -> int:
         if time is None:
             return max(deps)
+        port = "scale_out" if self.cluster.num_nodes > 1 else "scale_up"
         provenance = _row(time.provenance, row, time.send_s.ndim)
-        return program.collective(
-            stage, time.send_s[:, row], time.recv_s[:, row], group_R=self._all, port=moe["port"], deps=deps, layer=layer, provenance=provenance
-        )
+        return program.collective(stage, time.send_s[:, row], time.recv_s[:, row], group_R=self._all, port=port, deps=deps, layer=layer, provenance=provenance)
 
 
 def _row(provenance: np.ndarray, row: int, ndim: int) -> np.ndarray:

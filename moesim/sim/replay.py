@@ -6,7 +6,7 @@ ranks, so passes are independent), as many as memory allows. Shapes: P passes, L
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,14 +25,27 @@ MAX_PAIR_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
-    """One forward pass as a trace gives it."""
+class Part:
+    """The tokens of one micro-batch of a pass; sorted by source rank."""
 
-    step: int
     shape: PassShape
     experts_TLK: np.ndarray
     rank_T: np.ndarray
     valid_TLK: np.ndarray | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward pass as a trace gives it; the passes of a run have equally many micro-batches."""
+
+    step: int
+    shape: PassShape
+    parts: tuple[Part, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens over all ranks."""
+        return sum(len(part.rank_T) for part in self.parts)
 
 
 @dataclass(slots=True)
@@ -103,11 +116,11 @@ def chunks(passes: Iterable[Pass], *, num_layers: int, num_ranks: int) -> Iterat
     batch: list[Pass] = []
     tokens = 0
     for item in passes:
-        if batch and (len(batch) >= limit or tokens + len(item.rank_T) > MAX_TOKENS or item.shape.is_prefill_P[0] != batch[0].shape.is_prefill_P[0]):
+        if batch and (len(batch) >= limit or tokens + item.num_tokens > MAX_TOKENS or item.shape.is_prefill_P[0] != batch[0].shape.is_prefill_P[0]):
             yield batch
             batch, tokens = [], 0
         batch.append(item)
-        tokens += len(item.rank_T)
+        tokens += item.num_tokens
     if batch:
         yield batch
 
@@ -129,17 +142,19 @@ def run_passes(
 
     def batches() -> Generator[Any, Any, None]:
         for batch in chunks(passes, num_layers=layers, num_ranks=cluster.num_ranks):
-            loads = compile_batch(compiler, batch)
-            shape = stack([item.shape for item in batch])
-            program, traffic = builder.build(shape, loads, bool(batch[0].shape.is_prefill_P[0]))
+            columns = list(zip(*(item.parts for item in batch), strict=True))
+            parts = [(stack([part.shape for part in column]), compile_batch(compiler, column)) for column in columns]
+            program, traffic = builder.build(parts, bool(batch[0].shape.is_prefill_P[0]))
             begin = engine.now
             times = yield from engine.execute_passes(program)
             overhead = builder.settings.host_overhead_us * 1e-6
             run.ledger.record(program, times, steps=[item.step for item in batch], begin_s=begin, overhead_s=overhead)
             if overhead:
                 yield engine.env.timeout(overhead * len(batch))
-            sums.add(loads, plan.slot_to_expert_LS, cluster.devices_per_node)
-            run.tokens += int(loads.tokens_PR.sum())
+            for _, loads in parts:
+                sums.add(loads, plan.slot_to_expert_LS, cluster.devices_per_node)
+                run.tokens += int(loads.tokens_PR.sum())
+            shape = stack([item.shape for item in batch])
             run.steps += len(batch)
             run.local_bytes += float(traffic.local_P.sum())
             run.intra_node_bytes += float(traffic.intra_node_P.sum())
@@ -154,7 +169,7 @@ def run_passes(
     return run
 
 
-def compile_batch(compiler: LoadCompiler, batch: list[Pass]) -> StepLoads:
+def compile_batch(compiler: LoadCompiler, batch: Sequence[Part]) -> StepLoads:
     """Compile the routing of several passes in one call."""
     if len(batch) == 1:
         return compiler.compile(experts_TLK=batch[0].experts_TLK, rank_T=batch[0].rank_T, valid_TLK=batch[0].valid_TLK)

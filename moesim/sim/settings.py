@@ -25,12 +25,16 @@ class Settings:
     """All-to-all algorithm; `auto` takes `normal` for passes with prompt tokens and `low_latency` for decode."""
     shared_experts: str = "serial"
     """Where the shared experts run: after the routed ones, or beside the dispatch or the combine."""
+    micro_batches: int = 1
+    """Parts of a pass that overlap their exchanges with each other's computation; 2 is two-batch overlap."""
     host_overhead_us: float = 0.0
     """Host time per forward pass that no device work hides, µs."""
 
     def __post_init__(self) -> None:
         if self.attention_tp < 1:
             raise InputError(describe("--set", "attention_tp", self.attention_tp, "must be >= 1"))
+        if not 1 <= self.micro_batches <= 64:
+            raise InputError(describe("--set", "micro_batches", self.micro_batches, "must be in 1..64"))
         if self.dispatch not in DISPATCH:
             raise InputError(describe("--set", "dispatch", self.dispatch, f"must be one of {', '.join(DISPATCH)}"))
         if self.shared_experts not in SHARED:

@@ -112,6 +112,20 @@ def test_the_dispatch_algorithm_follows_the_phase_unless_set() -> None:
         assert more["bytes"]["inter_node"] > less["bytes"]["inter_node"], "one message per expert crosses the network more often than one per node"
 
 
+def test_micro_batches_keep_every_token_and_overlap_exchange_with_computation() -> None:
+    """Two-batch overlap pays where exchanges are long and costs where weights are read twice for few tokens."""
+    model: dict[str, Any] = {"model": "deepseek-v2-lite", "hardware": "h100-sxm-8x2"}
+    many = [api.replay("synthetic:balanced,tokens=65536", **model, settings={"micro_batches": n}) for n in ("1", "2")]
+    few = [api.replay("synthetic:balanced,tokens=512", **model, settings={"micro_batches": n}).report["simulated_s"] for n in ("1", "2")]
+    assert many[1].report["tokens"] == many[0].report["tokens"] and (many[1].load_LE == many[0].load_LE).all()
+    assert many[1].report["simulated_s"] < many[0].report["simulated_s"]
+    assert few[1] > few[0]
+    report = many[1].report
+    exchanges = sum(report["breakdown_ms"][label] for label in ("dispatch", "combine"))
+    compute = sum(report["breakdown_ms"].get(label, 0.0) for label in ("attention", "experts", "shared_experts", "gate", "dense_ffn", "head", "embedding"))
+    assert report["step_ms"]["mean"] >= max(exchanges, compute), "no lane does two things at once"
+
+
 def test_tokens_per_step_cuts_the_trace() -> None:
     report = api.replay("flame-moe-290m", **FLAME, tokens_per_step=512).report
     assert (report["steps"], report["tokens"]) == (3, 1536)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesim.errors import InputError
-from moesim.sim.batch import DECODE, PREFILL, pass_shape, stack
+from moesim.sim.batch import DECODE, PREFILL, micro_batch_T, pass_shape, stack
 from moesim.sim.settings import Settings
 
 
@@ -61,3 +61,13 @@ def test_stacking_keeps_the_order_of_passes() -> None:
 def test_a_wrong_setting_is_refused_with_the_remedy(items: dict[str, str], rule: str) -> None:
     with pytest.raises(InputError, match=rule):
         Settings.parse(items)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(1, 4))
+def test_micro_batches_split_every_rank_evenly_and_in_order(counts: list[int], parts: int) -> None:
+    rank_T = np.repeat(np.arange(len(counts)), counts)
+    part_T = micro_batch_T(rank_T, parts)
+    for rank, count in enumerate(counts):
+        mine = part_T[rank_T == rank]
+        sizes = np.bincount(mine, minlength=parts)
+        assert (np.diff(mine) >= 0).all() and sizes.sum() == count and sizes.max() - sizes.min() <= 1
