@@ -5,6 +5,8 @@ For every window and layer, the largest of:
 - pigeonhole: more replicas than Σ min(slots, k-1) put k on one rank; extra slots are spent to keep the k-th tier small
   (k = 1 is the heaviest replica, k = 2 the heaviest pair);
 - company: the heaviest replica shares its rank with as many others as the rank has further slots, each of another expert;
+- partners: a replica above T - x needs `slots` - 1 partners of at most x, or the rank takes longer than T; where extra slots
+  cannot make enough of them, T is too small (a Lagrangian relaxation over how every expert is cut, T found by bisection);
 - no replicas (S = E): the j heaviest experts and the lightest ones that must fill their ranks, averaged over these ranks.
 Replicas of an expert serve equal shares. Rows N = K·L; experts sorted by falling load.
 """
@@ -15,6 +17,12 @@ import numpy as np
 
 from moesim.solvers.problem import PlacementProblem
 
+MAX_PARTNERED = 4
+"""Slots per rank up to which the partner bound can beat the others."""
+PRICES = (1.5, 2.0, 3.0, 5.0)
+"""Prices of an extra slot tried in the partner bound; any price >= 1 is valid."""
+SAFE = 1 - 1e-12
+"""Rounds a quotient down before it is rounded up, so that floating-point noise never asks for one copy too many."""
 MAX_EXTRA = 512
 """Extra slots up to which the company bound is worth its time."""
 
@@ -42,6 +50,8 @@ def layer_bound_KL(problem: PlacementProblem) -> np.ndarray:
     if problem.rigid:
         if extra <= MAX_EXTRA:
             bound = np.maximum(bound, _company_N(load_NE, extra, int(fill.min())) / fastest)
+        if 2 <= fill.min() <= MAX_PARTNERED and extra > 0:
+            bound = np.maximum(bound, _partners_N(load_NE, extra, int(fill.min()), bound * fastest) / fastest)
         if extra == 0 and fill.min() == fill.max() and speed.min() == speed.max():
             bound = np.maximum(bound, _no_replicas_N(load_NE, len(fill), int(fill[0])) / fastest)
     return bound.reshape(shape[:2])
@@ -92,6 +102,35 @@ def _company_N(load_NE: np.ndarray, extra: int, slots: int) -> np.ndarray:
         best = gain.argmax(axis=2)[..., None]
         np.put_along_axis(cut, best, np.take_along_axis(cut, best, axis=2) + 1, axis=2)
     return (peak + (small / cuts).sum(axis=2)).min(axis=0)
+
+
+def _partners_N(load_NE: np.ndarray, extra: int, slots: int, low_N: np.ndarray) -> np.ndarray:
+    """Return a bound at least as large as `low_N`: times T at which replicas larger than T - x would outnumber their partners.
+
+    An expert cut n ways costs price·(n - 1), plus (slots - 1)·n if its replicas are larger than T - x, less n if they are at most x;
+    n is at least what keeps them within T. The cheapest n of every expert is the least one, or the least that leaves the
+    large, or the least that joins the small. If even these cost more than price·extra, no placement takes T or less.
+    """
+    rising = load_NE[:, ::-1]
+    picks = [pick for pick in (0, 1, 2, 4, 8, 16, 32, 64) if pick < load_NE.shape[1]]
+    low, high = low_N.copy(), low_N * 1.5
+    for _ in range(9):
+        limit = (low + high) / 2
+        too_small = np.zeros(len(load_NE), dtype=bool)
+        least = np.maximum(np.ceil(load_NE / np.maximum(limit, 1e-300)[:, None] * SAFE), 1)
+        for pick in picks:
+            # x just below an expert's load: those that it undercuts no longer count as partners
+            x = np.maximum(rising[:, pick] * (1 - 1e-9), 1e-300)[:, None]
+            top = np.where(limit[:, None] >= 2 * x, limit[:, None] - x, np.inf)
+            large = (load_NE * SAFE > least * top) * ((slots - 1.0) * least)
+            cut = np.maximum(np.ceil(load_NE / top * SAFE), least)
+            small = np.maximum(np.ceil(load_NE / x * SAFE), least)
+            for price in PRICES:
+                cheapest = np.minimum(price * least + large, price * cut)
+                np.minimum(cheapest, (price - 1) * small, out=cheapest)
+                too_small |= cheapest.sum(axis=1) - price * load_NE.shape[1] > price * extra * (1 + 1e-9) + 1e-6
+        low, high = np.where(too_small, limit, low), np.where(too_small, high, limit)
+    return low
 
 
 def _no_replicas_N(load_NE: np.ndarray, ranks: int, slots: int) -> np.ndarray:

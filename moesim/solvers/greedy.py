@@ -25,6 +25,8 @@ from moesim.solvers.state import SearchState
 
 RESTARTS: tuple[tuple[float, bool], ...] = ((0.9, False), (0.85, True), (0.95, False), (0.8, True), (1.0, False))
 """Further ways to count copies: (largest copy as a share of the mean rank, spread leftovers over light experts)."""
+PEAK_START = ((0.0, False),)
+"""With several windows: copies by each expert's largest load instead; the bound is too weak there to tell when more would help."""
 RESTART_GAP = 1.002
 """Layers whose cost exceeds their bound by this factor are worth a restart."""
 MAX_KICKS = 20
@@ -92,7 +94,7 @@ class _Search:
         table, peak_KL = self.improve(self.pack(copies_LE(mean, slots, cap), weight_KL, every), weight_KL, every)
         floor = (self.bound_KL * weight_KL).sum(axis=0) * RESTART_GAP
         windows = problem.num_windows > 1
-        for target, spread in (((0.0, False),) if windows else ()) + RESTARTS[:restarts]:
+        for target, spread in PEAK_START if windows else RESTARTS[:restarts]:
             layers = np.flatnonzero((peak_KL * weight_KL).sum(axis=0) > floor)
             if slots == problem.num_experts or layers.size == 0:
                 break

@@ -96,7 +96,7 @@ def disturb(state: SearchState, layer: int, generator: np.random.Generator) -> N
     table, held = state.table_LRC[layer], state.held_LRE[layer]
     at = np.array([layer])
     filled = np.argwhere(table >= 0)
-    for _ in range(int(generator.integers(2, 7))):
+    for _ in range(int(generator.integers(2, 3 + min(len(filled), 24) // 2))):
         (rank, slot), (other, other_slot) = filled[generator.integers(len(filled), size=2)]
         mine, theirs = table[rank, slot], table[other, other_slot]
         fits = state.allow_duplicates or (held[rank, theirs] == 0 and held[other, mine] == 0)

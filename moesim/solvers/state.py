@@ -14,6 +14,7 @@ import numpy as np
 TIE_WEIGHT = 0.05
 STRICT = 1.0 - 1e-12
 CHUNK_CELLS = 1 << 21
+CACHE_CELLS = 1 << 16
 
 
 @dataclass(slots=True)
@@ -106,11 +107,20 @@ class SearchState:
 
     # --- swaps: one slot of the slowest rank against any slot of another ------------------------
 
-    def best_swap(self, layers_n: np.ndarray, window: int, partners: int | None = None) -> tuple[np.ndarray, ...]:
+    def best_swap(self, layers_n: np.ndarray, window: int) -> tuple[np.ndarray, ...]:
         """Find the best swap between the slowest rank of a window and any other rank in the given layers.
 
         Returns (better, rank, slot, other rank, other slot), each [n]; `better` says whether the swap is worth making.
         """
+        ranks, width = self.table_LRC.shape[1:]
+        # blocks of layers whose prices stay in the processor's cache
+        step = max(1, CACHE_CELLS // (ranks * width * width))
+        if len(layers_n) <= step:
+            return self._best_swap_block(layers_n, window)
+        parts = [self._best_swap_block(layers_n[start : start + step], window) for start in range(0, len(layers_n), step)]
+        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+
+    def _best_swap_block(self, layers_n: np.ndarray, window: int) -> tuple[np.ndarray, ...]:
         n = len(layers_n)
         row = np.arange(n)
         load = self.rank_KLR[:, layers_n]

@@ -59,7 +59,7 @@ def test_a_rank_may_hold_an_expert_twice_where_that_is_allowed() -> None:
 
 @pytest.mark.parametrize(("solver", "options"), [("milp", {"max_nodes": 1}), ("cp-sat", {"max_effort": 1})])
 def test_a_run_stopped_by_its_limit_is_not_called_optimal(solver: str, options: dict[str, int]) -> None:
-    problem = PlacementProblem(load_KLE=lognormal(1, 24, seed=5), num_ranks=7, slots_per_rank_R=np.array(4))
+    problem = PlacementProblem(load_KLE=lognormal(1, 14, seed=5), num_ranks=5, slots_per_rank_R=np.array(4))
     result = solve(problem, solver, options=options)
     assert (result.status == "OPTIMAL") == (result.gap <= OPTIMAL_GAP)
     assert result.status == "FEASIBLE"
@@ -67,7 +67,7 @@ def test_a_run_stopped_by_its_limit_is_not_called_optimal(solver: str, options: 
 
 @pytest.mark.parametrize("solver", ["milp", "cp-sat"])
 def test_a_run_stopped_by_the_clock_says_so_and_keeps_a_certified_gap(solver: str) -> None:
-    problem = PlacementProblem(load_KLE=lognormal(1, 24, seed=5), num_ranks=7, slots_per_rank_R=np.array(4))
+    problem = PlacementProblem(load_KLE=lognormal(1, 14, seed=5), num_ranks=5, slots_per_rank_R=np.array(4))
     left = iter([1.0] * 100_000)
     result = solve(problem, solver, deadline=lambda: next(left))
     assert result.status == "TIME_LIMIT"
