@@ -57,11 +57,11 @@ class Front:
     def __post_init__(self) -> None:
         self.values_FD = np.zeros((0, self.columns))
 
-    def add(self, values_ND: np.ndarray, items: list[tuple[Any, ...]]) -> None:
-        """Merge points into the front."""
+    def add(self, values_ND: np.ndarray, items: list[tuple[Any, ...]]) -> bool:
+        """Merge points into the front; return whether it has changed."""
         alive = ~self.dominates(values_ND)
         if not alive.any():
-            return
+            return False
         kept = np.flatnonzero(alive)
         kept = kept[nondominated(values_ND[kept])]
         best: dict[tuple[float, ...], tuple[Any, ...]] = {}
@@ -74,6 +74,7 @@ class Front:
                 best[place] = items[index]
         self.values_FD = np.array(list(best), dtype=np.float64)
         self.items = list(best.values())
+        return True
 
     def dominates(self, values_ND: np.ndarray) -> np.ndarray:
         """Return bool [N]: is a point (or a bound) strictly dominated?"""

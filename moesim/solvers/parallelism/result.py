@@ -67,6 +67,8 @@ class Deployment:
 
     mode: str
     """`mixed` or `disaggregated`."""
+    label: str
+    """One line for people."""
     pools: tuple[Pool, ...]
     devices: int
     """Devices in all."""
@@ -81,25 +83,6 @@ class Deployment:
     def parallel(self) -> Parallel:
         """Degrees for a Plan: of the pool that decodes."""
         return self.pools[-1].parallel
-
-    @property
-    def degrees(self) -> tuple[Any, ...]:
-        """What makes two deployments different ones: mode, degrees and counts of the pools, not their batches."""
-        return (self.mode, *((pool.role, pool.instances, *asdict(pool.parallel).values()) for pool in self.pools))
-
-    @property
-    def label(self) -> str:
-        """One line for people."""
-        return " + ".join(
-            f"{pool.instances}x {pool.role}("
-            + " ".join(f"{name}{value}" for name, value in asdict(pool.parallel).items() if value > 1 or name == "tp")
-            + (f" batch {pool.batch}" if pool.batch else "")
-            + (f" prompts {pool.prefill_batch}" if pool.prefill_batch else "")
-            + (f" micro-batches {pool.micro_batches}" if pool.micro_batches > 1 else "")
-            + (f" redundant {pool.redundant_slots}" if pool.redundant_slots else "")
-            + ")"
-            for pool in self.pools
-        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

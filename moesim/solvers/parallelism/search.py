@@ -90,17 +90,16 @@ class Search:
             for (role, size), count in sizes.items() if role == "prefill" for (kind, second), other in sizes.items() if kind == "decode"
         )
         self.entries = [entry for members in by_group.values() for entry in members]
-        # Groups that promise most come first: what they reach prunes the rest.
-        promise = {group: min(float(entry.values[:, -1].min()) / entry.shape.devices for entry in members) for group, members in by_group.items()}
+        # Groups that promise most come first, and pairs before mixed pools: what they reach prunes the rest.
+        promise = {
+            group: min(float(entry.values[:, -1].min()) / (self.total if entry.role == "mixed" else entry.shape.devices) for entry in members)
+            for group, members in by_group.items()
+        }
         order = sorted(by_group, key=lambda group: (promise[group], group))
-        for position, group in enumerate(order):
-            if position and deadline is not None and deadline() <= 0:
-                self.timed_out = True
-                self.counts.unvisited += sum(int((~entry.known).sum()) for later in order[position:] for entry in by_group[later])
-                break
-            for entry in by_group[group]:
-                self._visit(entry)
+        self._visit_all([entry for group in order for entry in by_group[group] if entry.role != "mixed"], deadline)
         self._pair(deadline)
+        for deep in (False, True):
+            self._visit_all([entry for group in order for entry in by_group[group] if entry.role == "mixed" and (entry.shape.pp > 1) is deep], deadline)
         self.counts.cost_calls = self.timer.calls
         self.counts.clamped = self.timer.clamped
 
@@ -110,6 +109,15 @@ class Search:
         if "disaggregated" in self.space.modes and self.workload.decode_steps and shape.devices < self.total:
             roles += ["prefill", "decode"]
         return roles
+
+    def _visit_all(self, entries: list[Entry], deadline: Deadline) -> None:
+        for position, entry in enumerate(entries):
+            if deadline is not None and deadline() <= 0 and (entry.role != "mixed" or self.front.items):
+                # Without any answer yet the search goes on to the first mixed deployment.
+                self.timed_out = True
+                self.counts.unvisited += sum(len(later.points) for later in entries[position:])
+                return
+            self._visit(entry)
 
     # --- points ---------------------------------------------------------------------------------------------------
 
@@ -163,12 +171,16 @@ class Search:
             return
         chosen = np.flatnonzero(open_N)
         chosen = chosen[np.lexsort((chosen, entry.values[chosen, -1]))]
-        for index in chosen.tolist():
-            if self.prune and front.dominates(entry.values[index][None])[0]:
-                self.counts.pipeline += 1
-                continue
-            self.counts.evaluated += 1
-            front.add(self.settle(entry, index)[None], [(MIXED, entry.choice(index))])
+        while len(chosen):
+            if self.prune:
+                open_N = ~front.dominates(entry.values[chosen])
+                self.counts.pipeline += int((~open_N).sum())
+                chosen = chosen[open_N]
+            while len(chosen):
+                index, chosen = int(chosen[0]), chosen[1:]
+                self.counts.evaluated += 1
+                if front.add(self.settle(entry, index)[None], [(MIXED, entry.choice(index))]):
+                    break
 
     def bound(self, entry: Entry) -> None:
         """Replace the bounds at peak rates by those of the cost model; exact for one stage."""
