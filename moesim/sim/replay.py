@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from moesim.balance import Balance
+from moesim.plan import Plan
 from moesim.sim.batch import PassShape, stack
-from moesim.sim.build import ProgramBuilder
+from moesim.sim.build import ProgramBuilder, Traffic
 from moesim.sim.engine import Engine
 from moesim.sim.ledger import Ledger
 from moesim.sim.loads import LoadCompiler, StepLoads
+from moesim.sim.ops import Program
 
 MAX_PASSES = 64
 MAX_TOKENS = 1 << 18
@@ -62,9 +64,9 @@ class LoadSums:
     token_layers: int = 0
     expert_LE: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
 
-    def add(self, loads: StepLoads, slot_to_expert_LS: np.ndarray, devices_per_node: int) -> None:
-        """Book the loads of P passes."""
-        load_PLR = loads.rank_load_PLR
+    def add(self, loads: StepLoads, slot_to_expert_LS: np.ndarray, devices_per_node: int, alive_R: np.ndarray | None = None) -> None:
+        """Book the loads of P passes; alive_R: bool [R], ranks that take part and count for balance (None: all)."""
+        load_PLR = loads.rank_load_PLR if alive_R is None else loads.rank_load_PLR[..., alive_R]
         mean, most = load_PLR.mean(axis=2), load_PLR.max(axis=2)
         self.mean_L += mean.sum(axis=0)
         self.max_L += most.sum(axis=0)
@@ -73,8 +75,7 @@ class LoadSums:
         self.ratio_count += int(loaded.sum())
         self.routed += int(loads.routed_PLR.sum())
         self.token_layers += int(loads.tokens_PR.sum()) * load_PLR.shape[1]
-        ranks = load_PLR.shape[2]
-        home = np.arange(ranks)
+        home = np.arange(loads.copy_PLRR.shape[2])
         self.copies_remote += int(loads.copy_PLRR.sum()) - int(loads.copy_PLRR[:, :, home, home].sum())
         self.copies_remote_node += int(loads.node_PLRN.sum()) - int(loads.node_PLRN[:, :, home, home // devices_per_node].sum())
         slot_LS = loads.slot_PLS.sum(axis=0)
@@ -109,6 +110,28 @@ class ReplayRun:
     kv_entries_peak: float = 0.0
     tokens_peak: float = 0.0
 
+    @classmethod
+    def empty(cls, plan: Plan, *, keep_passes: int) -> ReplayRun:
+        """Return the record of a run under `plan` that has not begun."""
+        layers = plan.num_layers
+        sums = LoadSums(mean_L=np.zeros(layers), max_L=np.zeros(layers), expert_LE=np.zeros((layers, plan.num_experts), dtype=np.int64))
+        return cls(ledger=Ledger(plan.num_ranks, keep_passes=keep_passes), sums=sums)
+
+    def book(
+        self, batch: Sequence[Pass], parts: Sequence[StepLoads], traffic: Traffic, plan: Plan, devices_per_node: int, alive_R: np.ndarray | None = None
+    ) -> None:
+        """Add up passes that have run under `plan`: parts and traffic as `build_batch` gave them."""
+        for loads in parts:
+            self.sums.add(loads, plan.slot_to_expert_LS, devices_per_node, alive_R)
+            self.tokens += int(loads.tokens_PR.sum())
+        shape = stack([item.shape for item in batch])
+        self.steps += len(batch)
+        self.local_bytes += float(traffic.local_P.sum())
+        self.intra_node_bytes += float(traffic.intra_node_P.sum())
+        self.inter_node_bytes += float(traffic.inter_node_P.sum())
+        self.kv_entries_peak = max(self.kv_entries_peak, float(shape.kv_entries_PR.max()))
+        self.tokens_peak = max(self.tokens_peak, float(shape.tokens_PR.max()))
+
 
 def chunks(passes: Iterable[Pass], *, num_layers: int, num_ranks: int) -> Iterator[list[Pass]]:
     """Group consecutive passes of one phase as far as memory allows."""
@@ -135,38 +158,33 @@ def run_passes(
 ) -> ReplayRun:
     """Replay `passes` in order on an empty cluster and return what happened; `progress` is called with the passes done."""
     plan, cluster = builder.plan, builder.cluster
-    layers = plan.num_layers
-    sums = LoadSums(mean_L=np.zeros(layers), max_L=np.zeros(layers), expert_LE=np.zeros((layers, plan.num_experts), dtype=np.int64))
-    run = ReplayRun(ledger=Ledger(cluster.num_ranks, keep_passes=keep_passes), sums=sums)
+    run = ReplayRun.empty(plan, keep_passes=keep_passes)
     engine = Engine(cluster.num_ranks)
 
     def batches() -> Generator[Any, Any, None]:
-        for batch in chunks(passes, num_layers=layers, num_ranks=cluster.num_ranks):
-            columns = list(zip(*(item.parts for item in batch), strict=True))
-            parts = [(stack([part.shape for part in column]), compile_batch(compiler, column)) for column in columns]
-            program, traffic = builder.build(parts, bool(batch[0].shape.is_prefill_P[0]))
+        for batch in chunks(passes, num_layers=plan.num_layers, num_ranks=cluster.num_ranks):
+            program, traffic, parts = build_batch(batch, builder=builder, compiler=compiler)
             begin = engine.now
             times = yield from engine.execute_passes(program)
             overhead = builder.settings.host_overhead_us * 1e-6
             run.ledger.record(program, times, steps=[item.step for item in batch], begin_s=begin, overhead_s=overhead)
             if overhead:
                 yield engine.env.timeout(overhead * len(batch))
-            for _, loads in parts:
-                sums.add(loads, plan.slot_to_expert_LS, cluster.devices_per_node)
-                run.tokens += int(loads.tokens_PR.sum())
-            shape = stack([item.shape for item in batch])
-            run.steps += len(batch)
-            run.local_bytes += float(traffic.local_P.sum())
-            run.intra_node_bytes += float(traffic.intra_node_P.sum())
-            run.inter_node_bytes += float(traffic.inter_node_P.sum())
-            run.kv_entries_peak = max(run.kv_entries_peak, float(shape.kv_entries_PR.max()))
-            run.tokens_peak = max(run.tokens_peak, float(shape.tokens_PR.max()))
+            run.book(batch, parts, traffic, plan, cluster.devices_per_node)
             if progress is not None:
                 progress(run.steps)
 
     engine.env.process(batches())
     engine.env.run()
     return run
+
+
+def build_batch(batch: Sequence[Pass], *, builder: ProgramBuilder, compiler: LoadCompiler) -> tuple[Program, Traffic, list[StepLoads]]:
+    """Compile the routing of passes of one phase and build their Program; return it, its bytes, and the loads of every micro-batch."""
+    columns = list(zip(*(item.parts for item in batch), strict=True))
+    parts = [(stack([part.shape for part in column]), compile_batch(compiler, column)) for column in columns]
+    program, traffic = builder.build(parts, bool(batch[0].shape.is_prefill_P[0]))
+    return program, traffic, [loads for _, loads in parts]
 
 
 def compile_batch(compiler: LoadCompiler, batch: Sequence[Part]) -> StepLoads:
