@@ -51,6 +51,16 @@ def test_renaming_experts_leaves_the_value_unchanged(problem: PlacementProblem, 
     assert solve(renamed).value == pytest.approx(solve(problem).value, rel=1e-12)
 
 
+@pytest.mark.parametrize("seed", [4, 14, 36, 42])
+def test_renaming_experts_leaves_the_value_unchanged_where_copies_tie(seed: int) -> None:
+    # loads are powers of two: a halved expert ties with a whole one, and only an order that ignores names breaks such ties alike
+    generator = np.random.Generator(np.random.PCG64(seed))
+    load = 2.0 ** generator.integers(0, 5, (3, 10))
+    order = generator.permutation(10)
+    values = [solve(PlacementProblem(load_KLE=one, num_ranks=4, slots_per_rank_R=np.array(3))).value for one in (load, load[:, order])]
+    assert values[0] == pytest.approx(values[1], rel=1e-12)
+
+
 def test_a_uniform_load_has_nothing_to_gain() -> None:
     problem = PlacementProblem(load_KLE=np.full((3, 64), 5.0), num_ranks=8, slots_per_rank_R=np.array(8))
     linear, greedy = solve(problem, "linear"), solve(problem)
