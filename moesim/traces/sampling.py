@@ -71,9 +71,10 @@ def inclusion_E(weights_E: np.ndarray, k: int) -> np.ndarray:
         free = ~capped
         result[free] = weights[free] * ((k - capped.sum()) / weights[free].sum())
         result[capped] = 1.0
-        over = free & (result > 1)
+        # a hair over 1 is rounding: capping it could leave no weight for the rest
+        over = free & (result > 1 + 1e-9)
         if not over.any():
-            return result
+            return np.minimum(result, 1.0)
         capped |= over
 
 
@@ -82,6 +83,7 @@ def _to_units(inclusion_E: np.ndarray, k: int) -> np.ndarray:
     exact = inclusion_E * _UNIT
     units = np.minimum(np.floor(exact).astype(np.int64), _UNIT)
     short = k * _UNIT - int(units.sum())
+    assert 0 <= short <= len(units) + k, "inclusion probabilities must sum to k"
     room = np.flatnonzero((units < _UNIT) & (inclusion_E > 0))
     order = room[np.argsort(-(exact - units)[room], kind="stable")]
     while short > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import pytest
 
 from moesim.errors import MoesimError, TraceError
 from moesim.traces.columns import TableReader, open_writer, to_table
+from moesim.traces.layout import BadLayout, Chunk, check_pages
 from moesim.traces.manifest import Columns, parse_manifest, token_spec
 from moesim.traces.open import open_trace
 from moesim.traces.reader import open_stored
@@ -210,6 +212,45 @@ def test_a_small_file_that_decodes_to_gigabytes_is_refused_before_decoding(folde
     restamp(folder, lambda m: (m["shards"][0].update(rows=rows), m.update(num_rows=rows)))
     with pytest.raises(TraceError, match="row group of 3000000 rows"):
         read_all(folder)
+
+
+def _page(*, rows: int, uncompressed: int, body: bytes, page: int = 0) -> bytes:
+    """Return a data page header in the Thrift compact protocol, and its body."""
+
+    def number(value: int) -> bytes:
+        value, result = value << 1, b""
+        while value > 0x7F:
+            result += bytes([value & 0x7F | 0x80])
+            value >>= 7
+        return result + bytes([value])
+
+    inner = b"".join(b"\x15" + number(value) for value in (rows, 0, 3, 3)) + b"\0"
+    return b"".join(b"\x15" + number(value) for value in (page, uncompressed, len(body), 7)) + b"\x1c" + inner + b"\0" + body
+
+
+@pytest.mark.parametrize(
+    ("pages", "message"),
+    [
+        ([{"rows": 40, "uncompressed": 240}], ""),
+        ([{"rows": 20, "uncompressed": 120}, {"rows": 20, "uncompressed": 120}], ""),
+        ([{"rows": 40, "uncompressed": 2**31 - 1}], "decodes to more than"),
+        ([{"rows": 1, "uncompressed": 60_000}] * 40, "decodes to more than"),
+        ([{"rows": 39, "uncompressed": 240}], "39 values instead of 40"),
+        ([{"rows": 41, "uncompressed": 240}], "impossible values"),
+        ([{"rows": 40, "uncompressed": 240, "page": 1}], "unknown kind"),
+        ([{"rows": 40, "uncompressed": 240}, {"rows": 40, "uncompressed": 240}], "80 values"),
+    ],
+)
+def test_pages_are_bounded_before_they_are_decoded(pages: list[dict[str, int]], message: str) -> None:
+    data = b"PAR1" + b"".join(_page(**page, body=b"x" * 30) for page in pages)
+    chunk = Chunk(start=4, length=len(data) - 4, low=None, high=None)
+    if not message:
+        check_pages(io.BytesIO(data), chunk, 6, rows=40)
+        return
+    with pytest.raises(BadLayout, match=message):
+        check_pages(io.BytesIO(data), chunk, 6, rows=40)
+    with pytest.raises(BadLayout):
+        check_pages(io.BytesIO(data[:-1]), chunk, 6, rows=40)
 
 
 def test_statistics_that_lie_about_steps_are_refused(folder: Path) -> None:

@@ -113,6 +113,14 @@ def test_counts_survive_writing_and_reading(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pairs[0], counts[:2].sum(axis=0))
 
 
+def test_what_lies_under_a_missing_choice_is_not_stored(tmp_path: Path) -> None:
+    one = batch(shape(), 20)
+    valid = np.random.Generator(np.random.PCG64(1)).random(one.experts_TLK.shape) < 0.5
+    write_trace(from_batches(shape(), [replace(one, valid_TLK=valid)], source="x"), tmp_path / "t")
+    found = next(open_trace(str(tmp_path / "t")).batches())
+    np.testing.assert_array_equal(found.experts_TLK, np.where(valid, one.experts_TLK, 0))
+
+
 def test_a_trace_of_no_tokens_can_be_written_and_read(tmp_path: Path) -> None:
     with TraceWriter(tmp_path / "t", shape()):
         pass

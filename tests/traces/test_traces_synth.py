@@ -139,6 +139,25 @@ def test_markov_links_layers_with_the_stated_probability(of: object, skew: float
     assert _linked(whole, 0) == _linked(whole, 1) == 1.0
 
 
+def test_markov_links_are_another_bijection_in_every_layer() -> None:
+    for of in (FLAT, GROUPED):
+        ids = concatenate(list(opened("markov:1,tokens=3000,requests=3000", of).batches())).experts_TLK.astype(int)
+        links = []
+        for layer in range(2):
+            link = np.full(64, -1)
+            link[ids[:, layer].ravel()] = ids[:, layer + 1].ravel()
+            assert sorted(link.tolist()) == list(range(64))
+            assert (link == np.arange(64)).mean() < 0.2
+            links.append(link)
+        assert (links[0] == links[1]).mean() < 0.2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_step_is_drawn_anew(kind: str) -> None:
+    first, second = opened(f"{kind},tokens=300,steps=2").batches()
+    assert (first.experts_TLK != second.experts_TLK).mean() > 0.5
+
+
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_markov_repeats_the_previous_token_of_a_request(phase: str) -> None:
     tokens, steps, requests = (4000, 1, 8) if phase == "prefill" else (400, 10, 400)
