@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from moesim.errors import InputError, SimulationError, describe
 from moesim.plan import Plan
 from moesim.sim import policies
 from moesim.sim.loads import StepLoads
-from moesim.sim.migration import MigrationSettings, Moves
+from moesim.sim.migration import Moves
 from moesim.sim.policies import Policy, whole_parameter
 from moesim.units import parse
 
@@ -89,7 +89,7 @@ BalancerPolicy = Callable[[LoadView], "Decision | None"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Balancer:
-    """When to plan again, by whom, and how experts move."""
+    """When to plan again, and by whom."""
 
     planner: Planner
     policy: str | Policy = "on_drift"
@@ -99,7 +99,6 @@ class Balancer:
     """Passes that are observed."""
     min_gain: float = 0.02
     """A plan is taken only if it raises the window's balance by more than this share; else it is declined."""
-    migration: MigrationSettings = field(default_factory=MigrationSettings)
 
     def __post_init__(self) -> None:
         if self.window < 1:

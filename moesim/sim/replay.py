@@ -7,7 +7,7 @@ ranks, so passes are independent), as many as memory allows. Shapes: P passes, L
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from moesim.plan import Plan
 from moesim.sim.batch import PassShape, stack
 from moesim.sim.build import ProgramBuilder, Traffic
 from moesim.sim.engine import Engine
+from moesim.sim.evaluate import Times
 from moesim.sim.ledger import Ledger
 from moesim.sim.loads import LoadCompiler, StepLoads
 from moesim.sim.ops import Program
@@ -185,6 +186,22 @@ def build_batch(batch: Sequence[Pass], *, builder: ProgramBuilder, compiler: Loa
     parts = [(stack([part.shape for part in column]), compile_batch(compiler, column)) for column in columns]
     program, traffic = builder.build(parts, bool(batch[0].shape.is_prefill_P[0]))
     return program, traffic, [loads for _, loads in parts]
+
+
+def one_pass(program: Program) -> Program:
+    """Return a Program of one pass with work of shape [R], which can run beside Flows."""
+    ops = [replace(op, jobs=tuple(replace(job, work_s=job.work_s[0]) if job.work_s.ndim == 2 else job for job in op.jobs)) for op in program.ops]
+    return Program(program.num_ranks, ops)
+
+
+def since(times: Times, begin_s: float) -> Times:
+    """Return the times counted from `begin_s`."""
+    return Times(
+        start=[value - begin_s for value in times.start],
+        gate=[None if value is None else value - begin_s for value in times.gate],
+        end=[value - begin_s for value in times.end],
+        finish=times.finish - begin_s,
+    )
 
 
 def compile_batch(compiler: LoadCompiler, batch: Sequence[Part]) -> StepLoads:
