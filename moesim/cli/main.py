@@ -14,6 +14,7 @@ from moesim.errors import MoesimError
 COMMANDS = {
     "replay": "run a routing trace on a cluster and report where the time goes",
     "solve": "compute an expert placement with its bound and its predicted gain",
+    "parallel": "search how to split a model: tensor, expert, data and pipeline degrees, batches, pools",
     "apply": "carry a plan out on a live deployment",
     "serve-demo": "start a live expert-parallel deployment on this machine",
     "demo": "walk the whole loop once: replay, solve, serve, apply",
