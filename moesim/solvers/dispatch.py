@@ -20,8 +20,20 @@ from moesim.solvers.dispatch_local import LocalDispatch, copies_of, solve_local
 from moesim.solvers.dispatch_lp import solve_lp
 
 __all__ = [
-    "DISPATCHERS", "DispatchResult", "Drift", "LocalDispatch", "Replicas", "copies_of", "dispatch_fast", "dispatch_local", "dispatch_lp", "dual_bound_L",
-    "held_out", "solve_dispatch", "solve_equal", "with_shares",
+    "DISPATCHERS",
+    "DispatchResult",
+    "Drift",
+    "LocalDispatch",
+    "Replicas",
+    "copies_of",
+    "dispatch_fast",
+    "dispatch_local",
+    "dispatch_lp",
+    "dual_bound_L",
+    "held_out",
+    "solve_dispatch",
+    "solve_equal",
+    "with_shares",
 ]
 
 
@@ -48,20 +60,31 @@ def _dispatcher(method: str) -> Callable[[Replicas, np.ndarray], DispatchResult]
 
 
 def dispatch_lp(
-    load: np.ndarray, slot_to_expert_LS: np.ndarray, slot_rank_S: np.ndarray, num_ranks: int, speed_R: np.ndarray | None = None, *,
-    window_weight_K: np.ndarray | None = None,
+    load: np.ndarray,
+    slot_to_expert_LS: np.ndarray,
+    slot_rank_S: np.ndarray,
+    num_ranks: int,
+    speed_R: np.ndarray | None = None,
+    *,
+    window_weight_K: np.ndarray | None = None, gentle: bool = True,
 ) -> DispatchResult:
     """Return the shares with the least possible time of the slowest rank, proven.
 
     load: float [L, E], or [K, L, E] for one split over several windows (weighted mean of their slowest times, every window
     scaled to equal load). slot_to_expert_LS: int [L, S], -1 where empty. slot_rank_S: int [S]. speed_R: float [R] > 0.
-    Raises InputError if a value is out of range or HiGHS is not installed.
+    gentle: of the best splits take one that moves the fewest tokens from the equal split. Raises InputError if a value is out of range or
+    HiGHS is not installed.
     """
-    return solve_lp(Replicas.of(slot_to_expert_LS, slot_rank_S, num_ranks, experts_of(load), speed_R), load, window_weight_K=window_weight_K)
+    return solve_lp(Replicas.of(slot_to_expert_LS, slot_rank_S, num_ranks, experts_of(load), speed_R), load, window_weight_K=window_weight_K, gentle=gentle)
 
 
 def dispatch_fast(
-    load: np.ndarray, slot_to_expert_LS: np.ndarray, slot_rank_S: np.ndarray, num_ranks: int, speed_R: np.ndarray | None = None, *,
+    load: np.ndarray,
+    slot_to_expert_LS: np.ndarray,
+    slot_rank_S: np.ndarray,
+    num_ranks: int,
+    speed_R: np.ndarray | None = None,
+    *,
     tolerance: float = TOLERANCE,
 ) -> DispatchResult:
     """Return shares whose slowest rank is within `tolerance` of the optimum in every layer; arguments as for `dispatch_lp`, one window.
@@ -72,8 +95,16 @@ def dispatch_fast(
 
 
 def dispatch_local(
-    load_LRE: np.ndarray, slot_to_expert_LS: np.ndarray, slot_rank_S: np.ndarray, num_ranks: int, speed_R: np.ndarray | None = None, *,
-    ranks_per_node: int, tolerance: float = 0.01, node_cost: float = 4.0, method: str = "fast",
+    load_LRE: np.ndarray,
+    slot_to_expert_LS: np.ndarray,
+    slot_rank_S: np.ndarray,
+    num_ranks: int,
+    speed_R: np.ndarray | None = None,
+    *,
+    ranks_per_node: int,
+    tolerance: float = 0.0,
+    node_cost: float = 4.0,
+    method: str = "fast",
 ) -> LocalDispatch:
     """Return shares by source rank that keep tokens near home at the cost of at most `tolerance` of balance.
 

@@ -81,8 +81,15 @@ class Replicas:
                 f"{PLACE}: layer {where[0]} has no slot for expert {where[1]} ({int((copies == 0).sum())} missing in all); every expert needs at least one slot"
             )
         return cls(
-            num_layers=layers, num_experts=num_experts, num_ranks=num_ranks, speed_R=speed, pair_LS=pair_LS, key_P=key,
-            place_P=key // num_experts * num_ranks + rank, slots_P=held, slots_LE=copies,
+            num_layers=layers,
+            num_experts=num_experts,
+            num_ranks=num_ranks,
+            speed_R=speed,
+            pair_LS=pair_LS,
+            key_P=key,
+            place_P=key // num_experts * num_ranks + rank,
+            slots_P=held,
+            slots_LE=copies,
             ranks_LE=np.bincount(key, minlength=layers * num_experts).reshape(layers, num_experts),
         )
 

@@ -153,9 +153,16 @@ def _split(replicas: Replicas, load_LE: np.ndarray, tolerance: float) -> tuple[n
         layer_M = key[start] // experts - low
         first = np.searchsorted(layer_M, np.arange(high - low))
         block = _Block(
-            layers=high - low, ranks=ranks, group_P=np.repeat(np.arange(start.size), np.diff(start, append=key.size)), start_M=start, layer_M=layer_M,
-            column_M=np.arange(start.size) - first[layer_M], place_P=replicas.place_P[here] - low * ranks, load_M=scaled.ravel()[key[start]],
-            base_LR=fixed[low:high], speed_R=replicas.speed_R,
+            layers=high - low,
+            ranks=ranks,
+            group_P=np.repeat(np.arange(start.size), np.diff(start, append=key.size)),
+            start_M=start,
+            layer_M=layer_M,
+            column_M=np.arange(start.size) - first[layer_M],
+            place_P=replicas.place_P[here] - low * ranks,
+            load_M=scaled.ravel()[key[start]],
+            base_LR=fixed[low:high],
+            speed_R=replicas.speed_R,
         )
         x, y, made = block.solve(load_P[here] * share[here], tolerance)
         share[here] = x / block.load_M[block.group_P]

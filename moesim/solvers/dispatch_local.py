@@ -191,7 +191,7 @@ def _lp_flows(choice: _Choice, room_LR: np.ndarray, node_cost: float) -> np.ndar
 
 
 def solve_local(
-    replicas: Replicas, load_LRE: np.ndarray, *, ranks_per_node: int, tolerance: float = 0.01, node_cost: float = 4.0, method: str = "fast"
+    replicas: Replicas, load_LRE: np.ndarray, *, ranks_per_node: int, tolerance: float = 0.0, node_cost: float = 4.0, method: str = "fast"
 ) -> LocalDispatch:
     """Serve tokens near their source while no layer's slowest rank gets slower than the balanced split by more than `tolerance`.
 
@@ -242,8 +242,14 @@ def solve_local(
     remote, internode = copies_of(replicas, load, source, ranks_per_node=ranks_per_node)
     equal_remote, equal_internode = copies_of(replicas, load, replicas.share_LS(replicas.equal_P), ranks_per_node=ranks_per_node)
     return LocalDispatch(
-        dispatch=result, source_share_LRS=source, node_share_LNS=_node_share(replicas, load, source, ranks_per_node), choices=float(load.sum()),
-        remote=remote, internode=internode, equal_remote=equal_remote, equal_internode=equal_internode,
+        dispatch=result,
+        source_share_LRS=source,
+        node_share_LNS=_node_share(replicas, load, source, ranks_per_node),
+        choices=float(load.sum()),
+        remote=remote,
+        internode=internode,
+        equal_remote=equal_remote,
+        equal_internode=equal_internode,
     )
 
 

@@ -16,6 +16,8 @@ from moesim.solvers.dispatch_core import PLACE, DispatchResult, Replicas, make_d
 
 NEGLIGIBLE = 1e-9
 """Experts below this share of the mean load per speed in every window are split equally; HiGHS drops such coefficients."""
+SLACK = 1e-9
+"""Room on top of the optimum that the second program gets: HiGHS meets rows to 1e-9 only."""
 MAX_COLUMNS = 1 << 21
 
 
@@ -33,8 +35,17 @@ def highs() -> tuple[Any, Any]:
 
 
 def run_lp(
-    module: Any, solver: Any, *, cost: np.ndarray, lower: np.ndarray, upper: np.ndarray, row_lower: np.ndarray, row_upper: np.ndarray, row: np.ndarray,
-    column: np.ndarray, value: np.ndarray,
+    module: Any,
+    solver: Any,
+    *,
+    cost: np.ndarray,
+    lower: np.ndarray,
+    upper: np.ndarray,
+    row_lower: np.ndarray,
+    row_upper: np.ndarray,
+    row: np.ndarray,
+    column: np.ndarray,
+    value: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Minimise cost · x over the given bounds, with coefficients by (row, column); return x and the row duals.
 
@@ -60,11 +71,12 @@ def run_lp(
     return np.array(solution.col_value), np.array(solution.row_dual)
 
 
-def solve_lp(replicas: Replicas, load: np.ndarray, *, window_weight_K: np.ndarray | None = None) -> DispatchResult:
+def solve_lp(replicas: Replicas, load: np.ndarray, *, window_weight_K: np.ndarray | None = None, gentle: bool = True) -> DispatchResult:
     """Split every expert's tokens so that the slowest rank of every layer is as fast as the placement allows.
 
     load: float [L, E] or [K, L, E], tokens >= 0; several windows share one split that minimises their weighted mean.
-    window_weight_K: float [K] >= 0, importance of every window; None: all equal.
+    window_weight_K: float [K] >= 0, importance of every window; None: all equal. gentle: of the best splits take one that moves
+    the fewest tokens from the equal split, which ages better than any corner of the program; False saves the second program.
     Raises InputError if a value is out of range or HiGHS is not installed.
     """
     load_KLE = replicas.checked_load(load)
@@ -77,7 +89,7 @@ def solve_lp(replicas: Replicas, load: np.ndarray, *, window_weight_K: np.ndarra
     iterations = 0
     for layer in range(replicas.num_layers):
         here = slice(int(edges[layer]), int(edges[layer + 1]))
-        share[here], dual_KLR[:, layer], steps = _layer(module, solver, replicas, load_KLE[:, layer], scale_K, layer, here)
+        share[here], dual_KLR[:, layer], steps = _layer(module, solver, replicas, load_KLE[:, layer], scale_K, layer, here, gentle)
         iterations += steps
     if windows == 1:
         dual_KLR = set_dual_KLR(replicas, load_KLE[0], dual_KLR[0])
@@ -85,7 +97,7 @@ def solve_lp(replicas: Replicas, load: np.ndarray, *, window_weight_K: np.ndarra
 
 
 def _layer(
-    module: Any, solver: Any, replicas: Replicas, load_KE: np.ndarray, scale_K: np.ndarray, layer: int, here: slice
+    module: Any, solver: Any, replicas: Replicas, load_KE: np.ndarray, scale_K: np.ndarray, layer: int, here: slice, gentle: bool
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Return the shares of the layer's pairs, its certificate [K, R] and the simplex iterations."""
     speed, windows, ranks = replicas.speed_R, len(load_KE), replicas.num_ranks
@@ -109,22 +121,44 @@ def _layer(
     at = np.tile(np.arange(free.size), windows)
     size = scaled[k, expert_P[free][at]]
     some = size > 1e-9
-    z = np.arange(windows)
+    load_row, sum_row, floors = (k * rows.size + rank_row[at])[some], windows * rows.size + group, -base_KR[:, rows].ravel()
+    infinite = module.kHighsInf
     x, dual = run_lp(
         module,
         solver,
         cost=np.concatenate([np.zeros(free.size), weight / weight.sum()]),
         lower=np.concatenate([np.zeros(free.size), (base_KR / speed).max(axis=1)]),
-        upper=np.full(columns, module.kHighsInf),
-        row_lower=np.concatenate([np.full(windows * rows.size, -module.kHighsInf), np.ones(fractions.size)]),
-        row_upper=np.concatenate([-base_KR[:, rows].ravel(), np.ones(fractions.size)]),
-        row=np.concatenate([(k * rows.size + rank_row[at])[some], np.arange(windows * rows.size), windows * rows.size + group]),
-        column=np.concatenate([at[some], free.size + np.repeat(z, rows.size), np.arange(free.size)]),
+        upper=np.full(columns, infinite),
+        row_lower=np.concatenate([np.full(windows * rows.size, -infinite), np.ones(fractions.size)]),
+        row_upper=np.concatenate([floors, np.ones(fractions.size)]),
+        row=np.concatenate([load_row, np.arange(windows * rows.size), sum_row]),
+        column=np.concatenate([at[some], free.size + np.repeat(np.arange(windows), rows.size), np.arange(free.size)]),
         value=np.concatenate([size[some], -np.tile(speed[rows], windows), np.ones(free.size)]),
     )
     iterations = int(solver.getInfo().simplex_iteration_count)
+    certificate = _certificate(base_KR, rows, -dual[: windows * rows.size].reshape(windows, -1), speed, weight / weight.sum(), scale_K)
     share[free] = x[: free.size]
-    return share, _certificate(base_KR, rows, -dual[: windows * rows.size].reshape(windows, -1), speed, weight / weight.sum(), scale_K), max(0, iterations)
+    if gentle and free.size:
+        # second program: keep the slowest times, move as few tokens from the equal split as possible (up and down columns per pair)
+        equal = replicas.equal_P[here][free]
+        held = np.bincount((k * rows.size + rank_row[at]), weights=size * equal[at], minlength=windows * rows.size)
+        limit = floors - held + np.repeat(x[free.size :], rows.size) * np.tile(speed[rows], windows) * (1 + SLACK)
+        moved = (weight / weight.sum()) @ scaled[:, expert_P[free]] + NEGLIGIBLE
+        y, _ = run_lp(
+            module,
+            solver,
+            cost=np.concatenate([moved, moved]),
+            lower=np.zeros(2 * free.size),
+            upper=np.concatenate([1.0 - equal, equal]),
+            row_lower=np.concatenate([np.full(windows * rows.size, -infinite), np.zeros(fractions.size)]),
+            row_upper=np.concatenate([limit, np.zeros(fractions.size)]),
+            row=np.concatenate([load_row, load_row, sum_row, sum_row]),
+            column=np.concatenate([at[some], at[some] + free.size, np.arange(2 * free.size)]),
+            value=np.concatenate([size[some], -size[some], np.ones(free.size), -np.ones(free.size)]),
+        )
+        iterations += int(solver.getInfo().simplex_iteration_count)
+        share[free] = equal + y[: free.size] - y[free.size :]
+    return share, certificate, max(0, iterations)
 
 
 def _certificate(base_KR: np.ndarray, rows: np.ndarray, dual_KR: np.ndarray, speed: np.ndarray, weight_K: np.ndarray, scale_K: np.ndarray) -> np.ndarray:
