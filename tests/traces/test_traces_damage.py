@@ -21,7 +21,7 @@ from moesim.traces.columns import TableReader, open_writer, to_table
 from moesim.traces.layout import BadLayout, Chunk, check_pages
 from moesim.traces.manifest import Columns, parse_manifest, token_spec
 from moesim.traces.open import open_trace
-from moesim.traces.reader import open_stored
+from moesim.traces.reader import StoredTokens, open_stored
 from moesim.traces.writer import write_trace
 from tests.traces.helpers import batch, replace_shard, restamp, same_rows, shape, trace
 
@@ -42,13 +42,15 @@ def read_all(path: Path) -> None:
 def test_every_bit_flip_in_a_shard_is_detected(folder: Path) -> None:
     good = bytearray((folder / SHARD).read_bytes())
     assert len(good) < 3000
-    stored = open_stored(folder)
+    tokens = open_stored(folder).tokens
+    assert isinstance(tokens, StoredTokens)
     for bit in range(len(good) * 8):
         good[bit // 8] ^= 1 << bit % 8
         (folder / SHARD).write_bytes(good)
         good[bit // 8] ^= 1 << bit % 8
         with pytest.raises(TraceError, match="tokens-00000"):
-            stored.tokens.read(0)  # type: ignore[union-attr]
+            tokens.read(0)
+        tokens.close()
     (folder / SHARD).write_bytes(good)
     read_all(folder)
 
