@@ -132,6 +132,8 @@ class _Link:
     def _next(self, queue: dict[int, _Copy]) -> _Copy:
         """Return the copy that has begun, else the one that can begin first, among equals the one issued first."""
         best = self.current
+        if best is not None and queue.get(best.key) is best:
+            return best
         best, best_begin = None, inf
         for copy in queue.values():
             begin = self.free if self.free > copy.ready_s else copy.ready_s
