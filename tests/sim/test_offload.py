@@ -22,6 +22,7 @@ from moesim.sim.offload_program import HOST_PORT, decode_program
 from moesim.sim.policies import MissView, Policy
 from moesim.sim.predictors import PredictorView, predict
 from moesim.sim.stores import Store
+from moesim.sim.transfers import NO_DISK, PriorityPath
 
 ON_DEMAND = CacheSettings(slots=0)
 
@@ -268,6 +269,8 @@ def test_predictions_cost_time_on_the_device_that_makes_them() -> None:
     assert free == pytest.approx(4 * (5 * 8.0 + 2e-4))
     assert decode(replace(fast, prefetch=exact(case, cost_s=0.5))).simulated_s == pytest.approx(4 * (5 * 8.0 + 4 * 0.5)), "a prediction hides loads"
     assert decode(replace(fast, prefetch=exact(case, cost_s=0.5, device="cpu"))).simulated_s == pytest.approx(free)
+    far = decode(replace(fast, prefetch=exact(case, cost_s=0.5, lookahead=3)))
+    assert far.simulated_s == pytest.approx(4 * (5 * 8.0 + 4 * 0.5)), "every layer is predicted once, however far ahead"
     never = decode(replace(fast, prefetch=exact(case, cost_s=100.0, device="cpu")))
     assert never.counts.late_predictions == 4 * 4 * 2 and never.counts.prefetches == 0
     assert never.simulated_s == decode(replace(fast, prefetch=None)).simulated_s
@@ -405,10 +408,16 @@ def test_cheapest_computes_elsewhere_up_to_the_tie(tokens: int, elsewhere: bool)
     assert result.moved_bytes == {"host": 0.0 if elsewhere else 100.0}
 
 
+def test_cheapest_counts_the_queue_of_the_other_device() -> None:
+    """The CPU needs 4 s an expert and loading 7 s: the second expert would end there at 8 s, so it is loaded."""
+    result = decode(plain(np.array([[[0, 1]]]), 2, miss="cheapest", compute_s=cpu(4.0)))
+    assert result.counts.computed == 1 and result.moved_bytes == {"host": 100.0} and result.step_s.tolist() == [11.0]
+
+
 def test_a_cpu_without_speed_always_loads() -> None:
     case = routes(np.random.Generator(np.random.PCG64(2)), 10, 3, 8, 2)
     fiddler = decode(plain(case, 8, cache=CacheSettings(slots=3), miss="cheapest", compute_s=cpu(1e12)))
-    assert fiddler == pytest.approx(fiddler) and fiddler.counts.computed == 0
+    assert fiddler.counts.computed == 0
     assert np.array_equal(fiddler.step_s, decode(plain(case, 8, cache=CacheSettings(slots=3))).step_s)
 
 
@@ -466,6 +475,55 @@ def test_a_miss_in_host_memory_is_read_from_disk_first(discipline: str) -> None:
     assert result.peak_bytes == {"device": 100, "host": 100} and result.report()["host_cache"] == {"hits": 1, "misses": 1, "hit_rate": 0.5}
     nothing = decode(replace(tiers, host_cache=CacheSettings(slots=0)))
     assert nothing.step_s.tolist() == [21.0, 21.0] and nothing.host_misses == 2
+
+
+def wrong_then_wanted(chunk: float | None) -> Decode:
+    """Expert 2 of layer 1 is predicted wrongly at 4 s, found wrong at 15 s and wanted at 37 s; its disk read takes 100 s."""
+    host_cache = CacheSettings(slots=3, initial=((0, 0), (1, 1)))
+    tiers: dict[str, Any] = {"host": link(20.0, discipline="priority"), "disk": link(1.0, discipline="priority", chunk_bytes=chunk, name="disk")}
+    guess = exact(np.array([[[-1], [2]], [[-1], [-1]]]), cancel_wrong=True)
+    return plain(np.array([[[0], [1]], [[0], [2]]]), 3, host_cache=host_cache, prefetch=guess, **tiers)
+
+
+def test_a_read_that_is_cancelled_has_to_be_made_again() -> None:
+    """Chunks of 10 s begin at 4 and 14 s; the second read begins at 37 s."""
+    result = decode(wrong_then_wanted(10.0))
+    assert result.counts.cancelled_prefetches == 1 and (result.host_hits, result.host_misses) == (3, 2)
+    assert result.moved_bytes == {"host": 400.0, "disk": 120.0} and result.simulated_s == pytest.approx(37.0 + 100.0 + 5.0 + 2.0)
+
+
+def test_a_read_in_its_last_chunk_goes_on_and_is_waited_for() -> None:
+    """The read of 4..104 s cannot be stopped: the copy to the device is, and demanded again it waits for the read."""
+    result = decode(wrong_then_wanted(None))
+    assert result.counts.cancelled_prefetches == 1 and (result.host_hits, result.host_misses) == (4, 1)
+    assert result.moved_bytes == {"host": 400.0, "disk": 100.0} and result.simulated_s == pytest.approx(104.0 + 5.0 + 2.0)
+
+
+def test_a_prefetch_that_loses_its_place_in_host_memory_is_stopped() -> None:
+    """The only slot of host memory is taken at 16 s by a miss; the wrong prefetch that was being read into it is not resident."""
+    case = np.array([[[0], [1], [0]], [[0], [2], [0]]])
+    cache = CacheSettings(slots=3, initial=((0, 0), (1, 1)))
+    tiers: dict[str, Any] = {"host": link(20.0, discipline="priority"), "disk": link(5.0, discipline="priority", chunk_bytes=10.0, name="disk")}
+    guess = exact(np.array([[[-1], [2], [-1]], [[-1], [-1], [-1]]]))
+    result = decode(plain(case, 3, cache=cache, host_cache=CacheSettings(slots=1, scope="global"), prefetch=guess, **tiers))
+    assert (result.counts.cancelled_prefetches, result.counts.useless_prefetches, result.counts.misses) == (1, 1, 2)
+    assert result.moved_bytes == {"host": 200.0, "disk": 60.0 + 200.0} and result.step_s[0] == 16.0 + 20.0 + 5.0 + 2.0
+
+
+def test_host_memory_keeps_what_is_on_its_way_to_the_device() -> None:
+    """A late prefetch holds the only slot against a miss of the same gate, so the next step finds it there."""
+    case, guess = np.array([[[-1, -1], [1, 0]], [[-1, -1], [1, -1]]]), np.array([[[-1], [1]], [[-1], [-1]]])
+    result = decode(plain(case, 2, disk=link(5.0, name="disk"), host_cache=CacheSettings(slots=1, scope="global"), prefetch=exact(guess)))
+    assert (result.counts.late_hits, result.counts.misses) == (1, 2) and (result.host_hits, result.host_misses) == (1, 2)
+
+
+def test_a_copy_that_has_begun_goes_on_before_an_older_one_that_was_not_ready() -> None:
+    path = PriorityPath(2, host_chunk=10.0, disk_chunk=None)
+    path.push(0, 0.0, 5.0, 3.0, 50, demanded=False)
+    path.push(1, 0.0, 5.0, NO_DISK, 50, demanded=False)
+    path.advance(3.5)
+    path.advance(100.0)
+    assert path.arrival == [10.0, 5.0]
 
 
 def test_host_memory_that_holds_all_equals_two_tiers() -> None:
