@@ -191,7 +191,10 @@ def _on_drift(text: str) -> Policy:
 
 def _budgeted(text: str) -> Policy:
     size, _, every_text = text.partition(",")
-    limit = parse(size, "bytes")
+    try:
+        limit = parse(size, "bytes")
+    except ValueError as error:
+        raise InputError(describe("policy budgeted", "parameter", text, str(error), "write it like budgeted:1 GB,100")) from None
     every = whole_parameter("budgeted", every_text, 100, 1)
 
     def decide(view: LoadView) -> Decision | None:

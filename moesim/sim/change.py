@@ -139,9 +139,7 @@ class _Run:
             self.builder = self.builder_factory(plan)
         self.plan, self.alive_R, self.compiler = plan, alive_R.copy(), self.compiler_factory(plan)
         number, live = len(out.epochs), int(alive_R.sum())
-        out.epochs.append(
-            Epoch(number=number, reason=reason, first_pass=out.replay.steps, at_s=self.engine.now, ranks=live, map_sha256=plan.map_sha256)
-        )
+        out.epochs.append(Epoch(number=number, reason=reason, first_pass=out.replay.steps, at_s=self.engine.now, ranks=live, map_sha256=plan.map_sha256))
 
     def log(self, kind: str, **details: Any) -> None:
         self.out.events.append({"kind": kind, "at_s": self.engine.now, "passes": self.out.replay.steps, **details})

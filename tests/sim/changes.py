@@ -14,6 +14,7 @@ from moesim.hardware.load import load_cluster
 from moesim.model.hf_config import load_model
 from moesim.model.moe_model import MoEModel
 from moesim.plan import Plan, linear
+from moesim.sim import memory
 from moesim.sim.batch import pass_shape
 from moesim.sim.build import ProgramBuilder
 from moesim.sim.change import run_with_change
@@ -27,7 +28,9 @@ from moesim.traces.steps import iter_steps
 
 @cache
 def model_of(name: str = "flame-moe-290m") -> MoEModel:
-    return load_model(name)
+    """Return the model cut to its first layers: one dense, two MoE."""
+    model = load_model(name)
+    return replace(model, num_layers=3, moe_layer_ids=tuple(layer for layer in model.moe_layer_ids if layer < 3))
 
 
 @cache
@@ -106,3 +109,10 @@ def simulate(
         return ProgramBuilder(cluster=machine, model=model_of(), plan=plan, costs=costs_of(name), settings=settings or Settings())
 
     return run_with_change(passes, plan=plan or start_plan(cluster=name), builder_factory=builder, **options)
+
+
+def memory_account(run: ChangeRun) -> float:
+    """Return the bytes that the fullest rank of a finished run held beside staging."""
+    replay = run.replay
+    held = memory.account(cluster_of(), model_of(), run.plan, attention_tp=1, kv_entries=replay.kv_entries_peak, tokens=replay.tokens_peak)
+    return held.peak_bytes
