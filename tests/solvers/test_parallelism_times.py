@@ -40,7 +40,7 @@ def simulated(name: str, hardware: str, tp: int, phase: str, sequences: int) -> 
         decode_seqs_PR=zero if phase == "prefill" else seqs, decode_context_PR=context,
     )
     builder = ProgramBuilder(cluster=cluster, model=model, plan=plan, costs=CostModel(cluster, model), settings=Settings(attention_tp=tp))
-    program, _ = builder.build(shape, loads, phase == "prefill")
+    program, _ = builder.build([(shape, loads)], phase == "prefill")
     return float(np.max(evaluate(program, 0.0).finish))
 
 
