@@ -13,7 +13,6 @@ import numpy as np
 
 from moesim.solvers.affinity.descent import neighbour_gain_nEG
 from moesim.solvers.affinity.swap import SwapTerms, fits_n, swap_search_nE
-from moesim.solvers.affinity.transport import one_hot_nEG
 from moesim.solvers.search import Deadline, expired
 
 _RAISES = 12
@@ -56,20 +55,17 @@ def capped_descend(
 ) -> tuple[np.ndarray, int, bool]:
     """Return a placement within the cap that no swap improves, the sweeps made, and whether the deadline cut it short."""
     layers, ranks = len(group_LE), len(hop_GG)
-    held = one_hot_nEG(group_LE, ranks)
-    gain = neighbour_gain_nEG(transitions_LEE, held, slice(0, layers, 1), hop_GG)
+    gain = neighbour_gain_nEG(transitions_LEE, group_LE, slice(0, layers, 1), hop_GG)
     group = force_cap_LE(group_LE, ranks, SwapTerms(gain_nEG=gain, load_nE=load_LE, cap_n=cap_L), balanced_LE)
-    held = one_hot_nEG(group, ranks)
     quiet = 0
     for half in range(2 * sweeps):
         if expired(deadline):
             return group, half // 2, True
         part = slice(half % 2, layers, 2)
-        gain = neighbour_gain_nEG(transitions_LEE, held, part, hop_GG)
+        gain = neighbour_gain_nEG(transitions_LEE, group, part, hop_GG)
         better, rounds, _ = swap_search_nE(group[part], ranks, SwapTerms(gain_nEG=gain, load_nE=load_LE[part], cap_n=cap_L[part]))
         quiet = quiet + 1 if rounds <= 1 else 0
         group[part] = better
-        held[part] = one_hot_nEG(better, ranks)
         if quiet >= 2:
             return group, half // 2 + 1, False
     return group, sweeps, False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moesim.solvers.affinity.transport import one_hot_nEG, transport_nE
+from moesim.solvers.affinity.transport import transport_nE
 from moesim.solvers.search import Deadline, expired
 
 
@@ -18,25 +18,28 @@ def hop_cost(transitions_LEE: np.ndarray, group_LE: np.ndarray, hop_GG: np.ndarr
     return float(sum((table * hop_GG[one[:, None], other[None, :]]).sum() for table, one, other in zip(transitions_LEE, group_LE, group_LE[1:], strict=False)))
 
 
-def neighbour_gain_nEG(transitions_LEE: np.ndarray, one_hot_LEG: np.ndarray, layers: slice, hop_GG: np.ndarray) -> np.ndarray:
+def neighbour_gain_nEG(transitions_LEE: np.ndarray, group_LE: np.ndarray, layers: slice, hop_GG: np.ndarray) -> np.ndarray:
     """Return float64 [n, E, G]: minus the hop cost of every expert of the layers on every rank, their neighbours being fixed."""
-    rows = np.arange(len(one_hot_LEG))[layers]
-    flow = np.zeros((len(rows), *one_hot_LEG.shape[1:]))
+    count, experts = group_LE.shape
+    ranks = len(hop_GG)
+    order = np.argsort(group_LE, axis=1, kind="stable")
+    rows = np.arange(count)[layers]
+    # experts of a rank side by side make the sum over a rank a sum over an axis, far cheaper than a product with a 0/1 matrix
+    flow = np.zeros((len(rows), experts, ranks))
     for index, layer in enumerate(rows.tolist()):
         if layer > 0:
-            flow[index] += transitions_LEE[layer - 1].T @ one_hot_LEG[layer - 1]
-        if layer < len(transitions_LEE):
-            flow[index] += transitions_LEE[layer] @ one_hot_LEG[layer + 1]
+            flow[index] += transitions_LEE[layer - 1].take(order[layer - 1], axis=0).reshape(ranks, -1, experts).sum(axis=1).T
+        if layer < count - 1:
+            flow[index] += transitions_LEE[layer].take(order[layer + 1], axis=1).reshape(experts, ranks, -1).sum(axis=2)
     return -(flow @ hop_GG)
 
 
 def forward(transitions_LEE: np.ndarray, first_E: np.ndarray, hop_GG: np.ndarray) -> np.ndarray:
     """Return int64 [L, E]: a placement grown from that of the first layer, every layer best for the one before it."""
-    ranks = len(hop_GG)
     group = np.empty((len(transitions_LEE) + 1, len(first_E)), dtype=np.int64)
     group[0] = first_E
     for layer, table in enumerate(transitions_LEE):
-        gain = -(table.T @ one_hot_nEG(group[layer], ranks) @ hop_GG)
+        gain = neighbour_gain_nEG(table[None], np.stack((group[layer], group[layer])), slice(1, 2), hop_GG)[0]
         group[layer + 1] = transport_nE(gain[None], _greedy_E(gain)[None], swaps_only=True)[0]
     return group
 
@@ -62,21 +65,19 @@ def descend(
     The cost is never above that of `group_LE`.
     """
     group = np.array(group_LE, dtype=np.int64)
-    layers, ranks = len(group), len(hop_GG)
-    held = one_hot_nEG(group, ranks)
+    layers = len(group)
     quiet = 0
     for half in range(2 * sweeps):
         if expired(deadline):
             return group, half // 2, True
         part = slice(half % 2, layers, 2)
-        gain = neighbour_gain_nEG(transitions_LEE, held, part, hop_GG)
+        gain = neighbour_gain_nEG(transitions_LEE, group, part, hop_GG)
         better = transport_nE(gain, group[part])
         # rounding must not trade one best assignment for another for ever
         rise = _sum_n(gain, better) - _sum_n(gain, group[part])
         better = np.where((rise > 0)[:, None], better, group[part])
         quiet = 0 if (better != group[part]).any() else quiet + 1
         group[part] = better
-        held[part] = one_hot_nEG(better, ranks)
         if quiet >= 2:
             return group, half // 2 + 1, False
     return group, sweeps, False

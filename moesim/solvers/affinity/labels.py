@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moesim.solvers.affinity.transport import one_hot_nEG
+from moesim.solvers.affinity.descent import neighbour_gain_nEG
 from moesim.solvers.assignment import assign
 
 
@@ -18,7 +18,7 @@ def label_LE(transitions_LEE: np.ndarray, group_LE: np.ndarray, hop_GG: np.ndarr
     result = np.array(group_LE, dtype=np.int64)
     ranks = len(hop_GG)
     for layer, table in enumerate(transitions_LEE):
-        before, groups = one_hot_nEG(result[layer], ranks), one_hot_nEG(result[layer + 1], ranks)
-        cost = (before.T @ table @ groups).T @ hop_GG
+        gain = neighbour_gain_nEG(table[None], result[layer : layer + 2], slice(1, 2), hop_GG)[0]
+        cost = -np.stack([gain[group_LE[layer + 1] == one].sum(axis=0) for one in range(ranks)])
         result[layer + 1] = assign(cost)[result[layer + 1]]
     return result

@@ -98,7 +98,7 @@ def _descent(
         if expired(deadline):
             late = True
             break
-        if problem.num_nodes > 1:
+        if problem.num_nodes > 1 and problem.node_weight > 0:
             group, made, cut = two_stage_LE(table, first, ranks=ranks, ranks_per_node=problem.ranks_per_node, deadline=deadline)
             total, late = total + made, late or cut
         else:
@@ -107,7 +107,8 @@ def _descent(
         total, late = total + made, late or cut
         starts = [group]
         if balanced is not None and cap is not None:
-            starts = [group] + ([label_LE(table, balanced, hops)] if attempt == 0 else [])
+            # on large problems the balanced placement is a poor start that costs as much as the good one
+            starts = [group] + ([best] if attempt == 0 and restarts > 1 else [])
         for start in starts:
             found = start
             if balanced is not None and cap is not None:
