@@ -23,16 +23,17 @@ from moesim.model import sizes
 from moesim.model.hf_config import load_model
 from moesim.model.moe_model import MoEModel
 from moesim.plan import Parallel, Plan, linear
+from moesim.report.summary import replay_report
 from moesim.sim import memory
 from moesim.sim.batch import micro_batch_T, pass_shape
 from moesim.sim.build import ProgramBuilder
 from moesim.sim.ledger import Ledger
 from moesim.sim.loads import LoadCompiler
-from moesim.sim.replay import Part, Pass, ReplayRun, run_passes
+from moesim.sim.replay import Part, Pass, run_passes
 from moesim.sim.settings import Settings
 from moesim.traces.open import check_fits, open_trace
 from moesim.traces.routing_trace import RoutingTrace, TraceShape
-from moesim.traces.steps import StepTokens, iter_steps, sharding
+from moesim.traces.steps import StepTokens, iter_steps
 
 PLACEMENTS = ("linear", "round_robin", "random", "eplb")
 OBJECTIVES = ("balance", "robust")
@@ -110,14 +111,16 @@ def solve(
     move_budget_bytes: float | None = None,
     time_limit_s: float | None = None,
     map_layers: str | None = None,
+    dispatch: str = "equal",
     seed: int = 0,
     predict: bool = True,
 ) -> Solution:
     """Compute an expert placement for all layers, check it independently, and predict what it gains over linear placement.
 
-    traces: one trace, or several as windows (then the objective is `robust` unless told otherwise). redundant: extra
-    slots per layer. previous and move_budget_bytes: repair this plan, changing at most so many bytes of weights. time_limit_s caps the
-    search; a search cut short says TIME_LIMIT. Raises InfeasibleError if no placement satisfies the requirements.
+    traces: one trace, or several as windows (then the objective is `robust` unless told otherwise). redundant: extra slots
+    per layer. dispatch: how replicas share an expert's tokens: `equal`, `lp` (optimal for these loads) or `fast`. previous and
+    move_budget_bytes: repair this plan, changing at most so many bytes of weights. time_limit_s caps the search; a search cut
+    short says TIME_LIMIT. Raises InfeasibleError if no placement satisfies the requirements.
     """
     from moesim.solvers.problem import PlacementProblem
     from moesim.solvers.registry import solve as run_solver
@@ -165,6 +168,11 @@ def solve(
         parallel=Parallel(ep=cluster.num_ranks, dp=cluster.num_ranks),
         fingerprints={"model": moe_model.sha256, "hardware": cluster.sha256, "trace": ",".join(item.fingerprint for item in routings)},
     )
+    if dispatch != "equal":
+        from moesim.solvers.dispatch import solve_dispatch, with_shares
+
+        shares = solve_dispatch(plan, (load_KLE / np.maximum(load_KLE.sum(axis=(1, 2), keepdims=True), 1e-300)).sum(axis=0), method=dispatch)
+        plan = with_shares(plan, shares.share_LS, shares)
     rank_load_KLR = np.stack([plan.rank_load_LR(load) for load in load_KLE])
     most = rank_load_KLR.max(axis=2)
     report: dict[str, Any] = {
@@ -181,6 +189,7 @@ def solve(
             "planned": balance_of(rank_load_KLR).mean_over_max,
             "per_layer_min": float((rank_load_KLR.mean(axis=2) / np.where(most > 0, most, 1))[most > 0].min()) if (most > 0).any() else 1.0,
         },
+        "dispatch": dispatch,
         "traffic": {"distinct_remote_ranks": None, "inter_node_bytes": None},
         "moved": {"slots": None, "bytes": None} if old is None else _moved(old, plan, expert_bytes),
         "solver": result.solver,
@@ -355,7 +364,7 @@ def _simulate(
     if run.steps == 0:
         raise TraceError(f"{routing.source}: holds no token to replay; every row is a warm-up dummy or the trace is empty")
     account = memory.account(cluster, model, plan, attention_tp=builder.tp, kv_entries=run.kv_entries_peak * builder.tp, tokens=run.tokens_peak)
-    report = _replay_report(run, routing, builder, account, tokens_per_step, time.perf_counter() - began)
+    report = replay_report(run, routing, builder, account, tokens_per_step, time.perf_counter() - began)
     return Replay(report=report, ledger=run.ledger, plan=plan, load_LE=run.sums.expert_LE)
 
 
@@ -374,45 +383,4 @@ def _predict(report: dict[str, Any], routing: RoutingTrace, model: MoEModel, clu
         "step_ms": {"linear": before["step_ms"]["mean"], "plan": after["step_ms"]["mean"]},
         "balance": {"linear": before["balance"]["mean_over_max"], "plan": after["balance"]["mean_over_max"]},
         "gain": before["step_ms"]["mean"] / after["step_ms"]["mean"] - 1.0,
-    }
-
-
-def _replay_report(
-    run: ReplayRun, routing: RoutingTrace, builder: ProgramBuilder, account: memory.MemoryAccount, tokens_per_step: int | None, wall_s: float
-) -> dict[str, Any]:
-    model, cluster, plan, settings = builder.model, builder.cluster, builder.plan, builder.settings
-    ledger = run.ledger
-    breakdown = {label: float(values.mean() * 1e3) for label, values in ledger.breakdown_s().items()}
-    wait_s = float(ledger.breakdown_s().get("straggler_wait", np.zeros(1)).sum())
-    simulated = ledger.simulated_s
-    remote = run.sums.copies_remote / run.sums.token_layers if run.sums.token_layers else 0.0
-    return {
-        "schema": "moesim.replay/1",
-        "model": model.name,
-        "hardware": cluster.name,
-        "placement": {"solver": str(plan.result.get("solver", "")), "slots": plan.num_slots, "ranks": plan.num_ranks, "plan_sha256": plan.sha256},
-        "settings": {name: getattr(settings, name) for name in Settings.__dataclass_fields__},
-        "simulated_s": simulated,
-        "wall_s": wall_s,
-        "steps": run.steps,
-        "tokens": run.tokens,
-        "tokens_per_s": run.tokens / simulated if simulated else 0.0,
-        "step_ms": ledger.step_ms(),
-        "breakdown_ms": breakdown,
-        "balance": run.sums.balance.as_dict(),
-        "bytes": {"local": run.local_bytes, "intra_node": run.intra_node_bytes, "inter_node": run.inter_node_bytes},
-        "traffic": {"distinct_remote_ranks": remote},
-        "cache": {"hits": 0, "late_hits": 0, "misses": 0, "useless_prefetches": 0, "hit_rate": None},
-        "stall_s": {"straggler": wait_s},
-        "memory": {account.tier: account.peak_bytes},
-        "requests": {"ttft_ms": None, "tpot_ms": None, "latency_ms": None},
-        "routing": {
-            "source": routing.source,
-            "kind": routing.kind,
-            "synthetic": routing.synthetic,
-            "sampled_from_counts": routing.kind == "counts",
-            "sharding": sharding(routing, num_ranks=cluster.num_ranks, tokens_per_step=tokens_per_step),
-            "tokens_per_step": tokens_per_step,
-        },
-        "provenance": ledger.provenance(),
     }

@@ -18,6 +18,7 @@ def solve(
     output: Annotated[Path, typer.Option("-o", "--output", help="where to write the plan")],
     objective: Annotated[str | None, typer.Option("--objective", help="balance or robust; default: robust for several traces")] = None,
     redundant: Annotated[int, typer.Option("--redundant", help="extra slots per layer, over all ranks")] = 0,
+    dispatch: Annotated[str, typer.Option("--dispatch", help="how replicas share tokens: equal, lp (optimal for these loads) or fast")] = "equal",
     previous: Annotated[Path | None, typer.Option("--from", help="plan that runs now; the new one is a repair of it")] = None,
     move_budget: Annotated[str | None, typer.Option("--move-budget", help="bytes of weights that may change, like 20GB")] = None,
     solver: Annotated[str | None, typer.Option("--solver", help="greedy, eplb, eplb-global, eplb-zigzag, milp, cp-sat, repair, linear …")] = None,
@@ -42,6 +43,7 @@ def solve(
         move_budget_bytes=budget,
         time_limit_s=time_limit,
         map_layers=map_layers,
+        dispatch=dispatch,
         seed=seed,
     )
     result.plan.write(output)

@@ -77,6 +77,15 @@ def test_eplb_placement_is_the_eplb_solver() -> None:
     assert np.array_equal(api.replay("flame-moe-290m", **FLAME, placement="eplb").plan.slot_to_expert_LS, plan.slot_to_expert_LS)
 
 
+@pytest.mark.parametrize("method", ["fast", "lp"])
+def test_dispatch_shares_balance_the_same_placement_better(method: str) -> None:
+    equal, shared = (api.solve("flame-moe-290m", **FLAME, redundant=8, solver="eplb", dispatch=name, predict=False) for name in ("equal", method))
+    assert np.array_equal(equal.plan.slot_to_expert_LS, shared.plan.slot_to_expert_LS)
+    assert shared.report["balance"]["planned"] > equal.report["balance"]["planned"]
+    before, after = (api.replay("flame-moe-290m", **FLAME, plan=item.plan).report["balance"]["mean_over_max"] for item in (equal, shared))
+    assert after > before
+
+
 def test_a_plan_names_what_it_was_made_for(solved: api.Solution) -> None:
     assert set(solved.plan.fingerprints) == {"model", "hardware", "trace"} and all(solved.plan.fingerprints.values())
 

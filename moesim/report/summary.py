@@ -1,0 +1,56 @@
+"""The report of a replay: the JSON object that users rely on, read off the ledger and the sums of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moesim.sim.build import ProgramBuilder
+from moesim.sim.memory import MemoryAccount
+from moesim.sim.replay import ReplayRun
+from moesim.sim.settings import Settings
+from moesim.traces.routing_trace import RoutingTrace
+from moesim.traces.steps import sharding
+
+
+def replay_report(
+    run: ReplayRun, routing: RoutingTrace, builder: ProgramBuilder, account: MemoryAccount, tokens_per_step: int | None, wall_s: float
+) -> dict[str, Any]:
+    """Return the report of a replay; its keys are stable."""
+    model, cluster, plan, settings = builder.model, builder.cluster, builder.plan, builder.settings
+    ledger = run.ledger
+    breakdown = {label: float(values.mean() * 1e3) for label, values in ledger.breakdown_s().items()}
+    wait_s = float(ledger.breakdown_s().get("straggler_wait", np.zeros(1)).sum())
+    simulated = ledger.simulated_s
+    remote = run.sums.copies_remote / run.sums.token_layers if run.sums.token_layers else 0.0
+    return {
+        "schema": "moesim.replay/1",
+        "model": model.name,
+        "hardware": cluster.name,
+        "placement": {"solver": str(plan.result.get("solver", "")), "slots": plan.num_slots, "ranks": plan.num_ranks, "plan_sha256": plan.sha256},
+        "settings": {name: getattr(settings, name) for name in Settings.__dataclass_fields__},
+        "simulated_s": simulated,
+        "wall_s": wall_s,
+        "steps": run.steps,
+        "tokens": run.tokens,
+        "tokens_per_s": run.tokens / simulated if simulated else 0.0,
+        "step_ms": ledger.step_ms(),
+        "breakdown_ms": breakdown,
+        "balance": run.sums.balance.as_dict(),
+        "bytes": {"local": run.local_bytes, "intra_node": run.intra_node_bytes, "inter_node": run.inter_node_bytes},
+        "traffic": {"distinct_remote_ranks": remote},
+        "cache": {"hits": 0, "late_hits": 0, "misses": 0, "useless_prefetches": 0, "hit_rate": None},
+        "stall_s": {"straggler": wait_s},
+        "memory": {account.tier: account.peak_bytes},
+        "requests": {"ttft_ms": None, "tpot_ms": None, "latency_ms": None},
+        "routing": {
+            "source": routing.source,
+            "kind": routing.kind,
+            "synthetic": routing.synthetic,
+            "sampled_from_counts": routing.kind == "counts",
+            "sharding": sharding(routing, num_ranks=cluster.num_ranks, tokens_per_step=tokens_per_step),
+            "tokens_per_step": tokens_per_step,
+        },
+        "provenance": ledger.provenance(),
+    }
