@@ -1,24 +1,42 @@
 """The engine: simpy's clock moves between decision points; what lies between is evaluated as arrays.
 
 An Actor (a simpy process) calls `yield from engine.execute(program)`. The Program is evaluated at once, as if
-nothing else happened; if a Flow starts or ends before it is over, the rates change from that moment on and the
-Program is evaluated again. Evaluation is pure, so nothing is undone. Times in seconds.
+nothing else happened; if a Flow starts or ends before it is over and changes a rate, or a rank fails, the Program is
+evaluated again. Evaluation is pure, so nothing is undone. A rank that fails finishes no Op from then on; once nothing
+else can move, `execute` raises `RanksStuck`, which names the ranks that wait and what they wait in. Times in seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import simpy
 
-from moesim.errors import SimulationError
+from moesim.errors import SimulationError, describe
 from moesim.sim.evaluate import Times, evaluate
-from moesim.sim.flows import Busy, Flow, Hop, claims, finish_time, is_done, moved, op_share, rate_steps
+from moesim.sim.flows import Allocation, Busy, Flow, Hop, Steps, serve
 from moesim.sim.ops import Program
 from moesim.sim.timeline import RateTimeline
+
+
+class RanksStuck(SimulationError):
+    """A Program that cannot end because ranks have failed."""
+
+    ranks: tuple[int, ...] = ()
+    """Ranks with an Op that will never end."""
+    failed: tuple[int, ...] = ()
+    labels: tuple[str, ...] = ()
+    """First such Op of every stuck rank."""
+    times: Times
+    """Of the Program; inf where nothing ends."""
+
+
+def _short(ranks: tuple[int, ...]) -> str:
+    shown = ", ".join(str(rank) for rank in ranks[:8])
+    return shown + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
 @dataclass(slots=True, eq=False)
@@ -27,8 +45,11 @@ class _Running:
 
     program: Program
     start_s: float
-    times: Times
-    decided: dict[int, np.ndarray]
+    ask: bool
+    times: Times | None = None
+    decided: dict[int, np.ndarray] = field(default_factory=dict)
+    busy: dict[Hop, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    """Port → begin and end of the Jobs on it, as far as somebody wanted to know."""
 
 
 class Engine:
@@ -38,13 +59,19 @@ class Engine:
         self.num_ranks = num_ranks
         self.env = simpy.Environment()
         self.flows: list[Flow] = []
+        """In flight, in the order of their start."""
         self.evaluations = 0
+        self.stuck: list[RanksStuck] = []
+        """Programs that could not end."""
         self._running: list[_Running] = []
         self._rates = RateTimeline(num_ranks)
-        self._ports_touched: set[str] = set()
+        self._shared_ports: set[str] = set()
         self._changed = self.env.event()
+        self._changed_s = -np.inf
         self._settled_s = 0.0
         self._generation = 0
+        self._allocation = Allocation([])
+        self._steps: Steps | None = None
 
     @property
     def now(self) -> float:
@@ -53,134 +80,234 @@ class Engine:
 
     # --- programs --------------------------------------------------------------------------------
 
-    def execute(self, program: Program) -> Generator[Any, Any, Times]:
-        """Run `program` from now on; a simpy generator that ends when the last rank has finished, and returns its Times."""
+    def execute(self, program: Program, *, hooks: Literal["ahead", "reached"] = "ahead") -> Generator[Any, Any, Times]:
+        """Run `program` from now on; a simpy generator that ends when the last rank has finished, and returns its Times.
+
+        hooks: `ahead` asks them in order of issue, with the times that evaluation expects; `reached` when the clock gets to the first rank that
+        reaches the Op, with that time for all ranks. Raises RanksStuck if it cannot end because ranks have failed.
+        """
+        if program.num_ranks != self.num_ranks:
+            raise SimulationError(f"engine: the program is for {program.num_ranks} ranks, the cluster has {self.num_ranks}")
         self._settle()
-        run = _Running(program, self.now, None, {})  # type: ignore[arg-type]
+        run = _Running(program, self.now, hooks == "ahead")
         self._running.append(run)
-        while True:
-            self._evaluate(run)
-            self._schedule_flow_end()
-            end = float(np.max(run.times.finish))
-            changed = self._changed
-            over = self.env.timeout(max(end - self.now, 0.0))
-            yield over | changed
-            if over.processed:
-                break
-        self._settle()
-        self._running.remove(run)
-        if not self._running:
-            self._rates.forget_before(self.now)
-        self._schedule_flow_end()
-        return run.times
+        try:
+            while True:
+                times = self._evaluate(run)
+                self._schedule_stop()
+                end = float(np.max(times.finish))
+                wake = min(times.pending.values(), default=end)
+                if wake == np.inf:
+                    wake = self._last_event(times)
+                changed = self._changed
+                over = self.env.timeout(max(wake - self.now, 0.0))
+                yield over | changed
+                if not over.processed:
+                    continue
+                if not times.pending:
+                    break
+                self._settle()
+                for index, first in times.pending.items():
+                    hook = program.ops[index].decide
+                    if first <= wake and hook is not None:
+                        run.decided[index] = np.asarray(hook(np.full(self.num_ranks, self.now)), dtype=np.float64)
+        finally:
+            self._settle()
+            self._running.remove(run)
+            if not self._running:
+                self._rates.forget_before(self.now)
+            self._schedule_stop()
+        if end == np.inf:
+            stuck = self._describe_stuck(run, times)
+            self.stuck.append(stuck)
+            raise stuck
+        return times
 
     def execute_passes(self, program: Program) -> Generator[Any, Any, Times]:
         """Run the P independent passes of `program` one after another as one event; Times count from 0 in every pass.
 
-        Raises SimulationError if Flows are in flight: then passes have to be executed one by one.
+        Raises SimulationError if Flows are in flight or a rank has failed: then passes have to be executed one by one.
         """
-        if self.flows or self._running:
+        if self.flows or self._running or self._rates.fail_R is not None:
             raise SimulationError("engine: passes side by side need the cluster for themselves; execute them one by one while flows are in flight")
         self.evaluations += 1
         times = evaluate(program, 0.0)
         yield self.env.timeout(float(np.sum(times.finish)))
         return times
 
-    def _evaluate(self, run: _Running) -> None:
+    def _evaluate(self, run: _Running) -> Times:
         self.evaluations += 1
-        run.times = evaluate(run.program, run.start_s, self._rates if self._ports_touched else None, run.decided)
+        contended = bool(self.flows) or not self._rates.is_plain
+        before = run.times if contended and run.times is not None and run.times.spans else None
+        run.times = evaluate(run.program, run.start_s, self._rates, run.decided, ask=run.ask, spans=contended, before=before, since=self.now)
+        if run.times.finish.size > 1:
+            raise SimulationError("engine: a program of several passes cannot meet flows; execute its passes one by one, or use execute_passes")
+        run.busy = {}
+        return run.times
+
+    def _last_event(self, times: Times) -> float:
+        """Return when nothing moves any more: sends to a rank that has failed still run to their end."""
+        ends = np.concatenate([np.ravel(end) for spans in times.spans for _, end in spans])
+        return max(float(ends[np.isfinite(ends)].max(initial=self.now)), self.now)
+
+    def _describe_stuck(self, run: _Running, times: Times) -> RanksStuck:
+        first: dict[int, str] = {}
+        for op, end in zip(run.program.ops, times.end, strict=True):
+            for rank in np.flatnonzero(np.broadcast_to(end == np.inf, (1, self.num_ranks))[0]).tolist():
+                first.setdefault(rank, op.label)
+        ranks = tuple(sorted(first))
+        labels = tuple(first[rank] for rank in ranks)
+        failed = self.failed_ranks
+        stuck = RanksStuck(f"program: ranks {_short(ranks)} are stuck in {', '.join(sorted(set(labels)))} because ranks {_short(failed)} have failed")
+        stuck.ranks, stuck.failed, stuck.labels, stuck.times = ranks, failed, labels, times
+        return stuck
+
+    # --- failures --------------------------------------------------------------------------------
+
+    @property
+    def failed_ranks(self) -> tuple[int, ...]:
+        """Ranks that have stopped."""
+        return () if self._rates.fail_R is None else tuple(np.flatnonzero(np.isfinite(self._rates.fail_R)).tolist())
+
+    def fail_rank(self, rank: int) -> None:
+        """Stop `rank` now and for good: its Ops and Flows in flight never finish, nor do receives from sends that it had not ended."""
+        if not 0 <= rank < self.num_ranks:
+            raise SimulationError(describe("engine", "rank", rank, f"must be in 0..{self.num_ranks - 1} to fail"))
+        self._settle()
+        self._rates.fail(rank, self.now)
+        self._announce()
+        for flow in [flow for flow in self.flows if rank in (flow.ranks or [owner for _, owner in flow.path])]:
+            flow.lost = True
+            self._remove(flow)
+        self._flows_changed()
+
+    def restore_ranks(self) -> None:
+        """Let all ranks work again, for Programs that start from now on. Raises SimulationError while one runs."""
+        if self._running:
+            raise SimulationError("engine: ranks can only come back between programs")
+        self._rates.fail_R = None
 
     # --- flows -----------------------------------------------------------------------------------
 
     def start_flow(self, flow: Flow) -> simpy.Event:
         """Put `flow` in flight now; return the event that fires when it has arrived."""
+        if flow.done is not None:
+            raise SimulationError(f"flow {flow.name}: has been started before; a flow is in flight once")
         self._settle()
-        flow.done = self.env.event()
+        flow.done, flow.gone = self.env.event(), self.env.event()
         flow.start_s = self.now
         self.flows.append(flow)
         self._flows_changed()
         return flow.done
 
-    def cancel_flow(self, flow: Flow) -> None:
-        """Take `flow` out of flight; what has been moved stays moved and its event never fires."""
-        self._settle()
-        if flow in self.flows:
-            self.flows.remove(flow)
-            flow.end_s = self.now
+    def cancel_flow(self, flow: Flow) -> simpy.Event:
+        """Take `flow` out of flight at its next chunk border; return the event of its leaving. What has moved stays moved; `done` never fires.
+
+        If the border is its end, it arrives after all. A Flow without chunks leaves at once.
+        """
+        if flow in self.flows and not flow.cancelled:
+            self._settle()
+            flow.cancelled = True
+            if flow.chunk_bytes is None or flow.at_border:
+                self._remove(flow)
             self._flows_changed()
+        return flow.gone
+
+    def split_flow(self, flow: Flow) -> Flow | None:
+        """Cut `flow` at its next chunk border: it ends there, and the Flow returned, not yet started, carries the rest; None if nothing is left."""
+        self._settle()
+        border = 0.0 if flow.chunk_bytes is None else flow.border_bytes
+        if flow.chunk_bytes is not None and flow.at_border and flow.left_bytes > 0:
+            border = max(border - flow.chunk_bytes, 0.0)
+        if flow not in self.flows or border <= 0:
+            return None
+        flow.total_bytes -= border
+        flow.left_bytes -= border
+        self._flows_changed()
+        return Flow(f"{flow.name}.rest", border, flow.path, flow.discipline, flow.priority, flow.weight, flow.chunk_bytes, flow.ranks)
+
+    def _remove(self, flow: Flow) -> None:
+        self.flows.remove(flow)
+        flow.end_s = self.now if not flow.lost else np.inf
+        flow.gone.succeed()
 
     def _flows_changed(self) -> None:
-        sharing = claims(self.flows)
-        self._ports_touched |= {port for port, _ in sharing}
-        for port in sorted(self._ports_touched):
-            rate = np.ones(self.num_ranks)
-            for (name, rank), flows in sharing.items():
-                if name == port:
-                    rate[rank] = op_share(flows)
-            self._rates.set(port, self.now, rate)
+        """Divide the ports anew; tell the running Programs if that changes a rate of theirs."""
+        self._allocation = Allocation(serve(self.flows))
+        wanted = {port: np.ones(self.num_ranks) for port in self._shared_ports}
+        for (port, rank), share in zip(self._allocation.hops, self._allocation.op_share_P.tolist(), strict=True):
+            # A port of a node, NIC or root has no Ops: they name the ports of ranks.
+            if share < 1 and rank < self.num_ranks:
+                wanted.setdefault(port, np.ones(self.num_ranks))[rank] = share
+        changed = [self._rates.set(port, self.now, wanted[port]) for port in sorted(wanted)]
+        self._shared_ports = {port for port, rates in wanted.items() if (rates < 1).any()}
+        if any(changed) or any(run.times is not None and not run.times.spans for run in self._running):
+            self._announce()
+        self._schedule_stop()
+
+    def _announce(self) -> None:
         self._changed.succeed()
         self._changed = self.env.event()
-        self._schedule_flow_end()
 
     def _settle(self) -> None:
         """Book what every Flow has moved since the last decision point."""
-        if self.flows and self.now > self._settled_s:
-            sharing, busy = claims(self.flows), self._busy()
-            for flow in self.flows:
-                times, rates = rate_steps(flow, sharing, busy, self._settled_s)
-                flow.left_bytes = max(0.0, flow.left_bytes - moved(times, rates, self.now))
+        if self._steps is not None and self.now > self._settled_s:
+            self._steps.settle(self.now)
         self._settled_s = self.now
 
-    def _schedule_flow_end(self) -> None:
+    def _schedule_stop(self) -> None:
+        """Wait for the first Flow that arrives or gives way, as long as nothing changes."""
         self._generation += 1
+        self._steps = None
         if not self.flows:
             return
-        sharing, busy = claims(self.flows), self._busy()
-        ends = [finish_time(*rate_steps(flow, sharing, busy, self.now), flow.left_bytes) for flow in self.flows]
-        first = min(ends)
-        if np.isfinite(first):
-            due = [flow for flow, end in zip(self.flows, ends, strict=True) if end == first]
-            self.env.process(self._end_flows(self._generation, max(first - self.now, 0.0), due))
+        self._steps = self._allocation.steps(self._busy(), self.now)
+        first, due = self._steps.next_stop()
+        if first < np.inf:
+            generation = self._generation
+            timer = self.env.timeout(max(first - self.now, 0.0))
+            timer.callbacks.append(lambda _: self._stop_flows(generation, due))
 
-    def _end_flows(self, generation: int, delay: float, due: list[Flow]) -> Generator[Any, Any, None]:
-        yield self.env.timeout(delay)
+    def _stop_flows(self, generation: int, due: list[Flow]) -> None:
         if generation != self._generation:
             return
         self._settle()
-        for flow in [flow for flow in self.flows if flow in due or is_done(flow)]:
-            self.flows.remove(flow)
-            flow.left_bytes = 0.0
-            flow.end_s = self.now
-            flow.done.succeed()
+        for flow in due:
+            flow.left_bytes = flow.stop_bytes
+        for flow in list(self.flows):
+            if flow.is_done:
+                flow.left_bytes = 0.0
+                self._remove(flow)
+                flow.done.succeed()
+            elif flow.cancelled and flow.at_border:
+                self._remove(flow)
         self._flows_changed()
 
     def _busy(self) -> dict[Hop, Busy]:
-        """Return when running Programs use the ports that Flows claim."""
-        hops = {hop for flow in self.flows for hop in flow.path}
-        intervals: dict[Hop, list[tuple[np.ndarray, np.ndarray]]] = {hop: [] for hop in hops}
-        for run in self._running:
-            if run.times is None:
-                continue
-            for port in {port for port, _ in hops}:
-                begin, end = self._port_intervals(run, port)
-                for name, rank in hops:
-                    if name == port and len(begin):
-                        intervals[(name, rank)].append((begin[:, rank], end[:, rank]))
-        return {hop: Busy.union(np.concatenate([b for b, _ in parts]), np.concatenate([e for _, e in parts])) for hop, parts in intervals.items() if parts}
+        """Return when running Programs use the ports that Flows cross."""
+        result: dict[Hop, Busy] = {}
+        for hop in self._allocation.hops:
+            parts = [self._intervals(run, hop) for run in self._running if hop[1] < self.num_ranks and run.times is not None and run.times.spans]
+            parts = [part for part in parts if len(part[0])]
+            if parts:
+                result[hop] = Busy.union(np.concatenate([begin for begin, _ in parts]), np.concatenate([end for _, end in parts]))
+        return result
 
-    def _port_intervals(self, run: _Running, port: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return [J, R] begin and end of the Jobs of a running Program on `port`."""
-        begins, ends = [], []
-        for index, op in enumerate(run.program.ops):
-            for position, job in enumerate(op.jobs):
-                if job.port != port:
-                    continue
-                work = run.decided.get(index, job.work_s) if position == 0 else job.work_s
-                gate = run.times.gate[index]
-                begin = np.broadcast_to(gate if job.side == "recv" and gate is not None else run.times.start[index], (self.num_ranks,))
-                begin = begin if op.ranks_R is None else np.where(op.ranks_R, begin, run.start_s)
-                work = work if op.ranks_R is None else np.where(op.ranks_R, work, 0.0)
-                begins.append(begin)
-                ends.append(self._rates.finish(port, begin, work))
-        empty = np.zeros((0, self.num_ranks))
-        return (np.stack(begins), np.stack(ends)) if begins else (empty, empty)
+    def _intervals(self, run: _Running, hop: Hop) -> tuple[np.ndarray, np.ndarray]:
+        """Return begin and end of the Jobs of a running Program on one port of a rank."""
+        known = run.busy.get(hop)
+        if known is None and run.times is not None:
+            port, rank = hop
+            spans = [run.times.spans[index][position] for index, position in _jobs_on(run.program, port)]
+            begin, end = np.array([begin[..., rank].item() for begin, _ in spans]), np.array([end[..., rank].item() for _, end in spans])
+            known = run.busy[hop] = begin, end
+        return known if known is not None else (np.zeros(0), np.zeros(0))
+
+
+def _jobs_on(program: Program, port: str) -> list[tuple[int, int]]:
+    """Return (op, job) of every Job on `port`."""
+    key = ("jobs", len(program.ops), port)
+    found = program.cache.get(key)
+    if found is None:
+        found = program.cache[key] = [(index, place) for index, op in enumerate(program.ops) for place, job in enumerate(op.jobs) if job.port == port]
+    return found

@@ -1,30 +1,41 @@
 """The (max, +) evaluation of a Program: start = max(lane free, inputs ready), end = start + work / rate.
 
-Pure: the same Program, start and rates always give the same times, so that a change of rate needs no undo.
-Vectorised over ranks and, where passes are independent, over passes. Times in seconds.
+Pure: the same Program, start and rates always give the same times, so that a change of rate needs no undo, and what ended before it
+is taken over from the evaluation before. Times that will never come are inf: a rank that has failed, whatever waits for it, and an
+Op whose hook has not been asked. Vectorised over ranks and, where passes are independent, over passes. Times in seconds.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from moesim.errors import SimulationError
 from moesim.sim.ops import Op, Program
-from moesim.sim.timeline import RateTimeline
+from moesim.sim.timeline import RateTimeline, Slowdown
+
+Span = tuple[np.ndarray, np.ndarray]
+"""When a Job uses its port: begin and end, [R] or [P, R]; empty or inf where it never does."""
+SM = "sm"
+_ROUNDING = 64 * np.finfo(np.float64).eps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Times:
-    """When every Op ran: lists over Ops of float64 [R] or [P, R]; -inf where a rank does not take part."""
+    """When every Op ran: lists over Ops of float64 [R] or [P, R]; -inf where a rank does not take part, inf where it never happens."""
 
     start: list[np.ndarray]
     """When the rank arrived at the Op: lane free and inputs ready."""
     gate: list[np.ndarray | None]
-    """When the last rank of its group arrived; None for a local Op."""
+    """When the last rank of its group, or its source, arrived; None for a local Op."""
     end: list[np.ndarray]
     finish: np.ndarray
     """float64 [] or [P]: when the last rank finished the Program."""
+    spans: list[tuple[Span, ...]] = field(default_factory=list)
+    """When the Jobs of every Op use their ports; kept if asked for."""
+    pending: dict[int, float] = field(default_factory=dict)
+    """Ops whose hook has to be asked → when the first rank reaches them."""
 
 
 class _Group:
@@ -44,34 +55,128 @@ class _Group:
         return np.maximum.reduceat(value[..., self.order], self.first, axis=-1)[..., self.of_R]
 
 
-def evaluate(program: Program, start: float, rates: RateTimeline | None = None, decided: dict[int, np.ndarray] | None = None) -> Times:
+class _Source:
+    """Maximum of a rank's own value and that of the one rank it names."""
+
+    def __init__(self, source_R: np.ndarray) -> None:
+        self.source_R = np.where(source_R < 0, np.arange(len(source_R)), source_R)
+
+    def max(self, value: np.ndarray) -> np.ndarray:
+        return np.maximum(value, value[..., self.source_R])
+
+
+def evaluate(
+    program: Program,
+    start: float,
+    rates: RateTimeline | None = None,
+    decided: dict[int, np.ndarray] | None = None,
+    *,
+    ask: bool = True,
+    spans: bool = False,
+    before: Times | None = None,
+    since: float = -np.inf,
+) -> Times:
     """Return when every Op of `program` runs if it is issued at `start` (s).
 
-    rates: what Flows leave of each port; None: everything. decided: work that hooks have set, by Op index;
-    filled here the first time a hook is reached, so that evaluating again asks nothing twice.
+    rates: what Flows and failures leave of each port; None: everything. decided: work that hooks have set, by Op index; filled here the first time
+    a hook is reached, so that evaluating again asks nothing twice. ask: False leaves hooks to the caller; the Ops that wait for one are `pending`.
+    spans: keep when Jobs use their ports. before, since: an earlier evaluation of the same Program and start, and a time before which nothing has
+    changed since. Raises SimulationError if hooks are asked where communication slows computation: their times are not known in order of issue.
     """
     decided = {} if decided is None else decided
+    rates = None if rates is None or rates.is_plain else rates
+    keep = _ended_before(before, since) if before is not None else None
+    holding = [index for index, op in enumerate(program.ops) if op.sm_share > 0]
+    if not holding:
+        return _sweep(program, start, rates, decided, ask, spans, None, before, keep)
+    if ask and any(op.decide is not None and index not in decided for index, op in enumerate(program.ops)):
+        raise SimulationError("program: hooks beside ops with an sm_share can only be asked on the clock; execute the program with hooks='reached'")
+    # Causality makes this end: every round settles at least the next change of speed, and what lies before it is final.
+    times = before if before is not None else _sweep(program, start, rates, decided, ask, spans, None, None, None)
+    for _ in range(4 * len(program.ops) * program.num_ranks + 4):
+        slow = _slowdown(program, times, holding, rates, start)
+        following = _sweep(program, start, rates, decided, ask, spans, slow, before, keep)
+        if times is not before and _settled(times, following, holding):
+            return following
+        times = following
+    raise SimulationError("program: times do not settle while communication slows computation; this is a bug")
+
+
+def _settled(times: Times, following: Times, holding: list[int]) -> bool:
+    """Return whether two rounds differ by nothing but rounding in when SMs are taken."""
+    for index in holding:
+        for one, other in ((times.start[index], following.start[index]), (times.end[index], following.end[index])):
+            if not (np.isclose(one, other, rtol=_ROUNDING, atol=0.0)).all():
+                return False
+    return True
+
+
+def _slowdown(program: Program, times: Times, holding: list[int], rates: RateTimeline | None, start: float) -> Slowdown:
+    begins, ends = [], []
+    for index in holding:
+        begin, end = np.maximum(times.start[index], start), np.maximum(times.end[index], start)
+        begins.append(begin)
+        ends.append(np.maximum(end, begin))
+    return Slowdown(begins, ends, [program.ops[index].sm_share for index in holding], rates, start)
+
+
+def _ended_before(before: Times, since: float) -> np.ndarray:
+    """Return bool per Op: has it ended on all ranks?"""
+    if len({end.shape for end in before.end}) == 1:
+        return np.stack(before.end).reshape(len(before.end), -1).max(axis=1) <= since
+    return np.array([bool(end.max() <= since) for end in before.end])
+
+
+def _sweep(
+    program: Program,
+    start: float,
+    rates: RateTimeline | None,
+    decided: dict[int, np.ndarray],
+    ask: bool,
+    keep_spans: bool,
+    slow: Slowdown | None,
+    before: Times | None,
+    keep: np.ndarray | None,
+) -> Times:
     free: dict[str, np.ndarray] = {}
-    groups: dict[int, _Group] = {}
+    groups = program.cache
     idle = np.full(program.num_ranks, float(start))
+    fail_R = rates.fail_R if rates is not None else None
+    plain = rates is None and slow is None and ask and not keep_spans
     starts: list[np.ndarray] = []
     gates: list[np.ndarray | None] = []
     ends: list[np.ndarray] = []
+    spans: list[tuple[Span, ...]] = []
+    pending: dict[int, float] = {}
     for index, op in enumerate(program.ops):
-        ready = free.get(op.lane, idle)
-        for dep in op.deps:
-            ready = np.maximum(ready, ends[dep])
+        if before is not None and keep is not None and keep[index]:
+            ready, gate, end = before.start[index], before.gate[index], before.end[index]
+            if keep_spans:
+                spans.append(before.spans[index])
+        else:
+            ready = free.get(op.lane, idle)
+            for dep in op.deps:
+                ready = np.maximum(ready, ends[dep])
+            if fail_R is not None:
+                ready = np.where(ready >= fail_R, np.inf, ready)
+            if op.ranks_R is not None:
+                ready = np.where(op.ranks_R, ready, -np.inf)
+            gate, peers = None, None
+            if op.group_R is not None or op.source_R is not None:
+                key = id(op.group_R if op.source_R is None else op.source_R)
+                peers = groups.get(key)
+                if peers is None:
+                    peers = groups[key] = _Source(op.source_R) if op.source_R is not None else _Group(op.group_R)  # type: ignore[arg-type]
+                gate = peers.max(ready)
+            if plain:
+                end = _end(op, index, ready, gate, decided)
+            else:
+                end, used = _shared_end(op, index, ready, gate, peers, rates, slow, decided, ask, pending)
+                if keep_spans:
+                    spans.append(used)
+            if op.ranks_R is not None:
+                end = np.where(op.ranks_R, end, -np.inf)
         if op.ranks_R is not None:
-            ready = np.where(op.ranks_R, ready, -np.inf)
-        gate = None
-        if op.group_R is not None:
-            group = groups.get(id(op.group_R))
-            if group is None:
-                group = groups[id(op.group_R)] = _Group(op.group_R)
-            gate = group.max(ready)
-        end = _end(op, index, ready, gate, rates, decided)
-        if op.ranks_R is not None:
-            end = np.where(op.ranks_R, end, -np.inf)
             free[op.lane] = np.where(op.ranks_R, end, free.get(op.lane, idle))
         else:
             free[op.lane] = end
@@ -79,14 +184,14 @@ def evaluate(program: Program, start: float, rates: RateTimeline | None = None, 
         gates.append(gate)
         ends.append(end)
     finish = np.asarray(float(start)) if not free else np.max(np.stack([np.broadcast_to(lane, _shape(free)) for lane in free.values()]), axis=(0, -1))
-    return Times(start=starts, gate=gates, end=ends, finish=finish)
+    return Times(start=starts, gate=gates, end=ends, finish=finish, spans=spans, pending=pending)
 
 
 def _shape(free: dict[str, np.ndarray]) -> tuple[int, ...]:
     return np.broadcast_shapes(*(lane.shape for lane in free.values()))
 
 
-def _end(op: Op, index: int, ready: np.ndarray, gate: np.ndarray | None, rates: RateTimeline | None, decided: dict[int, np.ndarray]) -> np.ndarray:
+def _end(op: Op, index: int, ready: np.ndarray, gate: np.ndarray | None, decided: dict[int, np.ndarray]) -> np.ndarray:
     end: np.ndarray | None = None
     for position, job in enumerate(op.jobs):
         work = job.work_s
@@ -94,7 +199,69 @@ def _end(op: Op, index: int, ready: np.ndarray, gate: np.ndarray | None, rates: 
             if index not in decided:
                 decided[index] = np.asarray(op.decide(ready), dtype=np.float64)
             work = decided[index]
-        begin = gate if job.side == "recv" and gate is not None else ready
-        done = begin + work if rates is None else rates.finish(job.port, np.broadcast_to(begin, np.broadcast_shapes(begin.shape, work.shape)), work)
+        done = (gate if job.side == "recv" and gate is not None else ready) + work
         end = done if end is None else np.maximum(end, done)
     return end if end is not None else ready
+
+
+def _shared_end(
+    op: Op,
+    index: int,
+    ready: np.ndarray,
+    gate: np.ndarray | None,
+    peers: _Group | _Source | None,
+    rates: RateTimeline | None,
+    slow: Slowdown | None,
+    decided: dict[int, np.ndarray],
+    ask: bool,
+    pending: dict[int, float],
+) -> tuple[np.ndarray, tuple[Span, ...]]:
+    """Return when the Op ends, and when its Jobs use their ports, with ports that are shared, ranks that fail and hooks that wait."""
+    fail_R = rates.fail_R if rates is not None else None
+    ends: list[np.ndarray] = []
+    begins: list[np.ndarray] = []
+    for position, job in enumerate(op.jobs):
+        begin = gate if job.side == "recv" and gate is not None else ready
+        if begin.shape[-1] != ready.shape[-1]:
+            begin = np.broadcast_to(begin, ready.shape)
+        begins.append(begin)
+        work = job.work_s
+        if position == 0 and op.decide is not None:
+            if index not in decided:
+                if not ask:
+                    first = float(np.min(ready if op.ranks_R is None else ready[..., op.ranks_R], initial=np.inf))
+                    if first < np.inf:
+                        pending[index] = first
+                    ends.append(np.full(ready.shape, np.inf))
+                    continue
+                decided[index] = np.asarray(op.decide(ready), dtype=np.float64)
+            work = decided[index]
+        if slow is not None and job.port == SM and op.sm_share == 0:
+            ends.append(slow.finish(begin, work))
+        elif rates is not None:
+            ends.append(rates.finish(job.port, begin, work))
+        else:
+            ends.append(begin + work)
+    if op.ranks_R is not None:
+        ends = [np.where(op.ranks_R, end, -np.inf) for end in ends]
+    if fail_R is None:
+        return _latest(ends), tuple(zip(begins, ends, strict=True))
+    # A rank that fails before its sends are over leaves its peers' receives unfinished from then on.
+    cut: np.ndarray = np.broadcast_to(fail_R, ready.shape)
+    sends = [end for job, end in zip(op.jobs, ends, strict=True) if job.side == "send"]
+    lost = cut
+    if peers is not None:
+        broken = np.where(_latest(sends) > fail_R, fail_R, np.inf) if sends else np.full(ready.shape, np.inf)
+        if op.ranks_R is not None:
+            broken = np.where(op.ranks_R, broken, np.inf)
+        lost = np.minimum(cut, -peers.max(-broken))
+    cuts = [lost if job.side == "recv" else cut for job in op.jobs]
+    used = tuple((begin, np.minimum(end, border)) for begin, end, border in zip(begins, ends, cuts, strict=True))
+    return _latest([np.where(end > border, np.inf, end) for end, border in zip(ends, cuts, strict=True)]), used
+
+
+def _latest(ends: list[np.ndarray]) -> np.ndarray:
+    latest = ends[0]
+    for end in ends[1:]:
+        latest = np.maximum(latest, end)
+    return latest

@@ -2,8 +2,9 @@
 
 An Op occupies one lane (a serial queue: `compute`, `comm`, `copy`) of each of its ranks, in the order of the
 Program. A local Op has one Job per rank. A collective Op has send and receive Jobs: a rank's sends run from the
-moment it arrives, its receives from the moment the last rank of its group arrives, and it leaves when both are
-done. Work is in seconds at the full rate of the Job's port. Shapes: R ranks, P independent passes ([R] or [P, R]).
+moment it arrives, its receives from the moment the last rank of its group (or the one rank it names) arrives, and it
+leaves when both are done. Work is in seconds at the full rate of the Job's port. An Op with `sm_share` takes SMs of its
+rank while it is there, and slows the Jobs on `sm` beside it. Shapes: R ranks, P independent passes ([R] or [P, R]).
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ class Op:
     """uint8 class code of the work, broadcastable to it."""
     decide: Decide | None = None
     """Called once when the Op is reached; replaces the work of the first Job (a miss that must be loaded)."""
+    source_R: np.ndarray | None = None
+    """int [R]: the one rank whose arrival a rank's receives wait for (beside its own), instead of the group's; -1: none."""
+    sm_share: float = 0.0
+    """Share of its rank's SMs, in [0, 1), that it takes from start to end: Jobs on `sm` of Ops without one run that much slower."""
 
 
 @dataclass(slots=True)
@@ -61,6 +66,8 @@ class Program:
 
     num_ranks: int
     ops: list[Op] = field(default_factory=list)
+    cache: dict = field(default_factory=dict, repr=False, compare=False)
+    """What evaluation has worked out about the Ops, by their number."""
 
     def add(self, op: Op) -> int:
         """Append `op` and return its index. Raises SimulationError if it depends on itself or a later Op."""
@@ -69,6 +76,15 @@ class Program:
             raise SimulationError(f"program: op {index} ({op.label}) depends on {op.deps}, must depend on earlier ops only; a dependency is cyclic")
         if not op.jobs:
             raise SimulationError(f"program: op {index} ({op.label}) has no job; every op occupies a port")
+        if not 0 <= op.sm_share < 1:
+            raise SimulationError(f"program: op {index} ({op.label}) has sm_share = {op.sm_share}, must be in [0, 1)")
+        for name, array in (("group_R", op.group_R), ("ranks_R", op.ranks_R), ("source_R", op.source_R)):
+            if array is not None and np.shape(array) != (self.num_ranks,):
+                raise SimulationError(f"program: op {index} ({op.label}) has {name} of shape {np.shape(array)}, must be [{self.num_ranks}]")
+        if op.source_R is not None and not (op.source_R.min() >= -1 and op.source_R.max() < self.num_ranks):
+            raise SimulationError(f"program: op {index} ({op.label}) has a source outside -1..{self.num_ranks - 1}")
+        if op.group_R is not None and op.source_R is not None:
+            raise SimulationError(f"program: op {index} ({op.label}) has both group_R and source_R; receives wait for one of them")
         for job in op.jobs:
             if job.work_s.shape[-1] != self.num_ranks:
                 raise SimulationError(f"program: op {index} ({op.label}) has work for {job.work_s.shape[-1]} ranks, must be {self.num_ranks}")

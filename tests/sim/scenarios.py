@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
 from moesim.sim.flows import Flow
-from moesim.sim.ops import COMM, COMPUTE, COPY, Program
+from moesim.sim.ops import COMM, COMPUTE, COPY, Job, Op, Program
 
 
 class Decided:
@@ -20,6 +21,13 @@ class Decided:
         return self.work
 
 
+class OnTheClock(Decided):
+    """A hook whose decision depends on when it is asked."""
+
+    def __call__(self, ready: np.ndarray) -> np.ndarray:
+        return self.work * (1.0 + np.sin(ready)) / 2
+
+
 PORTS = ("scale_up.out", "scale_up.in", "scale_out.out", "scale_out.in", "host.in")
 
 
@@ -27,6 +35,12 @@ PORTS = ("scale_up.out", "scale_up.in", "scale_out.out", "scale_out.in", "host.i
 class Scenario:
     program: Program
     flows: list[tuple[float, Flow]]
+    """When each starts."""
+    cancels: list[tuple[float, int]] = field(default_factory=list)
+    """When a flow, by its place, is cancelled."""
+    failures: list[tuple[float, int]] = field(default_factory=list)
+    """When a rank fails."""
+    hooks: Literal["ahead", "reached"] = "ahead"
 
 
 def two_batch_overlap(rng: np.random.Generator, ranks: int, layers: int) -> Program:
@@ -68,14 +82,14 @@ def pipeline(rng: np.random.Generator, ranks: int, micro_batches: int) -> Progra
     return program
 
 
-def offload(rng: np.random.Generator, ranks: int, layers: int) -> Program:
+def offload(rng: np.random.Generator, ranks: int, layers: int, *, on_clock: bool = False) -> Program:
     """A gate after which a hook decides how long the missing experts take to load."""
     program = Program(ranks)
     last: list[int] = []
     for layer in range(layers):
         gate = program.local("attention", rng.uniform(0.1, 1, ranks), deps=last, layer=layer)
         miss = np.where(rng.random(ranks) < 0.5, rng.uniform(0, 1, ranks), 0.0)
-        load = program.local("load", np.zeros(ranks), lane=COPY, port="host.in", deps=[gate], layer=layer, decide=Decided(miss))
+        load = program.local("load", np.zeros(ranks), lane=COPY, port="host.in", deps=[gate], layer=layer, decide=(OnTheClock if on_clock else Decided)(miss))
         last = [program.local("experts", rng.uniform(0.1, 1, ranks), deps=[gate, load], layer=layer)]
     return program
 
@@ -105,20 +119,66 @@ def anything(rng: np.random.Generator, ranks: int, ops: int) -> Program:
     return program
 
 
+def ring(rng: np.random.Generator, ranks: int, rounds: int) -> Program:
+    """Neighbours pass chunks on around a ring while computation runs beside them, slowed by the SMs that the exchange takes."""
+    program = Program(ranks)
+    source = (np.arange(ranks) - 1) % ranks
+    last: list[int] = []
+    for _ in range(rounds):
+        program.local("gemm", rng.uniform(0.1, 2, ranks))
+        jobs = (Job(port="scale_up.out", work_s=rng.uniform(0, 1, ranks)), Job(port="scale_up.in", work_s=rng.uniform(0, 1, ranks), side="recv"))
+        last = [program.add(Op(label="step", lane=COMM, jobs=jobs, deps=tuple(last), source_R=source, sm_share=float(rng.choice([0.0, 0.2, 0.5]))))]
+    return program
+
+
+def interfering(rng: np.random.Generator, program: Program) -> Program:
+    """The same Ops, of which some that communicate take SMs."""
+    result = Program(program.num_ranks)
+    for op in program.ops:
+        result.add(replace(op, sm_share=float(rng.uniform(0, 0.6))) if op.lane == COMM and rng.random() < 0.7 else op)
+    return result
+
+
+def random_flow(rng: np.random.Generator, name: str, width: dict[tuple[str, int], float], ranks: int) -> Flow:
+    """Any path, discipline, class, weight and chunk; one flow in five reaches less than the ports' bandwidth."""
+    path = {}
+    for _ in range(int(rng.integers(2, 7))):
+        hop = (str(rng.choice(PORTS)), int(rng.integers(ranks)))
+        path[hop] = width.setdefault(hop, float(rng.uniform(1, 10))) * (float(rng.uniform(0.5, 1)) if rng.random() < 0.2 else 1.0)
+    total = float(rng.uniform(1, 15))
+    return Flow(
+        name,
+        total,
+        path,
+        str(rng.choice(["fair", "fair", "low", "fifo", "fifo"])),
+        int(rng.choice([0, 0, 0, 1, 2])),
+        float(rng.choice([1.0, 1.0, 0.5, 3.0])),
+        total / float(rng.uniform(1, 6)) if rng.random() < 0.6 else None,
+    )
+
+
 def scenario(seed: int) -> Scenario:
+    """One case in six: overlap, pipeline, offload, anything, ring; hooks that look at the clock; flows, cancels, failures."""
     rng = np.random.Generator(np.random.PCG64(seed))
     ranks = int(rng.choice([2, 4, 6]))
-    kind = seed % 4
+    kind = seed % 6
+    hooks: Literal["ahead", "reached"] = "ahead"
     if kind == 0:
         program = two_batch_overlap(rng, ranks, int(rng.integers(1, 4)))
+        program = interfering(rng, program) if rng.random() < 0.5 else program
     elif kind == 1:
         program = pipeline(rng, ranks, int(rng.integers(1, 5)))
     elif kind == 2:
-        program = offload(rng, ranks, int(rng.integers(1, 6)))
-    else:
+        hooks = "reached" if rng.random() < 0.6 else "ahead"
+        program = offload(rng, ranks, int(rng.integers(1, 6)), on_clock=hooks == "reached")
+    elif kind == 3:
         program = anything(rng, ranks, int(rng.integers(1, 14)))
-    flows = []
-    for number in range(int(rng.integers(0, 4))):
-        hops = {(str(rng.choice(PORTS)), int(rng.integers(ranks))): float(rng.uniform(1, 10)) for _ in range(int(rng.integers(2, 7)))}
-        flows.append((float(rng.uniform(0, 3)), Flow(f"flow{number}", float(rng.uniform(1, 15)), hops, str(rng.choice(["fair", "low"])))))
-    return Scenario(program, flows)
+    elif kind == 4:
+        program = ring(rng, ranks, int(rng.integers(1, 6)))
+    else:
+        program = interfering(rng, anything(rng, ranks, int(rng.integers(1, 10))))
+    width: dict[tuple[str, int], float] = {}
+    flows = [(float(rng.uniform(0, 4)), random_flow(rng, f"flow{number}", width, ranks)) for number in range(int(rng.integers(0, 5)))]
+    cancels = [(start + float(rng.uniform(0, 3)), number) for number, (start, _) in enumerate(flows) if rng.random() < 0.25]
+    failures = [(float(rng.uniform(0, 5)), int(rng.integers(ranks)))] if rng.random() < 0.2 else []
+    return Scenario(program, flows, cancels, failures, hooks)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from functools import partial
+from math import inf
 from typing import Any
 
 import numpy as np
 import pytest
 
 from moesim.errors import SimulationError
-from moesim.sim.engine import Engine
+from moesim.sim.engine import Engine, RanksStuck
 from moesim.sim.evaluate import Times, evaluate
 from moesim.sim.flows import Flow
 from moesim.sim.ops import Program
@@ -17,19 +19,32 @@ from tests.sim.reference import ReferenceEngine
 from tests.sim.scenarios import Scenario, scenario, two_batch_overlap
 
 
+def drive(case: Scenario, engine: Engine | ReferenceEngine) -> None:
+    """Start, cancel and fail what the case says, when it says."""
+
+    def at(time: float, action: Callable[[], object]) -> Generator[Any, Any, None]:
+        yield engine.env.timeout(time)
+        action()
+
+    for time, flow in case.flows:
+        engine.env.process(at(time, partial(engine.start_flow, flow)))
+    for time, number in case.cancels:
+        engine.env.process(at(time, partial(engine.cancel_flow, case.flows[number][1])))
+    for time, rank in case.failures:
+        engine.env.process(at(time, partial(engine.fail_rank, rank)))
+
+
 def run_array(case: Scenario) -> tuple[Times, Engine]:
     engine = Engine(case.program.num_ranks)
     result: list[Times] = []
 
     def main() -> Generator[Any, Any, None]:
-        result.append((yield from engine.execute(case.program)))
+        try:
+            result.append((yield from engine.execute(case.program, hooks=case.hooks)))
+        except RanksStuck as stuck:
+            result.append(stuck.times)
 
-    def later(delay: float, flow: Flow) -> Generator[Any, Any, None]:
-        yield engine.env.timeout(delay)
-        engine.start_flow(flow)
-
-    for delay, flow in case.flows:
-        engine.env.process(later(delay, flow))
+    drive(case, engine)
     engine.env.process(main())
     engine.env.run()
     return result[0], engine
@@ -37,29 +52,40 @@ def run_array(case: Scenario) -> tuple[Times, Engine]:
 
 def run_reference(case: Scenario) -> ReferenceEngine:
     engine = ReferenceEngine()
-
-    def later(delay: float, flow: Flow) -> Generator[Any, Any, None]:
-        yield engine.env.timeout(delay)
-        engine.start_flow(flow)
-
-    for delay, flow in case.flows:
-        engine.env.process(later(delay, flow))
+    drive(case, engine)
     engine.env.process(engine.execute(case.program))
     engine.env.run()
     return engine
 
 
-@pytest.mark.parametrize("block", range(8))
+def compare(seed: int) -> None:
+    case, twin = scenario(seed), scenario(seed)
+    times, engine = run_array(case)
+    reference = run_reference(twin)
+    for index, op in enumerate(case.program.ops):
+        for rank in range(case.program.num_ranks):
+            if op.ranks_R is None or op.ranks_R[rank]:
+                assert times.start[index][rank] == pytest.approx(reference.start.get((0, index, rank), inf), abs=1e-9), (seed, index, rank)
+                assert times.end[index][rank] == pytest.approx(reference.end.get((0, index, rank), inf), abs=1e-9), (seed, index, rank)
+    for (_, flow), (_, other) in zip(case.flows, twin.flows, strict=True):
+        assert flow.end_s == pytest.approx(other.end_s, abs=1e-9), (seed, flow.name)
+        if flow.end_s < inf:
+            assert flow.left_bytes == pytest.approx(other.left_bytes, abs=1e-8), (seed, flow.name)
+    assert len(reference.end) == sum(np.isfinite(end).sum() for end in times.end)
+    assert bool(engine.stuck) == bool((times.finish == inf).any())
+
+
+@pytest.mark.parametrize("block", range(6))
 def test_array_engine_equals_reference_engine(block: int) -> None:
-    for seed in range(block * 25, block * 25 + 25):
-        case, twin = scenario(seed), scenario(seed)
-        times, _ = run_array(case)
-        reference = run_reference(twin)
-        for (_, index, rank), end in reference.end.items():
-            assert times.start[index][rank] == pytest.approx(reference.start[0, index, rank], abs=1e-9), (seed, index, rank)
-            assert times.end[index][rank] == pytest.approx(end, abs=1e-9), (seed, index, rank)
-        for (_, flow), (_, other) in zip(case.flows, twin.flows, strict=True):
-            assert flow.end_s == pytest.approx(other.end_s, abs=1e-9), (seed, flow.name)
+    for seed in range(block * 50, block * 50 + 50):
+        compare(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(6, 30))
+def test_array_engine_equals_reference_engine_on_more_scenarios(block: int) -> None:
+    for seed in range(block * 50, block * 50 + 50):
+        compare(seed)
 
 
 def test_scenarios_exercise_contention() -> None:

@@ -57,9 +57,14 @@ def test_strict_classes_take_what_is_left() -> None:
 
 
 def test_the_guarantee_counts_on_narrow_flows_staying_narrow() -> None:
-    assert guaranteed(10.0, np.ones(1), np.array([10.0])) == 5.0
-    assert guaranteed(10.0, np.ones(1), np.array([1.0])) == 9.0
-    assert guaranteed(10.0, np.ones(3), np.array([1.0, 20.0, 20.0])) == 3.0
+    assert guaranteed(10.0, np.ones(1), np.ones(1), np.array([10.0])) == 5.0
+    assert guaranteed(10.0, np.ones(1), np.ones(1), np.array([1.0])) == 9.0
+    assert guaranteed(10.0, np.ones(3), np.ones(3), np.array([1.0, 20.0, 20.0])) == 3.0
+
+
+def test_an_inefficient_flow_takes_more_of_the_port_than_it_moves() -> None:
+    """Equal rates of which one counts twice: 3 + 2 · 3 = 9."""
+    assert max_min(np.array([[1.0], [2.0]]), np.array([9.0])).tolist() == pytest.approx([3, 3])
 
 
 def test_a_flow_without_a_bound_is_refused() -> None:
@@ -129,4 +134,4 @@ def test_a_claim_never_gets_less_than_its_guarantee(case: tuple[np.ndarray, np.n
         claim[0, port] = True
         true = max_min(np.r_[crosses, claim], capacity, np.r_[weight, 1.0])[-1]
         here = crosses[:, port]
-        assert guaranteed(capacity[port], weight[here], narrowest[here]) <= true * (1 + 1e-9)
+        assert guaranteed(capacity[port], np.ones(here.sum()), weight[here], narrowest[here]) <= true * (1 + 1e-9)
