@@ -25,7 +25,9 @@ SMALL = Space(pp=(1, 2, 3), micro_batches=(1, 2, 4), batch=(1, 2, 8, 16), prefil
 WORK = Workload(prompt_tokens=40, output_tokens=12)
 
 
-def toy(seed: int, cluster: Cluster, *, space: Space = SMALL, work: Workload = WORK, slo: Slo | None = None, prune: bool = True, **rest: Any) -> ParallelismResult:
+def toy(
+    seed: int, cluster: Cluster, *, space: Space = SMALL, work: Workload = WORK, slo: Slo | None = None, prune: bool = True, **rest: Any
+) -> ParallelismResult:
     return plan_parallelism(tiny(), cluster, work, slo, lambda _cluster, _model: ToyCosts(seed), space=space, prune=prune, **rest)
 
 

@@ -16,7 +16,7 @@ from tests.solvers.parallelism_toys import machine, tiny
 def brute(space: Space, model: MoEModel, cluster: Cluster) -> set[tuple[int, ...]]:
     """Return (tp, dp, ep, expert_tp, slots, pp) of every consistent instance, rule by rule."""
     total, node = space.devices or cluster.num_ranks, cluster.devices_per_node
-    result = set()
+    result: set[tuple[int, ...]] = set()
     every = range(1, total + 1)
 
     def aligned(count: int) -> bool:

@@ -15,7 +15,8 @@ from moesim.units import format_bytes
 
 KINDS = {
     "all_reduce": "communication (all-reduce of tensor parallelism)", "exchange": "communication (exchange of expert parallelism)",
-    "imbalance": "imbalance of expert loads", "bubble": "pipeline bubbles and hops", "idle": "idle devices (the other pool or the requests in flight set the rate)",
+    "imbalance": "imbalance of expert loads", "bubble": "pipeline bubbles and hops",
+    "idle": "idle devices (the other pool, or the requests in flight, set the rate)",
     "attention": "attention", "experts": "experts", "dense_ffn": "dense FFN", "gate": "gate", "shared_experts": "shared experts",
     "ends": "embedding and head", "floor": "peak rates", "prefill stalls": "prefill stalls",
 }
@@ -55,7 +56,8 @@ def deployment(search: Search, item: tuple[Any, ...], values: np.ndarray, slo: S
             spent[name] = spent.get(name, 0.0) + seconds
     spent["idle"] = max(search.total / rate - sum(spent.values()), 0.0)
     return Deployment(
-        mode="mixed" if item[0] == MIXED else "disaggregated", label=label(search, item), pools=pools, devices=search.total, ttft_ms=1e3 * ttft, tpot_ms=1e3 * tpot, requests_per_s=rate,
+        mode="mixed" if item[0] == MIXED else "disaggregated", label=label(search, item), pools=pools, devices=search.total,
+        ttft_ms=1e3 * ttft, tpot_ms=1e3 * tpot, requests_per_s=rate,
         output_tokens_per_s_per_gpu=rate * search.workload.output_tokens / search.total, gpu_s_per_request=spent,
     )
 
@@ -142,11 +144,12 @@ def reasons(search: Search, best: Deployment, other: Deployment | None, excess: 
     unit = "device-seconds per request" if objective == "throughput" else "ms of TPOT"
     if other is not None:
         total = sum(excess.values())
-        worst = max(excess, key=lambda name: (excess[name], name))
-        gained = min(excess, key=lambda name: (excess[name], name))
+        worst, gained = (choose(excess, key=lambda name: (excess[name], name)) for choose in (max, min))
         text = f"runner-up {other.label}: {other.output_tokens_per_s_per_gpu:.4g} against {best.output_tokens_per_s_per_gpu:.4g} output tokens/s/GPU, "
-        text += f"TPOT {other.tpot_ms:.4g} against {best.tpot_ms:.4g} ms; it spends {total:+.3g} {unit}, "
-        text += f"most of it on {KINDS.get(worst, worst)} ({excess[worst]:+.3g})"
+        text += f""
+        text += f"TPOT {other.tpot_ms:.4g} against {best.tpot_ms:.4g} ms, TTFT {other.ttft_ms:.4g} against {best.ttft_ms:.4g} ms; "
+        text += f"it spends {total:+.3g} {unit}"
+        text += f", most of it on {KINDS.get(worst, worst)} ({excess[worst]:+.3g})" if excess[worst] > 0 else ""
         yield text + (f", and saves on {KINDS.get(gained, gained)} ({excess[gained]:+.3g})" if excess[gained] < 0 else "")
         for pool in other.pools:
             if pool.next_batch.startswith(("memory", "SLO")):
@@ -162,10 +165,10 @@ def reasons(search: Search, best: Deployment, other: Deployment | None, excess: 
         yield f"without the service levels: {name} reaches {per_gpu:.4g} output tokens/s/GPU at TPOT {1e3 * values[0]:.4g} ms and TTFT {1e3 * values[1]:.4g} ms"
 
 
-def least_missing(search: Search, limit: int = 64) -> tuple[float, str] | None:
-    """Return the fewest bytes that any refused point lacks and which it is; bounds first, at most `limit` exact accounts (the tightest shapes)."""
+def least_missing(search: Search) -> tuple[float, str] | None:
+    """Return the fewest bytes that any refused point lacks and which it is; best bound first, so that few are accounted exactly."""
     best: tuple[float, str] | None = None
-    for floor, shape, role, index in sorted(search.tightest)[:limit]:
+    for floor, shape, role, index in sorted(search.tightest):
         if best is not None and floor >= best[0]:
             break
         points = search.points.points(shape, role)
@@ -174,8 +177,8 @@ def least_missing(search: Search, limit: int = 64) -> tuple[float, str] | None:
         if missing > 0 and (best is None or missing < best[0]):
             text = (
                 f"tp {group.tp}, dp {group.dp}, ep {group.ep}, expert_tp {group.expert_tp}, pp {shape.pp}, {role} batch "
-                f"{int(points.batch_N[index] or points.prompts_N[index])}: every device of stage {stage.stage} (layers {stage.layers[0]}..{stage.layers[1] - 1}) "
-                f"needs {format_bytes(stage.used_bytes)} (weights {format_bytes(stage.weights_bytes)}, KV {format_bytes(stage.kv_bytes)}, activations "
+                f"{int(points.batch_N[index] or points.prompts_N[index])}: every device of stage {stage.stage} "
+                f"(layers {stage.layers[0]}..{stage.layers[1] - 1}) needs {format_bytes(stage.used_bytes)} (weights {format_bytes(stage.weights_bytes)}, KV {format_bytes(stage.kv_bytes)}, activations "
                 f"{format_bytes(stage.activation_bytes)}, staging {format_bytes(stage.staging_bytes)}) of {format_bytes(stage.capacity_bytes)}"
             )
             best = missing, text

@@ -129,7 +129,7 @@ class GroupLoads:
 
 def _polynomials(weight_LGC: np.ndarray, top_k: int) -> np.ndarray:
     """Return [L, G, top_k + 1]: elementary symmetric polynomials of the weights of every group."""
-    result = np.zeros((*weight_LGC.shape[:2], top_k + 1))
+    result: np.ndarray = np.zeros((len(weight_LGC), weight_LGC.shape[1], top_k + 1))
     result[..., 0] = 1.0
     for slot in range(weight_LGC.shape[2]):
         result[..., 1:] += result[..., :-1] * weight_LGC[..., slot, None]
@@ -137,8 +137,8 @@ def _polynomials(weight_LGC: np.ndarray, top_k: int) -> np.ndarray:
 
 
 def _multiply(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    result = np.zeros(np.broadcast_shapes(left.shape, right.shape))
-    size = result.shape[-1]
+    size = int(left.shape[-1])
+    result: np.ndarray = np.zeros(np.broadcast_shapes(left.shape, right.shape))
     for degree in range(size):
         result[..., degree:] += left[..., degree, None] * right[..., : size - degree]
     return result

@@ -172,25 +172,32 @@ class StepTimer:
 
     def _moe(self, group: Group, phase: str, tokens: np.ndarray, shared: np.ndarray) -> dict[str, np.ndarray]:
         """Return dispatch to combine, [n, L]: `total` and its parts `exchange`, `experts`, `imbalance`; shared experts are in the total."""
-        key = ("moe", group.ranks, group.dp, group.ep, group.expert_tp, group.slots, phase, tokens.tobytes(), shared.tobytes())
-        return dict(self._once(key, lambda: self._moe_times(group, phase, tokens, shared)))
+        # What happens between gate and combine depends on the tokens of a rank, not on how attention is split: each such load is evaluated once.
+        rows: dict[float, np.ndarray] = self._once(("moe", group.ranks, group.ep, group.expert_tp, group.slots, phase), dict)
+        each = (tokens / group.tp).tolist()
+        fresh = [index for index, one in enumerate(each) if one not in rows]
+        if fresh:
+            found = self._moe_times(group, phase, tokens[fresh] * group.dp, shared[fresh])
+            rows.update((each[index], found[:, at]) for at, index in enumerate(fresh))
+        exchanged, busiest, mean = np.stack([rows[one] for one in each], axis=1)
+        own = shared[:, None]
+        total = busiest + own
+        if group.ranks > 1:
+            total = np.minimum(exchanged, self._gather(group, tokens * group.dp)[:, None] + total)
+        return {"total": total, "exchange": total - busiest - own, "experts": mean, "imbalance": busiest - mean}
 
-    def _moe_times(self, group: Group, phase: str, tokens: np.ndarray, shared: np.ndarray) -> dict[str, np.ndarray]:
+    def _moe_times(self, group: Group, phase: str, all_tokens: np.ndarray, shared: np.ndarray) -> np.ndarray:
+        """Return [3, n, L]: from the start of dispatch to the end of combine, the busiest rank's experts, and the mean rank's."""
         loads = self.loads(group)
         assert loads is not None
-        all_tokens = tokens * group.dp
         slot_tokens = loads.slot_tokens(all_tokens)
         experts = np.asarray(self.costs.experts(slot_tokens, expert_tp=group.expert_tp).seconds)
         busiest, mean = experts.max(axis=2), experts.mean(axis=2)
-        own = shared[:, None]
-        if group.ranks == 1:
-            return {"total": busiest + own, "exchange": np.zeros(busiest.shape), "experts": mean, "imbalance": busiest - mean}
-        gathered = self._gather(group, all_tokens)[:, None] + busiest + own
-        total = gathered
+        exchanged = np.full(busiest.shape, np.inf)
         if group.ep > 1:
-            exchanged = self._exchange(group, phase, loads, all_tokens, slot_tokens, np.repeat(experts, group.expert_tp, axis=2) + own[:, :, None])
-            total = np.minimum(gathered, exchanged)
-        return {"total": total, "exchange": total - busiest - own, "experts": mean, "imbalance": busiest - mean}
+            compute = np.repeat(experts, group.expert_tp, axis=2) + shared[:, None, None]
+            exchanged = self._exchange(group, phase, loads, all_tokens, slot_tokens, compute)
+        return np.stack([exchanged, busiest, mean])
 
     def _gather(self, group: Group, all_tokens: np.ndarray) -> np.ndarray:
         """Return the time to have all tokens on all ranks and to sum the results."""
