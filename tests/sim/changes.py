@@ -48,7 +48,8 @@ def passes_of(
     *segments: tuple[str, int, int], tokens: int = 2048, model: str = "flame-moe-290m", cluster: str = "h100-sxm-4", phase: str = "decode"
 ) -> tuple[Pass, ...]:
     """Return passes of segments (kind, steps, seed); another seed has other hot experts."""
-    made, facts, ranks = [], model_of(model), cluster_of(cluster).num_ranks
+    made: list[Pass] = []
+    facts, ranks = model_of(model), cluster_of(cluster).num_ranks
     shape = TraceShape(model=facts.name, num_experts=facts.num_experts, top_k=facts.top_k, moe_layer_ids=facts.moe_layer_ids)
     for kind, steps, seed in segments:
         trace = open_trace(f"synthetic:{kind},tokens={tokens},steps={steps},seed={seed},phase={phase}", shape=shape)
@@ -88,10 +89,10 @@ def greedy(load_KLE: np.ndarray, plan: Plan, budget_slots: int | None) -> Plan:
                 sums[rank] += load_E[expert]
             row[:] = [expert for rank in held for expert in rank]
         elif left >= 2:
-            sums = np.bincount(plan.slot_rank_S, weights=load_E[row], minlength=len(slots_R))
-            high, low = int(sums.argmax()), int(np.where(slots_R > 0, sums, np.inf).argmin())
+            total = np.bincount(plan.slot_rank_S, weights=load_E[row], minlength=len(slots_R))
+            high, low = int(total.argmax()), int(np.where(slots_R > 0, total, np.inf).argmin())
             a, b = np.flatnonzero(plan.slot_rank_S == high), np.flatnonzero(plan.slot_rank_S == low)
-            gap = np.abs((sums[high] - sums[low]) / 2 - (load_E[row[a]][:, None] - load_E[row[b]]))
+            gap = np.abs((total[high] - total[low]) / 2 - (load_E[row[a]][:, None] - load_E[row[b]]))
             i, j = divmod(int(gap.argmin()), len(b))
             row[a[i]], row[b[j]] = row[b[j]], row[a[i]]
             left -= 2
@@ -105,10 +106,13 @@ def simulate(
     name = "h100-sxm-8" if cluster is not None and cluster.num_ranks == 8 else "h100-sxm-4"
     machine = cluster or cluster_of()
 
-    def builder(plan: Plan) -> ProgramBuilder:
-        return ProgramBuilder(cluster=machine, model=model_of(), plan=plan, costs=costs_of(name), settings=settings or Settings())
+    return run_with_change(
+        passes, plan=plan or start_plan(cluster=name), builder_factory=lambda plan: builder_of(plan, machine, costs_of(name), settings), **options
+    )
 
-    return run_with_change(passes, plan=plan or start_plan(cluster=name), builder_factory=builder, **options)
+
+def builder_of(plan: Plan, cluster: Cluster | None = None, costs: CostModel | None = None, settings: Settings | None = None) -> ProgramBuilder:
+    return ProgramBuilder(cluster=cluster or cluster_of(), model=model_of(), plan=plan, costs=costs or costs_of(), settings=settings or Settings())
 
 
 def memory_account(run: ChangeRun) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import InputError, SimulationError
-from moesim.hardware.cluster import SizeCurve
+from moesim.hardware.cluster import Cluster, SizeCurve
 from moesim.model import sizes
 from moesim.plan import Plan
 from moesim.sim import policies
 from moesim.sim.balancer import Balancer, Decision, LoadView
-from moesim.sim.change_report import sweep_periods, verdict
+from moesim.sim.change_report import ChangeRun, sweep_periods, verdict
 from moesim.sim.engine import Engine
 from moesim.sim.loads import LoadCompiler
 from moesim.sim.migration import CHECKPOINT, MigrationSettings, Transfer, held_LER, mixed, moves_between
@@ -29,21 +30,21 @@ DRIFT = (("zipf:1.0", 10, 1), ("zipf:1.0", 10, 2))
 FREE = MigrationSettings(message_s=0.0, install_Bps=np.inf)
 
 
-def balancer(policy: str | Policy = "on_drift:0.9", **options: object) -> Balancer:
-    return Balancer(**{"planner": greedy, "policy": policy, "planner_s": 1e-3, "window": 4, **options})  # type: ignore[arg-type]
+def balancer(policy: str | Policy = "on_drift:0.9", **options: Any) -> Balancer:
+    return Balancer(**{"planner": greedy, "policy": policy, "planner_s": 1e-3, "window": 4, **options})
 
 
 @cache
-def drifting() -> changes.ChangeRun:
+def drifting() -> ChangeRun:
     return simulate(passes_of(*DRIFT), balancer=balancer())
 
 
 @cache
-def undisturbed() -> changes.ChangeRun:
+def undisturbed() -> ChangeRun:
     return simulate(passes_of(*DRIFT))
 
 
-def without_limits() -> object:
+def without_limits() -> Cluster:
     cluster = cluster_of()
     links = {name: replace(link, bandwidth_Bps=np.inf, latency_s=0.0, efficiency=SizeCurve()) for name, link in cluster.links.items()}
     return replace(cluster, links=links)
@@ -55,7 +56,7 @@ def without_limits() -> object:
 def test_a_run_without_changes_is_the_plain_replay() -> None:
     passes, plan = passes_of(("zipf:1.0", 6, 1)), start_plan()
     run = simulate(passes)
-    builder = changes.ProgramBuilder(cluster=cluster_of(), model=model_of(), plan=plan, costs=changes.costs_of(), settings=changes.Settings())
+    builder = changes.builder_of(plan)
     plain = run_passes(passes, builder=builder, compiler=LoadCompiler(plan, ranks_per_node=4))
     assert run.replay.ledger.duration_s == pytest.approx(plain.ledger.duration_s, rel=1e-12)
     assert run.total_s == pytest.approx(plain.ledger.simulated_s, rel=1e-12)
@@ -104,7 +105,7 @@ def test_tiny_periods_lose_and_long_ones_win() -> None:
     """Zipf that drifts once: serving pauses for every rebalancing, so that each has a price."""
     passes, slow = passes_of(*DRIFT), MigrationSettings(mode="pause")
 
-    def run(period: int) -> changes.ChangeRun:
+    def run(period: int) -> ChangeRun:
         return simulate(passes, migration=slow, balancer=balancer(f"periodic:{period}", window=2, planner_s=4e-4, min_gain=0.0))
 
     budget = simulate(passes, migration=slow, balancer=balancer("budgeted:60 MB,8", planner_s=1e-4))
@@ -156,7 +157,7 @@ def test_bytes_on_flows_are_what_the_plans_differ_by() -> None:
         assert got == pytest.approx(new[..., rank].sum() * expert_bytes)
 
 
-def greedy_target(run: changes.ChangeRun, transfer: Transfer) -> Plan:
+def greedy_target(run: ChangeRun, transfer: Transfer) -> Plan:
     """Plan again from what the balancer has seen until its first decision."""
     passes = passes_of(*DRIFT)[: run.changes[0].decided_pass]
     seen = [simulate((item,)).replay.sums.expert_LE for item in passes[-4:]]
@@ -338,7 +339,7 @@ def test_a_bad_policy_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"window": 0}, {"planner_s": -1.0}, {"min_gain": np.nan}])
-def test_a_bad_balancer_is_refused(options: dict[str, float]) -> None:
+def test_a_bad_balancer_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="balancer"):
         balancer(**options)
 
