@@ -58,7 +58,7 @@ def test_pass_time_is_the_simulators(name: str, hardware: str, tp: int, phase: s
     group = Group(tp, ranks // tp, ranks, 1, model.num_experts // ranks)
     timer = StepTimer(model, cluster, WORK, CostModel(cluster, model), packed_placement)
     # The simulator always exchanges; the planner would gather where that is faster.
-    timer._gather = lambda group, all_tokens: np.full(len(all_tokens), 1e9)  # type: ignore[method-assign, assignment]
+    timer._gather = lambda group, all_tokens: np.full(len(all_tokens), 1e9)  # type: ignore[method-assign]
     found = float(timer(group, phase, np.array([float(sequences)])).total_n[0])
     assert found == pytest.approx(simulated(name, hardware, tp, phase, sequences), rel=0.03)
 

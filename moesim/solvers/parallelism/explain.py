@@ -146,7 +146,6 @@ def reasons(search: Search, best: Deployment, other: Deployment | None, excess: 
         total = sum(excess.values())
         worst, gained = (choose(excess, key=lambda name: (excess[name], name)) for choose in (max, min))
         text = f"runner-up {other.label}: {other.output_tokens_per_s_per_gpu:.4g} against {best.output_tokens_per_s_per_gpu:.4g} output tokens/s/GPU, "
-        text += f""
         text += f"TPOT {other.tpot_ms:.4g} against {best.tpot_ms:.4g} ms, TTFT {other.ttft_ms:.4g} against {best.ttft_ms:.4g} ms; "
         text += f"it spends {total:+.3g} {unit}"
         text += f", most of it on {KINDS.get(worst, worst)} ({excess[worst]:+.3g})" if excess[worst] > 0 else ""
@@ -178,8 +177,9 @@ def least_missing(search: Search) -> tuple[float, str] | None:
             text = (
                 f"tp {group.tp}, dp {group.dp}, ep {group.ep}, expert_tp {group.expert_tp}, pp {shape.pp}, {role} batch "
                 f"{int(points.batch_N[index] or points.prompts_N[index])}: every device of stage {stage.stage} "
-                f"(layers {stage.layers[0]}..{stage.layers[1] - 1}) needs {format_bytes(stage.used_bytes)} (weights {format_bytes(stage.weights_bytes)}, KV {format_bytes(stage.kv_bytes)}, activations "
-                f"{format_bytes(stage.activation_bytes)}, staging {format_bytes(stage.staging_bytes)}) of {format_bytes(stage.capacity_bytes)}"
+                f"(layers {stage.layers[0]}..{stage.layers[1] - 1}) needs {format_bytes(stage.used_bytes)} (weights {format_bytes(stage.weights_bytes)}, "
+                f"KV {format_bytes(stage.kv_bytes)}, activations {format_bytes(stage.activation_bytes)}, "
+                f"staging {format_bytes(stage.staging_bytes)}) of {format_bytes(stage.capacity_bytes)}"
             )
             best = missing, text
     return best

@@ -98,9 +98,13 @@ class StepTimer:
                 self.model.top_k,
                 group,
                 devices_per_node=self.cluster.devices_per_node,
-                placement=self._placement,
+                placement=self._placed,
             ),
         )
+
+    def _placed(self, load_LE: np.ndarray, ranks: int, slots: int) -> np.ndarray:
+        # Shards of an expert lie where it lies: groups with equal ranks and slots share a placement.
+        return self._once(("placement", ranks, slots), lambda: self._placement(load_LE, ranks, slots))
 
     def floor(self, group: Group, phase: str, sequences_n: np.ndarray) -> PassTimes:
         """Return the least times that peak rates allow; no cost model is asked."""
