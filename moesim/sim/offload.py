@@ -19,6 +19,7 @@ from moesim.sim.transfers import FifoPath, PriorityPath
 
 __all__ = ["CopyLink", "Decode", "DecodeResult", "Prefetch", "decode"]
 
+
 def make_path(case: Decode, inputs: Inputs) -> FifoPath | PriorityPath:
     """Return the links of `case`."""
     if case.host.discipline == "fifo":

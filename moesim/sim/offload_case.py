@@ -323,5 +323,3 @@ def _rows(values_TLK: np.ndarray, present: np.ndarray) -> list[list[Any]]:
     if present.all():
         return rows.tolist()
     return [row[keep].tolist() for row, keep in zip(rows, present.reshape(rows.shape), strict=True)]
-
-

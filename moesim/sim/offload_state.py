@@ -121,9 +121,15 @@ class Residency:
         assert self._miss is not None
         action = self._miss.function(
             MissView(
-                layer=layer, expert=expert, tokens=tokens, weight_above=inputs.above_P[position][index], work_s=inputs.work_P[position][index],
-                load_s=inputs.host_s[key] + (0.0 if in_host else inputs.disk_s[key]), load_wait_s=self.path.wait_s(now),
-                low_s=inputs.low_s[key] if inputs.low_s else None, compute_s=compute_s,
+                layer=layer,
+                expert=expert,
+                tokens=tokens,
+                weight_above=inputs.above_P[position][index],
+                work_s=inputs.work_P[position][index],
+                load_s=inputs.host_s[key] + (0.0 if in_host else inputs.disk_s[key]),
+                load_wait_s=self.path.wait_s(now),
+                low_s=inputs.low_s[key] if inputs.low_s else None,
+                compute_s=compute_s,
                 compute_wait_s=max(0.0, other_free - now) + sum(self.computed_s),
             )  # fmt: skip
         )

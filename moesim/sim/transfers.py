@@ -83,15 +83,15 @@ class _Copy:
 
 
 class _Link:
-    """A serial server with two classes; `arrived` is told of every copy that is complete."""
+    """A serial server with two classes; `arrival` by key takes the end of every copy that is complete."""
 
-    def __init__(self, chunk_bytes: float | None) -> None:
+    def __init__(self, chunk_bytes: float | None, arrival: dict[int, float] | list[float]) -> None:
         self.chunk_bytes = chunk_bytes
         self.free = 0.0
         self.low: dict[int, _Copy] = {}
         self.high: dict[int, _Copy] = {}
         self.current: _Copy | None = None
-        self.arrival: dict[int, float] = {}
+        self.arrival = arrival
         self.moved_bytes = 0.0
 
     def push(self, key: int, order: int, seconds: float, nbytes: int, ready: float, demanded: bool) -> None:
@@ -111,7 +111,7 @@ class _Link:
         """Commit every chunk of a prefetch that begins before `until` (or takes no time and begins by then)."""
         low = self.low
         while low:
-            copy = self._next(low)
+            copy = self._next(low, True)
             begin = self.free if self.free > copy.ready_s else copy.ready_s
             if begin > until or (begin == until and copy.left_s > 0) or begin == inf:
                 return
@@ -129,16 +129,19 @@ class _Link:
             del low[copy.key]
             self._complete(copy, end)
 
-    def _next(self, queue: dict[int, _Copy]) -> _Copy:
-        """Return the copy that has begun, else the one that can begin first, among equals the one issued first."""
-        best = self.current
-        if best is not None and queue.get(best.key) is best:
-            return best
-        best, best_begin = None, inf
+    def _next(self, queue: dict[int, _Copy], in_order: bool) -> _Copy:
+        """Return the copy that has begun, else the one that can begin first, among equals the one issued first (where it is first in line)."""
+        current = self.current
+        if current is not None and queue.get(current.key) is current:
+            return current
+        best: _Copy | None = None
+        best_begin = inf
         for copy in queue.values():
             begin = self.free if self.free > copy.ready_s else copy.ready_s
             if best is None or begin < best_begin or (begin == best_begin and copy.order < best.order):
                 best, best_begin = copy, begin
+                if in_order and begin == self.free:
+                    break
         assert best is not None
         return best
 
@@ -146,7 +149,7 @@ class _Link:
         """Serve the demanded copies; prefetches fill the gaps in which none of them is ready."""
         self.free = max(self.free, now)
         while self.high:
-            copy = self._next(self.high)
+            copy = self._next(self.high, False)
             begin = max(self.free, copy.ready_s)
             if begin > self.free:
                 if begin > stop:
@@ -174,7 +177,8 @@ class PriorityPath:
 
     def __init__(self, num_keys: int, *, host_chunk: float | None, disk_chunk: float | None) -> None:
         self.arrival = [0.0] * num_keys
-        self._host, self._disk = _Link(host_chunk), _Link(disk_chunk)
+        self._read: dict[int, float] = {}
+        self._host, self._disk = _Link(host_chunk, self.arrival), _Link(disk_chunk, self._read)
         self._read_end = [0.0] * num_keys
         self._order = 0
 
@@ -193,25 +197,18 @@ class PriorityPath:
         disk, host = self._disk, self._host
         if disk.low:
             disk.run_low(until)
-        if disk.arrival:
+        if self._read:
             self._hand_over()
         if host.low:
             host.run_low(until)
-        if host.arrival:
-            self._deliver()
 
     def _hand_over(self) -> None:
-        for key, end in self._disk.arrival.items():
+        for key, end in self._read.items():
             self._read_end[key] = end
             copy = self._host.high.get(key) or self._host.low.get(key)
             if copy is not None:
                 copy.ready_s = end
-        self._disk.arrival.clear()
-
-    def _deliver(self) -> None:
-        for key, end in self._host.arrival.items():
-            self.arrival[key] = end
-        self._host.arrival.clear()
+        self._read.clear()
 
     def push(self, key: int, now: float, host_s: float, disk_s: float, nbytes: int, *, demanded: bool) -> None:
         """Issue a copy; disk_s: `NO_DISK` where the expert is in host memory."""
@@ -248,9 +245,7 @@ class PriorityPath:
         if self._disk.high:
             self._disk.drain(now, inf)
             self._hand_over()
-        done = self._host.drain(now, stop)
-        self._deliver()
-        return done
+        return self._host.drain(now, stop)
 
     def wait_s(self, now: float) -> float:
         """Return how long a copy demanded now would wait for the link."""
