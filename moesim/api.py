@@ -36,7 +36,10 @@ from moesim.traces.routing_trace import RoutingTrace, TraceShape
 from moesim.traces.steps import StepTokens, iter_steps
 
 PLACEMENTS = ("linear", "round_robin", "random", "eplb")
-OBJECTIVES = ("balance", "robust")
+OBJECTIVES = ("balance", "robust", "traffic", "hops")
+"""`traffic`: distinct ranks that a token reaches in a layer; `hops`: ranks left between layers, for context-coherent execution."""
+AFFINITY_SLACK = 0.1
+"""How much busier than in a balanced plan the busiest rank may be where traffic is the objective."""
 GAIN_TOKENS = 8192
 """Tokens of the trace on which `solve` replays the plan to predict its gain."""
 
@@ -156,9 +159,14 @@ def solve(
         previous=None if old is None else old.slot_to_expert_LS,
         move_budget_slots=None if move_budget_bytes is None else int(move_budget_bytes // expert_bytes),
     )
-    name = solver or ("repair" if move_budget_bytes is not None else "greedy")
     limit = None if time_limit_s is None else (lambda: time_limit_s - (time.perf_counter() - began))
-    result = run_solver(problem, name, seed=seed, deadline=limit)
+    evidence = None
+    if objective in ("traffic", "hops"):
+        if redundant or old is not None or solver is not None or len(routings) > 1:
+            raise InputError(f"solve: objective {objective!r} takes one trace and neither --redundant, --from nor --solver; leave them out")
+        result, evidence = _solve_affinity(routings[0], objective, cluster, seed, limit)
+    else:
+        result = run_solver(problem, solver or ("repair" if move_budget_bytes is not None else "greedy"), seed=seed, deadline=limit)
     plan = to_plan(
         result,
         model=moe_model.name,
@@ -190,6 +198,7 @@ def solve(
             "per_layer_min": float((rank_load_KLR.mean(axis=2) / np.where(most > 0, most, 1))[most > 0].min()) if (most > 0).any() else 1.0,
         },
         "dispatch": dispatch,
+        "affinity": evidence,
         "traffic": {"distinct_remote_ranks": None, "inter_node_bytes": None},
         "moved": {"slots": None, "bytes": None} if old is None else _moved(old, plan, expert_bytes),
         "solver": result.solver,
@@ -243,6 +252,22 @@ def parallelize(
         "wall_s": time.perf_counter() - began,
         **result.as_dict(),
     }
+
+
+def _solve_affinity(routing: RoutingTrace, objective: str, cluster: Cluster, seed: int, limit: Callable[[], float] | None) -> tuple[Any, dict[str, Any]]:
+    """Plan for traffic on half of the tokens; return the result and its evidence on the other half and on its null."""
+    from dataclasses import asdict
+
+    from moesim.solvers.affinity.plan import plan_affinity
+    from moesim.solvers.affinity.result import FANOUT, HOPS
+
+    if routing.kind != "tokens":
+        raise TraceError(f"{routing.source}: holds counts only; objective {objective!r} needs the choices of every token")
+    inside = cluster.devices_per_node if cluster.num_nodes > 1 else 0
+    kind = FANOUT if objective == "traffic" else HOPS
+    found = plan_affinity(routing, num_ranks=cluster.num_ranks, ranks_per_node=inside, objective=kind, load_slack=AFFINITY_SLACK, seed=seed, deadline=limit)
+    facts = asdict(found.evidence)
+    return found.result, {**facts, "gain_held_out": found.evidence.gain_held_out, "gain_null": found.evidence.gain_null}
 
 
 # --- documents -------------------------------------------------------------------------------------

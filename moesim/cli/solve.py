@@ -16,7 +16,9 @@ def solve(
     model: Annotated[str, typer.Option("--model", help="model name, config.json or its folder")],
     hardware: Annotated[str, typer.Option("--hardware", help="hardware name like h100-sxm-8x4, or a YAML file")],
     output: Annotated[Path, typer.Option("-o", "--output", help="where to write the plan")],
-    objective: Annotated[str | None, typer.Option("--objective", help="balance or robust; default: robust for several traces")] = None,
+    objective: Annotated[
+        str | None, typer.Option("--objective", help="balance, robust (default for several traces), traffic (ranks a token reaches) or hops")
+    ] = None,
     redundant: Annotated[int, typer.Option("--redundant", help="extra slots per layer, over all ranks")] = 0,
     dispatch: Annotated[str, typer.Option("--dispatch", help="how replicas share tokens: equal, lp (optimal for these loads) or fast")] = "equal",
     previous: Annotated[Path | None, typer.Option("--from", help="plan that runs now; the new one is a repair of it")] = None,
@@ -78,6 +80,11 @@ def print_solution(report: dict[str, Any]) -> None:
     ]
     if report["moved"]["slots"] is not None:
         rows.append(("moved", f"{report['moved']['slots']} slots, {format_bytes(report['moved']['bytes'])}"))
+    if report["affinity"] is not None:
+        evidence = report["affinity"]
+        note(f"for {evidence['applies_to']}")
+        for key, text in (("in_sample", "tokens planned on"), ("held_out", "unseen tokens"), ("null", "unseen tokens, shuffled")):
+            rows.append((f"{evidence['unit']}, {text}", f"{evidence['contiguous'][key]:.4f} → {evidence['plan'][key]:.4f}"))
     if report["predicted"] is not None:
         predicted = report["predicted"]
         rows.append(
