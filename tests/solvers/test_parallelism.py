@@ -51,6 +51,20 @@ def test_pruned_search_equals_exhaustive_search(
     assert pruned.status == full.status == "OPTIMAL"
 
 
+class FlatCosts(ToyCosts):
+    """Every operator takes equally long, so that many points are equal."""
+
+    def _wobble(self, name: str, *values: Any) -> np.ndarray:
+        return np.full(np.broadcast_shapes(*(np.shape(value) for value in values)), self.scale)
+
+
+def test_of_equal_points_the_first_in_order_is_kept() -> None:
+    pruned, full = (
+        plan_parallelism(tiny(), machine(4, 2), WORK, None, lambda _cluster, _model: FlatCosts(0), space=SMALL, prune=prune) for prune in (True, False)
+    )
+    assert pruned.front == full.front and pruned.best.as_dict() == full.best.as_dict()
+
+
 def test_bounds_do_prune() -> None:
     result = toy(3, machine(4, bandwidth=1e7))
     assert result.counts.rates > 0 and result.counts.pipeline > 0 and result.counts.memory == 0
