@@ -94,7 +94,6 @@ def replay(
     moe_model, cluster = _model(model), _cluster(hardware)
     routing = _trace(trace, moe_model, seed, map_layers)
     chosen = settings if isinstance(settings, Settings) else Settings.parse(settings or {})
-    _check_tokens_per_step(tokens_per_step)
     costs = CostModel(cluster, moe_model, strict=strict)
     placed = _plan(plan, placement, routing, moe_model, cluster, seed)
     builder = _builder(cluster, moe_model, placed, costs, chosen)
@@ -140,8 +139,8 @@ def solve(
         raise InputError(
             describe("solve", "objective", objective, f"must be one of {', '.join(OBJECTIVES)}", "traffic and latency objectives are not available yet")
         )
-    if redundant < 0:
-        raise InputError(describe("solve", "redundant", redundant, "must be >= 0"))
+    if not 0 <= redundant <= 1 << 16:
+        raise InputError(describe("solve", "redundant", redundant, "must be in 0..65536"))
     if move_budget_bytes is not None and previous is None:
         raise InputError("solve: --move-budget needs --from; name the plan that is running now")
     load_KLE = _windows(routings, objective)
@@ -183,6 +182,7 @@ def solve(
         plan = with_shares(plan, shares.share_LS, shares)
     rank_load_KLR = np.stack([plan.rank_load_LR(load) for load in load_KLE])
     most = rank_load_KLR.max(axis=2)
+    moved = None if old is None else int((old.slot_to_expert_LS != plan.slot_to_expert_LS).sum())
     report: dict[str, Any] = {
         "schema": "moesim.solve/1",
         "model": moe_model.name,
@@ -200,7 +200,7 @@ def solve(
         "dispatch": dispatch,
         "affinity": evidence,
         "traffic": {"distinct_remote_ranks": None, "inter_node_bytes": None},
-        "moved": {"slots": None, "bytes": None} if old is None else _moved(old, plan, expert_bytes),
+        "moved": {"slots": moved, "bytes": None if moved is None else moved * expert_bytes},
         "solver": result.solver,
         "slots": plan.num_slots,
         "ranks": plan.num_ranks,
@@ -315,11 +315,6 @@ def _plan(ref: str | Path | Plan | None, placement: str, routing: RoutingTrace, 
     return linear(model=model.name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids, num_ranks=cluster.num_ranks, kind=placement, seed=seed)
 
 
-def _check_tokens_per_step(value: int | None) -> None:
-    if value is not None and value < 1:
-        raise InputError(describe("--tokens-per-step", "tokens", value, "must be >= 1"))
-
-
 def _windows(routings: Sequence[RoutingTrace], objective: str) -> np.ndarray:
     """Return float64 [K, L, E]: one window per trace; a single trace under `robust` gives its own windows."""
     if len(routings) == 1 and objective == "robust":
@@ -334,11 +329,6 @@ def _slots_per_rank(model: MoEModel, cluster: Cluster, redundant: int, old: Plan
         return np.bincount(old.slot_rank_S, minlength=cluster.num_ranks)
     total = model.num_experts + redundant
     return np.bincount(np.arange(total) % cluster.num_ranks, minlength=cluster.num_ranks)
-
-
-def _moved(old: Plan, new: Plan, expert_bytes: float) -> dict[str, float]:
-    slots = int((old.slot_to_expert_LS != new.slot_to_expert_LS).sum())
-    return {"slots": slots, "bytes": slots * expert_bytes}
 
 
 # --- running ---------------------------------------------------------------------------------------
