@@ -19,6 +19,7 @@ from moesim.solvers.greedy import solve_greedy
 from moesim.solvers.problem import PlacementProblem
 from moesim.solvers.repair import solve_repair
 from moesim.solvers.result import PlacementResult, to_plan
+from moesim.solvers.robust import solve_robust
 from moesim.solvers.validate import validate
 
 __all__ = ["SOLVERS", "PlacementProblem", "PlacementResult", "register", "solve", "to_plan", "validate"]
@@ -80,6 +81,7 @@ def solve(
 
 register("greedy", solve_greedy, options=("risk", "rounds", "restarts"))
 register("repair", solve_repair, keeps_budget=True, options=("risk", "frontier"))
+register("robust", solve_robust, options=("risk", "validation", "modes"))
 register("eplb", solve_eplb, may_duplicate=True)
 register("eplb-global", solve_eplb_global, may_duplicate=True)
 register("eplb-zigzag", solve_eplb_zigzag, may_duplicate=True)

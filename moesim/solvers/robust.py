@@ -1,0 +1,246 @@
+"""A placement for windows not seen yet: several ways to plan are tried on windows held out from them, the best is refitted.
+
+A mode says what to plan for: one blend of the windows (their mean, the last, those like the last), all windows under a risk
+measure or with weights, or scenarios drawn around the last window. Every mode plans on some windows and is scored on one
+it did not see; which windows these are is the `validation` scheme:
+- `forward` (default): window k held out, planned on windows 0..k-1, for the last windows in turn (windows in order of time);
+- `leave-one-out`: window k held out, planned on all others, the window before k counting as the last (windows in no order);
+Trial plans are made on a few layers with a shorter search. Every search also changes how many copies an expert gets.
+Options: `risk` (how held-out windows and the value are folded), `validation`, `modes` (some of `MODES`, comma-separated).
+Shapes: K windows, L layers, E experts, S slots, M modes, F folds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from moesim.errors import InputError, describe
+from moesim.solvers import metrics
+from moesim.solvers.greedy import solve_greedy
+from moesim.solvers.packing import copies_LE, pack_LRC, to_slots_LS
+from moesim.solvers.problem import PlacementProblem
+from moesim.solvers.result import PlacementResult, cost_weight_KL, make_result
+from moesim.solvers.search import Deadline, expired, improve
+from moesim.solvers.state import SearchState
+
+SCHEMES = ("forward", "leave-one-out")
+MAX_FOLDS = 5
+"""Most folds; the windows held out are the last ones."""
+TRIAL_SLOTS = 1200
+"""Slots, over the layers looked at, of a trial plan."""
+TRIAL_ROUNDS = 200
+TRIAL_DEEP = 2
+"""Swap rounds, and rounds of dearer moves per layer, of a trial plan."""
+ROUNDS = 1000
+DEEP = 20
+"""The same for the plan that is returned."""
+RISK_ROUNDS = 1
+"""Reruns with moved window weights in a trial under a risk measure other than the mean."""
+DECAY = 0.6
+"""Weight of a window relative to the next one where recent windows count more."""
+SHARPNESS = 8.0
+"""Power of the cosine similarity to the last window that weighs a window."""
+SCENARIOS = 5
+FLOOR = 0.02
+"""Share of the mean load added before logarithms are taken."""
+CV_TIME = 0.5
+"""Share of a time limit that the trials may use."""
+
+Views = tuple[np.ndarray, np.ndarray, str]
+"""Windows [K', L, E], their weights [K'], risk measure."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RobustResult(PlacementResult):
+    """A placement with the trial that chose how it was planned."""
+
+    mode: str
+    """The winning way to plan, one of `MODES`."""
+    held_out: dict[str, float] = field(default_factory=dict)
+    """Mode → balance on held-out windows; empty where nothing could be held out or no fold was finished in time."""
+    folds: int = 0
+    """Held-out windows that every mode was scored on."""
+
+
+def _blend(load: np.ndarray, weight: np.ndarray) -> Views:
+    return np.einsum("k,kle->le", weight / weight.sum(), load)[None], np.ones(1), "mean"
+
+
+def similarity_K(load_KLE: np.ndarray) -> np.ndarray:
+    """Return float64 [K]: cosine similarity of every window to the last, 0 for one without load."""
+    flat = load_KLE.reshape(len(load_KLE), -1)
+    norm = np.sqrt((flat * flat).sum(axis=1))
+    norm = norm * norm[-1]
+    return np.divide(flat @ flat[-1], norm, out=np.zeros(len(flat)), where=norm > 0)
+
+
+def _similar_K(load: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    near = weight * similarity_K(load) ** SHARPNESS
+    return near if near.sum() > 0 else weight
+
+
+def _recent_K(weight: np.ndarray) -> np.ndarray:
+    recent = weight * DECAY ** np.arange(len(weight))[::-1]
+    return recent if recent.sum() > 0 else weight
+
+
+def _scenarios(load: np.ndarray, weight: np.ndarray) -> Views:
+    """Draw windows around the last one; the loads move by as much, in logarithms, as they did from window to window."""
+    total = load.sum(axis=2, keepdims=True)
+    share = np.divide(load, total, out=np.full_like(load, 1.0 / load.shape[2]), where=total > 0)
+    log = np.log(share + FLOOR / load.shape[2])
+    step = float(np.sqrt(np.mean(np.diff(log, axis=0) ** 2))) if len(load) > 1 else 0.0
+    noise = np.random.Generator(np.random.PCG64(0)).normal(0.0, step, (SCENARIOS, *load.shape[1:]))
+    drawn = np.exp(log[-1] + noise)
+    drawn *= total[-1] / drawn.sum(axis=2, keepdims=True)
+    return np.concatenate((load[-1:], drawn)), np.ones(1 + SCENARIOS), "mean"
+
+
+MODES: dict[str, Callable[[np.ndarray, np.ndarray], Views]] = {
+    "windows-recent": lambda load, weight: (load, _recent_K(weight), "mean"),
+    "windows-mean": lambda load, weight: (load, weight, "mean"),
+    "windows-similar": lambda load, weight: (load, _similar_K(load, weight), "mean"),
+    "windows-cvar": lambda load, weight: (load, weight, "cvar:0.5"),
+    "windows-worst": lambda load, weight: (load, weight, "worst"),
+    "scenarios": _scenarios,
+    "blend-mean": _blend,
+    "blend-recent": lambda load, weight: _blend(load, _recent_K(weight)),
+    "blend-similar": lambda load, weight: _blend(load, _similar_K(load, weight)),
+    "last": lambda load, weight: (load[-1:], np.ones(1), "mean"),
+}
+"""Ways to plan, from windows [K, L, E] of equal totals and their weights [K]; the first named wins unless another is clearly better in the trials."""
+
+
+def solve_robust(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline = None, options: Mapping[str, Any] | None = None) -> PlacementResult:
+    """Choose how to plan by trial on held-out windows, then plan that way on all of them; one window is planned by `greedy`."""
+    options = options or {}
+    risk, scheme, modes = _options(options)
+    if problem.num_windows == 1:
+        only = solve_greedy(problem, seed=seed, deadline=deadline)
+        only.solver = "robust"
+        return only
+    load, order = _canonical(problem)
+    weight = problem.weight_K
+    start = 0.0 if deadline is None else deadline()
+    trial_deadline = None if deadline is None else (lambda: deadline() - start * (1 - CV_TIME))
+    score_FM, fold_weight, late = cross_validate(problem, load, modes, scheme, trial_deadline)
+    held_out = {mode: _fold(score_FM[:, m], fold_weight, risk) for m, mode in enumerate(modes)} if len(score_FM) else {}
+    mode = modes[_winner(score_FM, np.array(list(held_out.values())))] if held_out else modes[0]
+    views, view_weight, view_risk = MODES[mode](load, weight)
+    view = _view(problem, views, view_weight)
+    if view.num_windows == 1:
+        plan = solve_greedy(view, seed=seed, deadline=deadline)
+        table, moves, cut = plan.slot_to_expert_LS, plan.iterations, plan.status == "TIME_LIMIT"
+    else:
+        table, moves, cut = _plan_LS(view, view_risk, rounds=ROUNDS, deep=DEEP, deadline=deadline)
+    named = np.where(table >= 0, np.take_along_axis(order, np.maximum(table, 0), axis=1), -1).astype(np.int32)
+    if problem.previous is not None:
+        from moesim.solvers.assignment import relabel_LS
+
+        named = relabel_LS(problem, named)
+    status = "TIME_LIMIT" if late or cut else "FEASIBLE"
+    result = make_result(problem, named, solver="robust", status=status, iterations=moves, risk=risk)
+    fields = {name: getattr(result, name) for name in PlacementResult.__dataclass_fields__}
+    return RobustResult(**fields, mode=mode, held_out=held_out, folds=len(score_FM))
+
+
+def _options(options: Mapping[str, Any]) -> tuple[str, str, list[str]]:
+    risk, scheme = str(options.get("risk", "mean")), str(options.get("validation", "forward"))
+    if risk not in ("mean", "worst"):
+        metrics.risk_tail(risk)
+    if scheme not in SCHEMES:
+        raise InputError(describe("solver options", "validation", scheme, f"must be one of {', '.join(SCHEMES)}"))
+    modes = str(options["modes"]).split(",") if "modes" in options else list(MODES)
+    for name in modes:
+        if name not in MODES:
+            raise InputError(describe("solver options", "modes", name, f"must be some of {', '.join(MODES)}, comma-separated"))
+    return risk, scheme, modes
+
+
+def _canonical(problem: PlacementProblem) -> tuple[np.ndarray, np.ndarray]:
+    """Return the windows scaled to equal totals, experts in an order that does not depend on their names, and that order [L, E]."""
+    load = problem.load_KLE
+    total = load.sum(axis=(1, 2), keepdims=True)
+    load = load / np.where(total > 0, total, 1.0) * float(max(total.max(), 1.0))
+    key = np.einsum("k,kle->le", problem.weight_K, load)
+    order = np.stack([np.lexsort((*(-load[k, layer] for k in range(len(load))), -key[layer])) for layer in range(load.shape[1])])
+    return np.take_along_axis(load, order[None], axis=2), order
+
+
+def _view(problem: PlacementProblem, load: np.ndarray, weight: np.ndarray) -> PlacementProblem:
+    """Return the problem with other windows, experts in canonical order and no running placement."""
+    return replace(problem, load_KLE=load, window_weight_K=weight, previous=None, move_budget_slots=None)
+
+
+def folds(windows: int, scheme: str) -> list[tuple[list[int], int]]:
+    """Return (windows to plan on, in order of time, window held out) pairs."""
+    late = range(max(0, windows - MAX_FOLDS), windows)
+    forward = [(list(range(k)), k) for k in late if k >= 2]
+    around = [([(k + 1 + step) % windows for step in range(windows - 1)], k) for k in late] if windows > 2 else []
+    return forward if scheme == "forward" else around
+
+
+def cross_validate(
+    problem: PlacementProblem, load_KLE: np.ndarray, modes: list[str], scheme: str, deadline: Deadline
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Score every mode on held-out windows: imbalance [F, M], weight of every fold [F], and whether time ran out first."""
+    weight = problem.weight_K
+    layers = np.unique(np.linspace(0, problem.num_layers - 1, max(1, min(problem.num_layers, TRIAL_SLOTS // problem.num_slots))).round().astype(np.int64))
+    load = load_KLE[:, layers]
+    rows: list[list[float]] = []
+    weights: list[float] = []
+    for seen, held in folds(problem.num_windows, scheme):
+        if weight[held] == 0 or weight[seen].sum() == 0:
+            continue
+        row: list[float] = []
+        for mode in modes:
+            if expired(deadline):
+                return np.array(rows).reshape(-1, len(modes)), np.array(weights), True
+            views, view_weight, risk = MODES[mode](load[seen], weight[seen])
+            table, _, _ = _plan_LS(_view(problem, views, view_weight), risk, rounds=TRIAL_ROUNDS, deep=TRIAL_DEEP)
+            peak = metrics.rank_time_KLR(table, problem.slot_rank_S, load[[held]], problem.speed_R).max(axis=2)
+            row.append(float(metrics.imbalance_K(peak, metrics.ideal_KL(load[[held]], problem.speed_R))[0]))
+        rows.append(row)
+        weights.append(float(weight[held]))
+    return np.array(rows).reshape(-1, len(modes)), np.array(weights), False
+
+
+def _plan_LS(problem: PlacementProblem, risk: str, *, rounds: int, deep: int, deadline: Deadline = None) -> tuple[np.ndarray, int, bool]:
+    """Pack and search without restarts; return the placement, the moves made, and whether the deadline cut the search short."""
+    fill, speed, load = problem.fill_R, problem.speed_R, problem.load_KLE
+    weight_K = problem.weight_K
+    weight_KL = cost_weight_KL(problem, weight_K)
+    slots, same = int(fill.sum()), problem.allow_duplicates_on_rank
+    copies = copies_LE((load * weight_KL[..., None]).sum(axis=0), slots, slots if same else int((fill > 0).sum()))
+    table = pack_LRC(load, weight_KL, copies, fill, speed, allow_duplicates=same)
+    ideal = metrics.ideal_KL(load, speed)
+    best, best_value, moves = table, -1.0, 0
+    for _ in range(1 + RISK_ROUNDS * (risk != "mean")):
+        state = SearchState.of(load, weight_KL, table.copy(), speed, allow_duplicates=same)
+        made, cut = improve(state, (ideal * weight_KL).sum(axis=0), max_rounds=rounds, max_deep=deep, deadline=deadline)
+        table, peak, moves = state.table_LRC, state.time_KLR().max(axis=2), moves + made
+        value = metrics.fold_windows(peak, ideal, problem.weight_K, risk)
+        if value > best_value:
+            best, best_value = table, value
+        if cut:
+            break
+        weight_K = 0.5 * weight_K + 0.5 * metrics.risk_weights(metrics.imbalance_K(peak, ideal), problem.weight_K, risk)
+        weight_KL = cost_weight_KL(problem, weight_K)
+    return to_slots_LS(best, problem.slots_per_rank_R), moves, cut
+
+
+def _winner(imbalance_FM: np.ndarray, held_out_M: np.ndarray) -> int:
+    """Return the best mode, or the first if the best beats it by no more than the standard error of their difference over folds."""
+    best = int(held_out_M.argmax())
+    better_F = imbalance_FM[:, 0] - imbalance_FM[:, best]
+    error = float(better_F.std(ddof=1)) / len(better_F) ** 0.5 if len(better_F) > 1 else np.inf
+    return best if better_F.mean() > error else 0
+
+
+def _fold(imbalance_F: np.ndarray, weight_F: np.ndarray, risk: str) -> float:
+    """Return the balance over folds under a risk measure."""
+    return 1.0 / float(metrics.risk_weights(imbalance_F, weight_F / weight_F.sum(), risk) @ imbalance_F)
