@@ -94,14 +94,16 @@ def main() -> None:
                 f"{run.pause_s * 1e3:8.1f}"
             )
 
-    def periodic(period: int) -> ChangeRun:
-        balancer = Balancer(planner=case.planner, policy=f"periodic:{period}", min_gain=0.0)
-        return case.run(balancer=balancer, migration=MigrationSettings(mode="pause"))
+    for mode in ("background", "pause"):
 
-    swept = sweep_periods([2, 5, 10, 20, 40, options.steps * 2], periodic, base)
-    for row in swept["rows"]:
-        print(f"every {row['period']:4} passes, serving paused: {row['gain']:+7.2%}, {row['rebalances']} rebalances, {row['moved_bytes'] / 1e9:.1f} GB")
-    print(f"break-even period {swept['break_even_period']}, best {swept['best_period']}")
+        def periodic(period: int, mode: str = mode) -> ChangeRun:
+            balancer = Balancer(planner=case.planner, policy=f"periodic:{period}", planner_s=2e-3, min_gain=0.0)
+            return case.run(balancer=balancer, migration=MigrationSettings(mode=mode))
+
+        swept = sweep_periods([1, 4, 16, options.steps], periodic, base)
+        for row in swept["rows"]:
+            print(f"every {row['period']:4} passes, {mode:10}: {row['gain']:+7.2%}, {row['rebalances']} rebalances, {row['moved_bytes'] / 1e9:.1f} GB")
+        print(f"{mode}: break-even period {swept['break_even_period']}, best {swept['best_period']}")
     failed = case.run(events=[Event(kind="fail", at_s=base.total_s / 3, ranks=(5,))], membership=Membership(detection_s=0.05))
     print(
         f"rank 5 dies: {failed.experts_lost} experts lost, {failed.moved_bytes / 1e9:.2f} GB reloaded, down {failed.downtime_s * 1e3:.0f} ms, "

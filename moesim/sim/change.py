@@ -99,9 +99,8 @@ class _Run:
         self.engine = Engine(self.cluster.num_ranks)
         self.env = self.engine.env
         self.plan, self.alive_R = plan, alive_of(plan)
-        self.in_pass = False
+        self.in_pass, self.since_change = False, 0
         self.window = LoadWindow(balancer.window if balancer is not None else 8)
-        self.since_change = 0
         self.pending: _Pending | None = None
         self.waiting: list[tuple[str, tuple[int, ...]]] = []
         """Leaves, and joins that are loaded, until no other change is under way."""
@@ -138,8 +137,8 @@ class _Run:
         if reason != "start":
             self.builder = self.builder_factory(plan)
         self.plan, self.alive_R, self.compiler = plan, alive_R.copy(), self.compiler_factory(plan)
-        number, live = len(out.epochs), int(alive_R.sum())
-        out.epochs.append(Epoch(number=number, reason=reason, first_pass=out.replay.steps, at_s=self.engine.now, ranks=live, map_sha256=plan.map_sha256))
+        live, at_s, first = int(alive_R.sum()), self.engine.now, out.replay.steps
+        out.epochs.append(Epoch(number=len(out.epochs), reason=reason, first_pass=first, at_s=at_s, ranks=live, map_sha256=plan.map_sha256))
 
     def log(self, kind: str, **details: Any) -> None:
         self.out.events.append({"kind": kind, "at_s": self.engine.now, "passes": self.out.replay.steps, **details})
@@ -297,8 +296,7 @@ class _Run:
         seconds = install_s(self.cluster, change.transfer.moves.written_LR, self.expert_bytes, self.migration)
         if change.reason != REBALANCE:
             seconds += self.membership.rebuild_s
-        if seconds:
-            yield self.env.timeout(seconds)
+        yield self.env.timeout(seconds)
         self._pause(change, seconds)
         change.moved_bytes += change.transfer.moved_bytes
         self.install(mixed(self.plan, change.target, change.rows), change.alive_R, change.reason)
@@ -373,8 +371,7 @@ class _Run:
         load_KLE = self.window.load_KLE(self.plan)
         if self.membership.placer is None:
             return refill(self.plan, alive_R, load_KLE.sum(axis=0))
-        target = self.membership.placer(load_KLE, self.plan, alive_R.copy())
-        check_next(self.plan, target, alive_R, same_slots=False)
+        check_next(self.plan, target := self.membership.placer(load_KLE, self.plan, alive_R.copy()), alive_R, same_slots=False)
         return target
 
     def _recover(self) -> Steps:

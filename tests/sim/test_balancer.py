@@ -65,6 +65,14 @@ def test_a_run_without_changes_is_the_plain_replay() -> None:
     np.testing.assert_array_equal(run.replay.sums.expert_LE, plain.sums.expert_LE)
 
 
+def test_a_plan_that_promises_too_little_is_declined() -> None:
+    passes = passes_of(("balanced", 7, 1))
+    run = simulate(passes, balancer=balancer("periodic:2", planner_s=0.0))
+    assert run.decisions >= 2 and run.declined == run.decisions and run.rebalances == 0 and run.moved_bytes == 0
+    eager = simulate(passes_of(*DRIFT), balancer=balancer("periodic:5", min_gain=10.0))
+    assert eager.declined >= 1 and eager.rebalances == 0
+
+
 def test_balanced_routing_leaves_on_drift_asleep() -> None:
     passes = passes_of(("balanced", 10, 1))
     run, base = simulate(passes, balancer=balancer()), simulate(passes)
@@ -198,6 +206,16 @@ def test_moves_are_the_smallest_set_that_makes_the_new_plan(seed: int, empty: in
     assert {(la, e, r) for la, e, r in wanted if not (alive[r] and e in held[la][r])} == seen and len(seen) == len(moves)
     assert moves.written_LR.sum() >= len(moves)
     assert len(moves_between(new, new, ranks_per_node=2)) == 0
+
+
+def test_replicas_share_the_work_of_sending() -> None:
+    """Experts 0..3 lie on ranks 0 and 1; rank 2 gets all of them."""
+    table = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]])
+    old = Plan(model="m", num_experts=8, moe_layer_ids=(0,), slot_to_expert_LS=table, slot_rank_S=np.repeat(np.arange(3), 4), num_ranks=3)
+    new = replace(old, slot_to_expert_LS=np.array([[4, 5, 6, 7, 0, 1, 2, 3, 0, 1, 2, 3]]))
+    moves = moves_between(old, new, ranks_per_node=3)
+    sent = np.bincount(moves.source_M[moves.target_M == 2], minlength=3)
+    assert sent.tolist() == [2, 2, 0] and (moves.source_M[moves.target_M == 0] == 2).all()
 
 
 def test_longer_periods_never_move_more() -> None:

@@ -14,12 +14,13 @@ from moesim.errors import InputError, SimulationError
 from moesim.hardware.cluster import Tier
 from moesim.model import sizes
 from moesim.plan import Plan
-from moesim.sim.balancer import Balancer
+from moesim.sim.balancer import Balancer, Decision
 from moesim.sim.batch import PassShape
 from moesim.sim.change import _Run
 from moesim.sim.change_report import ChangeRun
 from moesim.sim.membership import Event, Membership, alive_of, ladder, lost_LE, refill, reshard
 from moesim.sim.migration import CHECKPOINT, MigrationSettings, held_LER
+from moesim.sim.policies import Policy
 from moesim.sim.replay import Pass
 from moesim.sim.settings import Settings
 from tests.sim import changes
@@ -128,6 +129,14 @@ def test_a_failure_aborts_the_migration_in_flight() -> None:
     assert "aborted" in kinds and kinds.index("aborted") > kinds.index("fail") and run.aborted >= 1
     assert all(not flow.done.triggered or flow.end_s <= 0.0081 for flow in run.transfers[0].flows)
     assert everything_is_there(run.plan, run.alive_R)
+
+
+def test_a_failure_while_the_planner_runs_drops_its_plan() -> None:
+    once = Policy(hook="balancer", name="once", function=lambda seen: Decision() if seen.passes == 2 else None)
+    run = simulate(passes_of(("zipf:1.0", 20, 1)), events=[fail(2)], membership=QUICK, balancer=rebalance(policy=once, planner_s=0.012))
+    assert [event["kind"] for event in run.events][:3] == ["decision", "fail", "aborted"]
+    assert [epoch.reason for epoch in run.epochs] == ["start", "fail"] and everything_is_there(run.plan, run.alive_R)
+    assert len(run.transfers) == 1 and run.planner_s == 0.012
 
 
 def test_the_balancer_goes_on_with_the_survivors() -> None:
