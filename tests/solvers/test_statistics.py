@@ -30,7 +30,7 @@ def test_curves_of_known_loads() -> None:
     np.testing.assert_allclose(curves.gini_L, [0, 0.75, 0, 0.25])
     np.testing.assert_allclose(curves.cv_L, np.array([0, np.sqrt(3), 0, np.sqrt(1.25) / 2.5]))
     np.testing.assert_allclose(curves.max_over_mean_L, [1, 4, 1, 1.6])
-    np.testing.assert_allclose(curves.top_load_LX, [[0.25, 0.5, 1], [1, 1, 1], [0, 0, 0], [0.4, 0.7, 1]])
+    np.testing.assert_allclose(curves.top_load_LX, np.array([[0.25, 0.5, 1], [1, 1, 1], [0, 0, 0], [0.4, 0.7, 1]]))
     np.testing.assert_allclose(curves.share_LE[3], [0.4, 0.3, 0.2, 0.1])
     assert curves.rows()[3]["top_0.5"] == pytest.approx(0.7) and len(curves.rows()) == 4
 

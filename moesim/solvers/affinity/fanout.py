@@ -1,13 +1,13 @@
 """Placement for few ranks and nodes per token within a layer: experts that fire together sit together.
 
-Layers are independent. The pairs that a rank holds are maximised by swaps; as m experts of a token on one rank save m - 1
-messages, not m·(m-1)/2, pairs are then weighted by 2/m at the placement found and the search repeats while the true
-count falls. Nodes first, then ranks inside. Shapes: T tokens, L layers, K choices, E experts, G ranks.
+Layers are independent. First the pairs that a rank (or node, then rank) holds are maximised by swaps. As m experts of a token
+on one rank save m - 1 messages, not m·(m-1)/2, swaps are then chosen by the number of messages that they save, which is
+counted exactly for every swap. Shapes: T tokens, L layers, K choices, E experts, G ranks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from moesim.solvers.affinity.problem import balanced_group_LE, check_ranks, rank
 from moesim.solvers.affinity.result import FANOUT, AffinityResult, contiguous_LE, make_affinity_result
 from moesim.solvers.affinity.routes import TokenRoutes
 from moesim.solvers.affinity.scores import distinct_L, score_fanout
-from moesim.solvers.affinity.swap import SwapTerms, swap_search_nE
+from moesim.solvers.affinity.swap import SwapTerms, swap_round_nE, swap_search_nE
 from moesim.solvers.affinity.transitions import coactivation_LEE, loads_LE
 from moesim.solvers.search import Deadline, expired
 
@@ -53,49 +53,102 @@ class FanoutProblem:
         return self.num_ranks // self.ranks_per_node
 
 
-def solve_fanout(problem: FanoutProblem, *, method: str = "co-activation", rounds: int = 4, deadline: Deadline = None) -> AffinityResult:
+def solve_fanout(problem: FanoutProblem, *, method: str = "co-activation", rounds: int = 16, deadline: Deadline = None) -> AffinityResult:
     """Return a placement whose tokens reach few ranks and nodes. method: `co-activation`, or the baseline `contiguous`.
 
-    rounds: most repetitions with reweighted pairs.
+    rounds: most rounds of swaps by saved messages, >= 0.
     """
     if method not in ("co-activation", "contiguous"):
         raise InputError(describe("affinity", "method", method, "must be 'co-activation' or 'contiguous'"))
     routes, ranks = problem.routes, problem.num_ranks
-    start = contiguous_LE(routes.num_layers, routes.num_experts, ranks)
+    plain = contiguous_LE(routes.num_layers, routes.num_experts, ranks)
     company = coactivation_LEE(routes)
     if method == "contiguous":
-        return _result(problem, start, company, solver=method, status="BASELINE", iterations=0)
+        return _result(problem, plain, company, solver=method, status="BASELINE", iterations=0)
     load = loads_LE(routes)
     balanced = cap = None
+    best = plain
     if problem.load_slack is not None:
-        balanced = balanced_group_LE(load, ranks)
+        best = balanced = balanced_group_LE(load, ranks)
         cap = rank_load_LG(balanced, load, ranks).max(axis=1) * (1.0 + problem.load_slack)
-        start = balanced
-    best, made, late = start.copy(), 0, False
+    if problem.node_weight > 0:
+        group, made, late = _two_stage(best, problem, company, deadline)
+    else:
+        group, made, late = swap_search_nE(best, ranks, SwapTerms(company_nEE=company), deadline=deadline)
+    if cap is not None and balanced is not None:
+        terms = SwapTerms(company_nEE=company, load_nE=load, cap_n=cap)
+        group, more, cut = swap_search_nE(force_cap_LE(group, ranks, terms, balanced), ranks, terms, deadline=deadline)
+        made, late = made + more, late or cut
+    better = _cost_L(problem, group) < _cost_L(problem, best)
+    group = np.where(better[:, None], group, best)
+    group, more, cut = _polish(problem, group, SwapTerms(load_nE=load, cap_n=cap), rounds, deadline)
+    return _result(problem, group, company, solver="co-activation", status="TIME_LIMIT" if late or cut else "FEASIBLE", iterations=made + more)
+
+
+def _polish(problem: FanoutProblem, group_LE: np.ndarray, terms: SwapTerms, rounds: int, deadline: Deadline) -> tuple[np.ndarray, int, bool]:
+    """Swap by the messages that tokens save, layer by layer while the true cost falls.
+
+    Several swaps at once may get in each other's way: then only the best one is made.
+    """
+    best = group_LE.copy()
     cost_L = _cost_L(problem, best)
-    weighted = company
-    group = best
-    for _ in range(rounds + 1):
+    open_L = np.arange(len(best))
+    for done in range(rounds):
+        if not open_L.size:
+            return best, done, False
         if expired(deadline):
-            late = True
-            break
-        if problem.node_weight > 0:
-            group, steps, cut = _two_stage(group, problem, weighted, deadline)
-        else:
-            group, steps, cut = swap_search_nE(group, ranks, SwapTerms(company_nEE=weighted), deadline=deadline)
-        made, late = made + steps, late or cut
-        if cap is not None and balanced is not None:
-            terms = SwapTerms(company_nEE=weighted, load_nE=load, cap_n=cap)
-            group, steps, cut = swap_search_nE(force_cap_LE(group, ranks, terms, balanced), ranks, terms, deadline=deadline)
-            made, late = made + steps, late or cut
-        found_L = _cost_L(problem, group)
-        better = found_L < cost_L
-        best[better], cost_L[better] = group[better], found_L[better]
-        if not better.any():
-            break
-        group = best.copy()
-        weighted = _reweighted(routes, best)
-    return _result(problem, best, company, solver="co-activation", status="TIME_LIMIT" if late else "FEASIBLE", iterations=made)
+            return best, done, True
+        gain, overlap = _saved(problem, best, open_L)
+        some = replace(terms.take(open_L), gain_nEG=gain, overlap_nEE=overlap)
+        group, moved = swap_round_nE(best[open_L], problem.num_ranks, some)
+        found = _cost_L(problem, group, open_L)
+        worse = moved & (found >= cost_L[open_L])
+        if worse.any():
+            group[worse] = swap_round_nE(best[open_L[worse]], problem.num_ranks, some.take(np.flatnonzero(worse)), single=True)[0]
+            found[worse] = _cost_L(problem, group[worse], open_L[worse])
+        better = found < cost_L[open_L]
+        best[open_L[better]], cost_L[open_L[better]] = group[better], found[better]
+        open_L = open_L[better]
+    return best, rounds, False
+
+
+def _saved(problem: FanoutProblem, group_LE: np.ndarray, layers_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the messages [n, E, G] that an expert saves on every rank, and half of what two experts that change places save less [n, E, E].
+
+    An expert saves one for every token that reaches the rank for another choice too, and `node_weight` for its node.
+    """
+    per_node, weight = problem.ranks_per_node, problem.node_weight
+    gain, overlap = _saved_on(problem.routes, group_LE, layers_n, problem.num_ranks)
+    if weight > 0:
+        more, shared = _saved_on(problem.routes, group_LE // per_node, layers_n, problem.num_nodes)
+        gain, overlap = gain + weight * np.repeat(more, per_node, axis=2), overlap + weight * shared
+    return gain, overlap
+
+
+def _saved_on(routes: TokenRoutes, place_LE: np.ndarray, layers_n: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return both for one kind of place: for every layer, tokens with an expert that have another choice on the place [n, E, P].
+
+    A token with both experts of a swap reaches the same places before and after, yet each of the two counts the other as company to
+    come: where the first is alone on its place that is one too many.
+    """
+    experts, (tokens, _, width) = routes.num_experts, routes.experts_TLK.shape
+    gain, overlap = np.zeros((len(layers_n), experts, places)), np.zeros((len(layers_n), experts, experts))
+    first, second = np.nonzero(~np.eye(width, dtype=bool))
+    for row, layer in enumerate(layers_n.tolist()):
+        chosen = routes.experts_TLK[:, layer].astype(np.int64)
+        valid = np.ones(chosen.shape, dtype=bool) if routes.valid_TLK is None else routes.valid_TLK[:, layer]
+        at = place_LE[layer][chosen]
+        held = np.bincount((at + np.arange(tokens)[:, None] * places)[valid], minlength=tokens * places).reshape(tokens, places)
+        token, expert = np.nonzero(valid)[0], chosen[valid]
+        order = np.argsort(expert, kind="stable")
+        present, start = np.unique(expert[order], return_index=True)
+        gain[row, present] = np.add.reduceat((held > 0)[token[order]], start, axis=0, dtype=np.int64)
+        alone = valid & (np.take_along_axis(held, at, axis=1) == 1)
+        gain[row, np.arange(experts), place_LE[layer]] = np.bincount(chosen[valid & ~alone], minlength=experts)
+        both = alone[:, first] & valid[:, second]
+        lonely = np.bincount((chosen[:, first] * experts + chosen[:, second])[both], minlength=experts**2).reshape(experts, experts)
+        overlap[row] = (lonely + lonely.T) / 2
+    return gain, overlap
 
 
 def _two_stage(group_LE: np.ndarray, problem: FanoutProblem, company_LEE: np.ndarray, deadline: Deadline) -> tuple[np.ndarray, int, bool]:
@@ -113,30 +166,10 @@ def _two_stage(group_LE: np.ndarray, problem: FanoutProblem, company_LEE: np.nda
     return result, steps + more, cut or late
 
 
-def _reweighted(routes: TokenRoutes, group_LE: np.ndarray) -> np.ndarray:
-    """Return float64 [L, E, E]: co-activation with the pairs of m experts of a token on one rank weighted by 2/m, others by 1."""
-    experts, width = routes.num_experts, routes.experts_TLK.shape[2]
-    first, second = np.triu_indices(width, 1)
-    table = np.zeros((routes.num_layers, experts, experts))
-    for layer in range(routes.num_layers):
-        chosen = routes.experts_TLK[:, layer].astype(np.int64)
-        at = group_LE[layer][chosen]
-        if routes.valid_TLK is not None:
-            at = np.where(routes.valid_TLK[:, layer], at, -1 - np.arange(width))
-        together = (at[:, :, None] == at[:, None, :]).sum(axis=2)
-        weight = np.where(at[:, first] == at[:, second], 2.0 / together[:, first], 1.0)
-        if routes.valid_TLK is not None:
-            weight *= routes.valid_TLK[:, layer, first] & routes.valid_TLK[:, layer, second]
-        key = chosen[:, first] * experts + chosen[:, second]
-        square = np.bincount(key.ravel(), weights=weight.ravel(), minlength=experts**2).reshape(experts, experts)
-        table[layer] = square + square.T
-    table[:, np.arange(experts), np.arange(experts)] = 0.0
-    return table
-
-
-def _cost_L(problem: FanoutProblem, group_LE: np.ndarray) -> np.ndarray:
-    ranks = distinct_L(problem.routes, group_LE)
-    return np.asarray(ranks + problem.node_weight * distinct_L(problem.routes, group_LE // problem.ranks_per_node))
+def _cost_L(problem: FanoutProblem, group_nE: np.ndarray, layers_n: np.ndarray | None = None) -> np.ndarray:
+    """Return float64 [n]: ranks + node_weight · nodes that the tokens reach in the layers (all of them if None)."""
+    cost = distinct_L(problem.routes, group_nE, layers_n).astype(np.float64)
+    return cost + problem.node_weight * distinct_L(problem.routes, group_nE // problem.ranks_per_node, layers_n) if problem.node_weight > 0 else cost
 
 
 def _result(problem: FanoutProblem, group_LE: np.ndarray, company_LEE: np.ndarray, *, solver: str, status: str, iterations: int) -> AffinityResult:

@@ -55,17 +55,21 @@ def score_hops(transitions_LEE: np.ndarray, group_LE: np.ndarray, *, ranks_per_n
     return HopScore(cross_rank=crossing[0], cross_node=crossing[1], cost=crossing[0] + node_weight * crossing[1])
 
 
-def distinct_L(routes: TokenRoutes, place_LE: np.ndarray) -> np.ndarray:
-    """Return int64 [L]: distinct places that the tokens reach, summed over tokens. place_LE: rank or node of every expert."""
-    result = np.zeros(routes.num_layers, dtype=np.int64)
-    for layer in range(routes.num_layers):
-        at_TK = place_LE[layer][routes.experts_TLK[:, layer]]
-        for word in range(int(place_LE.max()) // _WORD + 1):
+def distinct_L(routes: TokenRoutes, place_nE: np.ndarray, layers_n: np.ndarray | None = None) -> np.ndarray:
+    """Return int64 [n]: distinct places that the tokens reach, summed over tokens.
+
+    place_nE: rank or node of every expert. layers_n: the layers that its rows are for; None: all.
+    """
+    layers = np.arange(routes.num_layers) if layers_n is None else layers_n
+    result = np.zeros(len(layers), dtype=np.int64)
+    for row, layer in enumerate(layers.tolist()):
+        at_TK = place_nE[row][routes.experts_TLK[:, layer]]
+        for word in range(int(place_nE.max()) // _WORD + 1):
             inside = at_TK // _WORD == word
             if routes.valid_TLK is not None:
                 inside &= routes.valid_TLK[:, layer]
             bits = np.where(inside, np.left_shift(np.uint64(1), (at_TK % _WORD).astype(np.uint64)), np.uint64(0))
-            result[layer] += int(np.bitwise_count(np.bitwise_or.reduce(bits, axis=1)).sum())
+            result[row] += int(np.bitwise_count(np.bitwise_or.reduce(bits, axis=1)).sum())
     return result
 
 

@@ -29,6 +29,8 @@ class SwapTerms:
     """float64: gain of every expert on every rank."""
     company_nEE: np.ndarray | None = None
     """float64, symmetric, zero diagonal: gain of two experts on one rank."""
+    overlap_nEE: np.ndarray | None = None
+    """float64, symmetric: half of what the gains overstate when two experts change places."""
     load_nE: np.ndarray | None = None
     """float64: load of every expert."""
     cap_n: np.ndarray | None = None
@@ -38,9 +40,9 @@ class SwapTerms:
 
     def take(self, rows: np.ndarray) -> SwapTerms:
         """Return the terms of some layers."""
-        parts = (self.gain_nEG, self.company_nEE, self.load_nE, self.cap_n, self.penalty_n)
-        gain, company, load, cap, penalty = (None if part is None else part[rows] for part in parts)
-        return SwapTerms(gain_nEG=gain, company_nEE=company, load_nE=load, cap_n=cap, penalty_n=penalty)
+        parts = (self.gain_nEG, self.company_nEE, self.overlap_nEE, self.load_nE, self.cap_n, self.penalty_n)
+        gain, company, overlap, load, cap, penalty = (None if part is None else part[rows] for part in parts)
+        return SwapTerms(gain_nEG=gain, company_nEE=company, overlap_nEE=overlap, load_nE=load, cap_n=cap, penalty_n=penalty)
 
     def scale_n(self, n: int) -> np.ndarray:
         """Return float64 [n]: a win that is certainly more than rounding."""
@@ -56,23 +58,27 @@ class SwapTerms:
 def swap_search_nE(start_nE: np.ndarray, ranks: int, terms: SwapTerms, *, max_rounds: int = 2000, deadline: Deadline = None) -> tuple[np.ndarray, int, bool]:
     """Return a placement that no swap improves, the rounds made, and whether the deadline cut it short."""
     group = np.array(start_nE, dtype=np.int64)
-    least = terms.scale_n(len(group))
     active = np.arange(len(group) if ranks > 1 else 0)
-    step = max(1, _CHUNK_CELLS // group.shape[1] ** 2)
     for done in range(max_rounds):
         if not active.size:
             return group, done, False
         if expired(deadline):
             return group, done, True
-        moved = np.zeros(len(active), dtype=bool)
-        for start in range(0, len(active), step):
-            rows = active[start : start + step]
-            part = group[rows]
-            loss, mover = _best_swaps(part, ranks, terms.take(rows))
-            moved[start : start + step] = apply_swaps(loss, mover, part, least[rows])
-            group[rows] = part
+        group[active], moved = swap_round_nE(group[active], ranks, terms.take(active))
         active = active[moved]
     return group, max_rounds, False
+
+
+def swap_round_nE(group_nE: np.ndarray, ranks: int, terms: SwapTerms, *, single: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Return the placement after one round of swaps, and bool [n]: layers with a swap. single: only the best swap of every layer."""
+    group = np.array(group_nE, dtype=np.int64)
+    moved = np.zeros(len(group), dtype=bool)
+    step = max(1, _CHUNK_CELLS // group.shape[1] ** 2)
+    for start in range(0, len(group), step):
+        part, some = group[start : start + step], terms.take(np.arange(start, min(start + step, len(group))))
+        loss, mover = _best_swaps(part, ranks, some)
+        moved[start : start + step] = apply_swaps(loss, mover, part, some.scale_n(len(part)), most=1 if single else ranks // 2)
+    return group, moved
 
 
 def _best_swaps(group_nE: np.ndarray, ranks: int, terms: SwapTerms) -> tuple[np.ndarray, np.ndarray]:
@@ -98,8 +104,9 @@ def _best_swaps(group_nE: np.ndarray, ranks: int, terms: SwapTerms) -> tuple[np.
             half += np.maximum(after, 0.0) * terms.penalty_n[:, None, None]
             fixed = np.maximum(excess, 0.0) * terms.penalty_n[:, None]
     loss = half + half.transpose(0, 2, 1)
-    if terms.company_nEE is not None:
-        loss += 2.0 * terms.company_nEE[np.arange(n)[:, None, None], order[:, :, None], order[:, None, :]]
+    for shared in (terms.company_nEE, terms.overlap_nEE):
+        if shared is not None:
+            loss += 2.0 * shared[np.arange(n)[:, None, None], order[:, :, None], order[:, None, :]]
     flat = loss.reshape(n, ranks, size, ranks, size).transpose(0, 1, 3, 2, 4).reshape(n, ranks, ranks, size * size)
     slot = flat.argmin(axis=3)
     best = np.take_along_axis(flat, slot[..., None], axis=3)[..., 0] - fixed[:, :, None] - fixed[:, None, :]

@@ -62,18 +62,18 @@ def _edges(gain_nEG: np.ndarray, group_nE: np.ndarray) -> tuple[np.ndarray, np.n
 def _swap(gain_nEG: np.ndarray, group_nE: np.ndarray, least_n: np.ndarray) -> np.ndarray:
     """Make the best swaps between disjoint pairs of ranks in place; return where there was one."""
     edge, mover = _edges(gain_nEG, group_nE)
-    return apply_swaps(edge + edge.transpose(0, 2, 1), mover, group_nE, least_n)
+    return apply_swaps(edge + edge.transpose(0, 2, 1), mover, group_nE, least_n, most=edge.shape[1] // 2)
 
 
-def apply_swaps(loss_nGG: np.ndarray, mover_nGG: np.ndarray, group_nE: np.ndarray, least_n: np.ndarray) -> np.ndarray:
+def apply_swaps(loss_nGG: np.ndarray, mover_nGG: np.ndarray, group_nE: np.ndarray, least_n: np.ndarray, *, most: int) -> np.ndarray:
     """Swap experts between pairs of ranks in place, largest win first, every rank in one swap at most; return where one won more than `least_n`.
 
-    loss_nGG: symmetric, of swapping mover[g, h] for mover[h, g]; changed in place.
+    loss_nGG: symmetric, of swapping mover[g, h] for mover[h, g]; changed in place. most: swaps per layer.
     """
     n, ranks, _ = loss_nGG.shape
     row = np.arange(n)
     moved = np.zeros(n, dtype=bool)
-    for _ in range(ranks // 2):
+    for _ in range(most):
         best = loss_nGG.reshape(n, -1).argmin(axis=1)
         one, other = best // ranks, best % ranks
         go = loss_nGG[row, one, other] < -least_n
