@@ -33,9 +33,9 @@ MAX_KICKS = 20
 MAX_COPIES = 24
 PATIENCE = 4
 """Disturbed restarts in a row that improve no layer before the search gives up."""
-KICK_WORK = 200_000
-"""Swap prices (layers · ranks · slots² · windows) that disturbed restarts may cost in all, per evaluation of the neighbourhood."""
-RISK_ROUNDS = 4
+PRICE_BUDGET = 24_000_000
+"""Prices of moves after which no further restart begins; a count, so that results do not depend on the machine."""
+RISK_ROUNDS = 3
 """Reruns with moved window weights for a risk measure other than the mean."""
 
 
@@ -69,6 +69,7 @@ class _Search:
     seed: int
     moves: int = 0
     late: bool = False
+    priced: int = 0
 
     def pack(self, copies: np.ndarray, weight_KL: np.ndarray, layers: np.ndarray) -> np.ndarray:
         problem = self.problem
@@ -81,7 +82,7 @@ class _Search:
         weight = weight_KL[:, layers]
         state = SearchState.of(self.load_KLE[:, layers], weight, table_LRC, self.problem.speed_R, allow_duplicates=self.problem.allow_duplicates_on_rank)
         made, cut = improve(state, (self.bound_KL[:, layers] * weight).sum(axis=0), max_rounds=self.rounds, deadline=self.deadline)
-        self.moves, self.late = self.moves + made, self.late or cut
+        self.moves, self.late, self.priced = self.moves + made, self.late or cut, self.priced + state.priced
         return state.table_LRC, state.time_KLR().max(axis=2)
 
     def from_scratch(self, weight_KL: np.ndarray, restarts: int) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +97,7 @@ class _Search:
         windows = problem.num_windows > 1
         for target, spread in PEAK_START if windows else RESTARTS[:restarts]:
             layers = np.flatnonzero((peak_KL * weight_KL).sum(axis=0) > floor)
-            if slots == problem.num_experts or layers.size == 0:
+            if slots == problem.num_experts or layers.size == 0 or self.priced > PRICE_BUDGET:
                 break
             if expired(self.deadline):
                 self.late = True
@@ -115,14 +116,12 @@ class _Search:
         """Disturb the best placement of layers that stay off their bound and search again; small problems get more tries."""
         generator = np.random.Generator(np.random.PCG64(self.seed))
         idle = 0
-        for kick in range(MAX_KICKS):
+        for _ in range(MAX_KICKS):
             layers = np.flatnonzero((peak_KL * weight_KL).sum(axis=0) > floor)
-            if layers.size == 0 or self.rounds == 0 or idle == PATIENCE:
+            if layers.size == 0 or self.rounds == 0 or idle == PATIENCE or self.priced > PRICE_BUDGET:
                 break
             # few layers are disturbed in several ways at once: a search costs the same for many as for one
             copies = int(np.clip(MAX_COPIES // layers.size, 1, MAX_COPIES))
-            if (kick + 1) * layers.size * copies * table.shape[1] * table.shape[2] ** 2 * len(peak_KL) > KICK_WORK:
-                break
             if expired(self.deadline):
                 self.late = True
                 break
@@ -155,9 +154,13 @@ def search_table_LRC(
     if problem.num_windows > 1 and risk != "mean":
         every = np.arange(problem.num_layers)
         current, weights, value = table, weight_K, metrics.fold_windows(peak_KL, ideal_KL, weight_K, risk)
-        for _ in range(RISK_ROUNDS):
+        for step in range(RISK_ROUNDS):
             weights = 0.5 * weights + 0.5 * metrics.risk_weights(metrics.imbalance_K(peak_KL, ideal_KL), weight_K, risk)
-            current, peak_KL = search.improve(current.copy(), cost_weight_KL(problem, weights), every)
+            # other weights ask for other copies: once from scratch, then onwards from there
+            if step == 0:
+                current, peak_KL = search.from_scratch(cost_weight_KL(problem, weights), 0)
+            else:
+                current, peak_KL = search.improve(current.copy(), cost_weight_KL(problem, weights), every)
             now = metrics.fold_windows(peak_KL, ideal_KL, weight_K, risk)
             if now > value:
                 value, table = now, current

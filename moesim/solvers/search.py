@@ -18,6 +18,11 @@ CLOSE = 1.0 + 5e-5
 """A layer within this factor of its bound is finished."""
 
 
+STAGNANT = 1.0 - 2e-5
+"""A layer whose cost falls by less than this over a stretch of rounds is finished."""
+MIN_PATIENCE = 60
+
+
 def expired(deadline: Deadline) -> bool:
     """Say whether the time given to a solver is used up."""
     return deadline is not None and deadline() <= 0
@@ -36,11 +41,20 @@ def improve(state: SearchState, bound_L: np.ndarray, *, max_rounds: int = 2000, 
     deep = np.zeros(layers, dtype=np.int64)
     cost = state.cost_L()
     active = np.nonzero(cost > bound_L * CLOSE)[0]
+    # many ranks may be equally slow, so that a layer needs a round for each before its cost falls
+    patience = max(MIN_PATIENCE, len(state.speed_R), 8 * windows)
+    before = cost
     for step in range(max_rounds):
         if active.size == 0:
             break
         if expired(deadline):
             return moves, True
+        if step and step % patience == 0:
+            cost = state.cost_L()
+            active = active[cost[active] < before[active] * STAGNANT]
+            before = cost
+            if active.size == 0:
+                break
         window = step % windows
         better, *move = state.best_swap(active, window)
         chosen = active[better]

@@ -15,6 +15,9 @@ TIE_WEIGHT = 0.05
 STRICT = 1.0 - 1e-12
 CHUNK_CELLS = 1 << 21
 CACHE_CELLS = 1 << 16
+NEAR_RANKS = 32
+CALL_PRICES = 50_000
+"""What a call costs whatever its size, in prices of moves."""
 
 
 @dataclass(slots=True)
@@ -36,6 +39,8 @@ class SearchState:
     cap: int
     """Most copies an expert may have."""
     allow_duplicates: bool
+    priced: int = 0
+    """Prices of moves computed so far: work, counted rather than timed."""
 
     @classmethod
     def of(cls, load_KLE: np.ndarray, weight_KL: np.ndarray, table_LRC: np.ndarray, speed_R: np.ndarray, *, allow_duplicates: bool = False) -> SearchState:
@@ -108,70 +113,78 @@ class SearchState:
     # --- swaps: one slot of the slowest rank against any slot of another ------------------------
 
     def best_swap(self, layers_n: np.ndarray, window: int) -> tuple[np.ndarray, ...]:
-        """Find the best swap between the slowest rank of a window and any other rank in the given layers.
+        """Find the best swap between the slowest rank of a window and the others in the given layers.
 
+        Many ranks: the fastest `NEAR_RANKS` first, all of them only where these have nothing to offer.
         Returns (better, rank, slot, other rank, other slot), each [n]; `better` says whether the swap is worth making.
         """
-        ranks, width = self.table_LRC.shape[1:]
-        # blocks of layers whose prices stay in the processor's cache
-        step = max(1, CACHE_CELLS // (ranks * width * width))
-        if len(layers_n) <= step:
-            return self._best_swap_block(layers_n, window)
-        parts = [self._best_swap_block(layers_n[start : start + step], window) for start in range(0, len(layers_n), step)]
+        ranks = len(self.speed_R)
+        if ranks < 2 * NEAR_RANKS:
+            return self._best_swap_blocks(layers_n, window, ranks)
+        found = self._best_swap_blocks(layers_n, window, NEAR_RANKS)
+        again = np.flatnonzero(~found[0])
+        if again.size:
+            for column, late in zip(found, self._best_swap_blocks(layers_n[again], window, ranks), strict=True):
+                column[again] = late
+        return found
+
+    def _best_swap_blocks(self, layers_n: np.ndarray, window: int, partners: int) -> tuple[np.ndarray, ...]:
+        """Price blocks of layers whose prices stay in the processor's cache."""
+        width = self.table_LRC.shape[2]
+        self.priced += CALL_PRICES + len(layers_n) * partners * width * width * len(self.load_KLE)
+        step = max(1, CACHE_CELLS // (partners * width * width))
+        parts = [self._best_swap_block(layers_n[start : start + step], window, partners) for start in range(0, max(1, len(layers_n)), step)]
         return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
-    def _best_swap_block(self, layers_n: np.ndarray, window: int) -> tuple[np.ndarray, ...]:
-        n = len(layers_n)
-        row = np.arange(n)
-        load = self.rank_KLR[:, layers_n]
-        slow = (load[window] / self.speed_R).argmax(axis=1)
-        table = self.table_LRC[layers_n]
-        ranks, width = table.shape[1:]
-        values = self.value_KLRC[:, layers_n]
+    def _best_swap_block(self, layers_n: np.ndarray, window: int, partners: int) -> tuple[np.ndarray, ...]:
+        n, ranks, width = len(layers_n), len(self.speed_R), self.table_LRC.shape[2]
+        row, at = np.arange(n), layers_n[:, None]
         inverse = 1.0 / self.speed_R
-        held = self.held_LRE[layers_n]
-        one_window = len(load) == 1
+        time = self.rank_KLR[window, layers_n] * inverse
+        slow = time.argmax(axis=1)
+        other_nP = np.tile(np.arange(ranks), (n, 1)) if partners == ranks else np.sort(np.argpartition(time, partners - 1, axis=1)[:, :partners], axis=1)
+        mine_nC, theirs_nPC = self.table_LRC[layers_n, slow], self.table_LRC[at, other_nP]
+        one_window = len(self.rank_KLR) == 1
         uniform = bool((self.speed_R == self.speed_R[0]).all())
-        score = np.empty((n, width, ranks, width))
-        for k in range(len(load)):
-            mine = values[k][row, slow]
-            top = load[k][row, slow]
+        inverse_nP, inverse_slow = inverse[other_nP], inverse[slow]
+        score = np.zeros((n, width, partners, width))
+        for k in range(len(self.rank_KLR)):
+            values, load = self.value_KLRC[k, at, other_nP], self.rank_KLR[k, at, other_nP]
+            mine, top = self.value_KLRC[k, layers_n, slow], self.rank_KLR[k, layers_n, slow]
             if one_window and uniform:
-                half = (top[:, None] - load[k]) / 2
-                np.subtract(mine[:, :, None, None], (values[k] + half[:, :, None])[:, None], out=score)
+                half = (top[:, None] - load) / 2
+                np.subtract(mine[:, :, None, None], (values + half[:, :, None])[:, None], out=score)
                 np.abs(score, out=score)
-                score += ((top[:, None] + load[k]) / 2)[:, None, :, None]
+                score += ((top[:, None] + load) / 2)[:, None, :, None]
                 break
-            inverse_slow = inverse[slow]
             left = (top[:, None] - mine) * inverse_slow[:, None]
-            pair = left[:, :, None, None] + (values[k] * inverse_slow[:, None, None])[:, None]
-            right = ((load[k][:, :, None] - values[k]) * inverse[None, :, None])[:, None] + mine[:, :, None, None] * inverse[None, None, :, None]
+            pair = left[:, :, None, None] + (values * inverse_slow[:, None, None])[:, None]
+            right = ((load[:, :, None] - values) * inverse_nP[:, :, None])[:, None] + mine[:, :, None, None] * inverse_nP[:, None, :, None]
             np.maximum(pair, right, out=pair)
             if one_window:
                 score = pair
                 break
+            rest = np.take_along_axis(_max_without(self.rank_KLR[k, layers_n] * inverse, slow), other_nP, axis=1)
             weight = self.weight_KL[k, layers_n][:, None, None, None]
-            if k == 0:
-                score[:] = 0.0
-            score += weight * (TIE_WEIGHT * pair + np.maximum(pair, _max_without(load[k] * inverse, slow)[:, None, :, None]))
-        barred = ~self.filled_RC[layers_n]
+            np.multiply(pair, TIE_WEIGHT, out=right)
+            right += np.maximum(pair, rest[:, None, :, None], out=pair)
+            right *= weight
+            score += right
+        barred = (theirs_nPC < 0) | (other_nP == slow[:, None])[:, :, None]
+        mine_barred = np.repeat((mine_nC < 0)[:, :, None], partners, axis=2)
         if not self.allow_duplicates:
-            barred = barred | (held[row, slow][row[:, None, None], table] > 0)
-        barred[row, slow] = True
-        own_barred = ~self.filled_RC[layers_n, slow]
-        mine_there = np.repeat(own_barred[:, :, None], ranks, axis=2)
-        if not self.allow_duplicates:
-            mine_there |= np.take_along_axis(held, np.maximum(table[row, slow], 0)[:, None, :], axis=2).transpose(0, 2, 1) > 0
+            barred |= self.held_LRE[layers_n, slow][row[:, None, None], theirs_nPC] > 0
+            mine_barred |= self.held_LRE[at[:, :, None], other_nP[:, None, :], np.maximum(mine_nC, 0)[:, :, None]] > 0
         score += np.where(barred, np.inf, 0.0)[:, None]
-        score[mine_there] = np.inf
+        score[mine_barred] = np.inf
         flat = score.reshape(n, -1)
-        best = flat.argmin(axis=1)
-        slot, other, other_slot = np.unravel_index(best, (width, ranks, width))
-        found = np.isfinite(flat[row, best])
-        better = found & self._swap_is_better(layers_n, window, slow, slot, other, other_slot)
+        best = flat.argmin(axis=1) if n else np.zeros(0, dtype=np.int64)
+        slot, place, other_slot = np.unravel_index(best, (width, partners, width))
+        other = other_nP[row, place]
+        better = np.isfinite(flat[row, best]) & self._swap_is_better(layers_n, slow, slot, other, other_slot)
         return better, slow, slot, other, other_slot
 
-    def _swap_is_better(self, layers_n: np.ndarray, window: int, rank: np.ndarray, slot: np.ndarray, other: np.ndarray, other_slot: np.ndarray) -> np.ndarray:
+    def _swap_is_better(self, layers_n: np.ndarray, rank: np.ndarray, slot: np.ndarray, other: np.ndarray, other_slot: np.ndarray) -> np.ndarray:
         time = self.time_KLR()[:, layers_n]
         row = np.arange(len(layers_n))
         before = time.max(axis=2)
@@ -268,6 +281,7 @@ class SearchState:
 
     def _retarget_cost(self, layer: np.ndarray, rank: np.ndarray, slot: np.ndarray, expert: np.ndarray) -> np.ndarray:
         result = np.empty(len(layer))
+        self.priced += CALL_PRICES + len(layer) * len(self.speed_R) * len(self.load_KLE)
         step = max(1, CHUNK_CELLS // len(self.speed_R))
         for start in range(0, len(layer), step):
             part = slice(start, start + step)
