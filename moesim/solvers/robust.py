@@ -47,6 +47,8 @@ SHARPNESS = 8.0
 SCENARIOS = 5
 FLOOR = 0.02
 """Share of the mean load added before logarithms are taken."""
+CLEARLY = 2.0
+"""Standard errors by which a mode must beat the first one: few folds choose badly among many modes."""
 CV_TIME = 0.5
 """Share of a time limit that the trials may use."""
 
@@ -234,11 +236,11 @@ def _plan_LS(problem: PlacementProblem, risk: str, *, rounds: int, deep: int, de
 
 
 def _winner(imbalance_FM: np.ndarray, held_out_M: np.ndarray) -> int:
-    """Return the best mode, or the first if the best beats it by no more than the standard error of their difference over folds."""
+    """Return the best mode, or the first if the best beats it by no more than `CLEARLY` standard errors of their difference over folds."""
     best = int(held_out_M.argmax())
     better_F = imbalance_FM[:, 0] - imbalance_FM[:, best]
     error = float(better_F.std(ddof=1)) / len(better_F) ** 0.5 if len(better_F) > 1 else np.inf
-    return best if better_F.mean() > error else 0
+    return best if better_F.mean() > CLEARLY * error else 0
 
 
 def _fold(imbalance_F: np.ndarray, weight_F: np.ndarray, risk: str) -> float:

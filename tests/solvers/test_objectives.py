@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import InputError
-from moesim.solvers.objectives import Decode, activated_L, recompute, serve_once_LS, solve_objective
+from moesim.solvers.activation import Decode, activated_L, serve_once_LS
+from moesim.solvers.objectives import recompute, solve_objective
 from moesim.solvers.problem import PlacementProblem
 from moesim.solvers.registry import solve
 from moesim.solvers.result import make_result
