@@ -156,14 +156,14 @@ def search_table_LRC(
         current, weights, value = table, weight_K, metrics.fold_windows(peak_KL, ideal_KL, weight_K, risk)
         for step in range(RISK_ROUNDS):
             weights = 0.5 * weights + 0.5 * metrics.risk_weights(metrics.imbalance_K(peak_KL, ideal_KL), weight_K, risk)
-            # other weights ask for other copies: once from scratch, then onwards from there
-            if step == 0:
-                current, peak_KL = search.from_scratch(cost_weight_KL(problem, weights), 0)
-            else:
-                current, peak_KL = search.improve(current.copy(), cost_weight_KL(problem, weights), every)
-            now = metrics.fold_windows(peak_KL, ideal_KL, weight_K, risk)
-            if now > value:
-                value, table = now, current
+            # other weights may ask for other copies: should the first round find nothing from here, it starts from scratch
+            for fresh in (False, True) if step == 0 else (False,):
+                weight_KL = cost_weight_KL(problem, weights)
+                current, peak_KL = search.from_scratch(weight_KL, 0) if fresh else search.improve(current.copy(), weight_KL, every)
+                now = metrics.fold_windows(peak_KL, ideal_KL, weight_K, risk)
+                if now > value:
+                    value, table = now, current
+                    break
     named = np.take_along_axis(order, np.maximum(table, 0).reshape(len(table), -1), axis=1).reshape(table.shape)
     return np.where(table >= 0, named, -1).astype(np.int32), search.moves, search.late
 
