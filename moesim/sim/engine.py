@@ -299,8 +299,8 @@ class Engine:
         if known is None and run.times is not None:
             port, rank = hop
             spans = [run.times.spans[index][position] for index, position in _jobs_on(run.program, port)]
-            begin, end = np.array([begin[..., rank].item() for begin, _ in spans]), np.array([end[..., rank].item() for _, end in spans])
-            known = run.busy[hop] = begin, end
+            begin, end = ([span[side].item(rank if span[side].size > 1 else 0) for span in spans] for side in (0, 1))
+            known = run.busy[hop] = np.array(begin), np.array(end)
         return known if known is not None else (np.zeros(0), np.zeros(0))
 
 

@@ -16,7 +16,7 @@ from moesim.sim.ops import Op, Program
 from moesim.sim.timeline import RateTimeline, Slowdown
 
 Span = tuple[np.ndarray, np.ndarray]
-"""When a Job uses its port: begin and end, [R] or [P, R]; empty or inf where it never does."""
+"""When a Job uses its port: begin and end, [R], [P, R] or the same for all ranks; empty or inf where it never does."""
 SM = "sm"
 _ROUNDING = 64 * np.finfo(np.float64).eps
 
@@ -91,33 +91,45 @@ def evaluate(
         return _sweep(program, start, rates, decided, ask, spans, None, before, keep)
     if ask and any(op.decide is not None and index not in decided for index, op in enumerate(program.ops)):
         raise SimulationError("program: hooks beside ops with an sm_share can only be asked on the clock; execute the program with hooks='reached'")
-    # Causality makes this end: every round settles at least the next change of speed, and what lies before it is final.
-    times = before if before is not None else _sweep(program, start, rates, decided, ask, spans, None, None, None)
-    for _ in range(4 * len(program.ops) * program.num_ranks + 4):
-        slow = _slowdown(program, times, holding, rates, start)
-        following = _sweep(program, start, rates, decided, ask, spans, slow, before, keep)
-        if times is not before and _settled(times, following, holding):
-            return following
-        times = following
+    slow = _slowdown(program, holding, rates, start)
+    if before is not None:
+        for row, index in enumerate(holding):
+            slow.hold(row, before.start[index], before.end[index])
+    # Causality makes this end: every round settles at least the next change of speed, and what lies before it is final. In order of issue two rounds do.
+    for _ in range(2 * len(program.ops) + 8):
+        begin, end = slow.begin.copy(), slow.end.copy()
+        times = _sweep(program, start, rates, decided, ask, spans, slow, before, keep)
+        if np.allclose(begin, slow.begin, rtol=_ROUNDING, atol=0.0) and np.allclose(end, slow.end, rtol=_ROUNDING, atol=0.0):
+            return times
     raise SimulationError("program: times do not settle while communication slows computation; this is a bug")
 
 
-def _settled(times: Times, following: Times, holding: list[int]) -> bool:
-    """Return whether two rounds differ by nothing but rounding in when SMs are taken."""
-    for index in holding:
-        for one, other in ((times.start[index], following.start[index]), (times.end[index], following.end[index])):
-            if not (np.isclose(one, other, rtol=_ROUNDING, atol=0.0)).all():
-                return False
-    return True
+def _beside(program: Program) -> np.ndarray:
+    """Return bool [ops, K]: can Op and SM-holding Op k overlap? Not if k waits for the Op: it may begin when the Op ends, never before."""
+    key = ("beside", len(program.ops))
+    found = program.cache.get(key)
+    if found is None:
+        waits: list[int] = []  # bit set of the earlier Ops that one waits for on every rank where both take part
+        lanes: dict[str, int] = {}
+        for index, op in enumerate(program.ops):
+            mask = lanes.get(op.lane, 0)
+            for dep in op.deps:
+                mask |= 1 << dep | (waits[dep] if program.ops[dep].ranks_R is None else 0)
+            waits.append(mask)
+            lanes[op.lane] = lanes.get(op.lane, 0) | 1 << index | (mask if op.ranks_R is None else 0)
+        holding = [index for index, op in enumerate(program.ops) if op.sm_share > 0]
+        found = program.cache[key] = np.array([[not waits[k] >> index & 1 for k in holding] for index in range(len(program.ops))], dtype=bool)
+    return found
 
 
-def _slowdown(program: Program, times: Times, holding: list[int], rates: RateTimeline | None, start: float) -> Slowdown:
-    begins, ends = [], []
+def _slowdown(program: Program, holding: list[int], rates: RateTimeline | None, start: float) -> Slowdown:
+    shape = np.broadcast_shapes((program.num_ranks,), *(job.work_s.shape for op in program.ops for job in op.jobs))
+    most: dict[str, float] = {}
     for index in holding:
-        begin, end = np.maximum(times.start[index], start), np.maximum(times.end[index], start)
-        begins.append(begin)
-        ends.append(np.maximum(end, begin))
-    return Slowdown(begins, ends, [program.ops[index].sm_share for index in holding], rates, start)
+        op = program.ops[index]
+        most[op.lane] = max(most.get(op.lane, 0.0), op.sm_share)
+    floor = float(np.prod([1.0 - share for share in most.values()]))
+    return Slowdown(shape, [program.ops[index].sm_share for index in holding], floor, rates, start)
 
 
 def _ended_before(before: Times, since: float) -> np.ndarray:
@@ -148,6 +160,7 @@ def _sweep(
     ends: list[np.ndarray] = []
     spans: list[tuple[Span, ...]] = []
     pending: dict[int, float] = {}
+    beside, row = _beside(program) if slow is not None else np.zeros((len(program.ops), 0), dtype=bool), 0
     for index, op in enumerate(program.ops):
         if before is not None and keep is not None and keep[index]:
             ready, gate, end = before.start[index], before.gate[index], before.end[index]
@@ -171,7 +184,7 @@ def _sweep(
             if plain:
                 end = _end(op, index, ready, gate, decided)
             else:
-                end, used = _shared_end(op, index, ready, gate, peers, rates, slow, decided, ask, pending)
+                end, used = _shared_end(op, index, ready, gate, peers, rates, slow, beside[index], decided, ask, pending)
                 if keep_spans:
                     spans.append(used)
             if op.ranks_R is not None:
@@ -180,6 +193,9 @@ def _sweep(
             free[op.lane] = np.where(op.ranks_R, end, free.get(op.lane, idle))
         else:
             free[op.lane] = end
+        if slow is not None and op.sm_share > 0:
+            slow.hold(row, ready, end)
+            row += 1
         starts.append(ready)
         gates.append(gate)
         ends.append(end)
@@ -212,6 +228,7 @@ def _shared_end(
     peers: _Group | _Source | None,
     rates: RateTimeline | None,
     slow: Slowdown | None,
+    beside: np.ndarray,
     decided: dict[int, np.ndarray],
     ask: bool,
     pending: dict[int, float],
@@ -222,8 +239,6 @@ def _shared_end(
     begins: list[np.ndarray] = []
     for position, job in enumerate(op.jobs):
         begin = gate if job.side == "recv" and gate is not None else ready
-        if begin.shape[-1] != ready.shape[-1]:
-            begin = np.broadcast_to(begin, ready.shape)
         begins.append(begin)
         work = job.work_s
         if position == 0 and op.decide is not None:
@@ -237,7 +252,7 @@ def _shared_end(
                 decided[index] = np.asarray(op.decide(ready), dtype=np.float64)
             work = decided[index]
         if slow is not None and job.port == SM and op.sm_share == 0:
-            ends.append(slow.finish(begin, work))
+            ends.append(slow.finish(begin, work, beside))
         elif rates is not None:
             ends.append(rates.finish(job.port, begin, work))
         else:

@@ -110,8 +110,8 @@ class Busy:
             return Busy(begin, end)
         order = np.argsort(begin, kind="stable")
         begin, end = begin[order], np.maximum.accumulate(end[order])
-        first = np.r_[True, begin[1:] > end[:-1]]
-        return Busy(begin[first], end[np.r_[np.flatnonzero(first)[1:] - 1, len(end) - 1]])
+        starts = np.flatnonzero(begin[1:] > end[:-1]) + 1
+        return Busy(begin[np.append(0, starts)], end[np.append(starts - 1, len(end) - 1)])
 
     def at(self, time: np.ndarray) -> np.ndarray:
         """Return bool: is the port busy just after `time`?"""
@@ -200,9 +200,13 @@ class Allocation:
         times = np.unique(np.concatenate([np.array([now]), *(edge for _, spans in used for edge in (spans.begin, spans.end))]))
         times = times[(times >= now) & (times < np.inf)]
         busy_TP = np.zeros((len(times), len(self.hops)), dtype=bool)
+        which = np.zeros(len(times), dtype=np.int64)
         for column, spans in used:
-            busy_TP[:, column] = spans.at(times)
-        return Steps(self.flows, times, np.stack([self.rates(row) for row in busy_TP]))
+            busy_TP[:, column] = now_busy = spans.at(times)
+            # Renumbering at every port keeps the number of a pattern small, however many ports there are.
+            _, which = np.unique(2 * which + now_busy, return_inverse=True)
+        _, first, which = np.unique(which, return_index=True, return_inverse=True)
+        return Steps(self.flows, times, np.stack([self.rates(busy_TP[row]) for row in first])[which])
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,10 +219,16 @@ class Steps:
 
     def settle(self, until: float) -> None:
         """Book what the Flows have moved from times[0] to `until`."""
-        edges = np.minimum(np.append(self.times[1:], np.inf), until)
-        moved = np.maximum(edges - self.times, 0.0) @ self.rates
+        if len(self.times) == 1:
+            moved = self.rates[0] * (until - self.times[0])
+        else:
+            moved = self._moved(until)
         for flow, nbytes in zip(self.flows, moved.tolist(), strict=True):
             flow.left_bytes = max(0.0, flow.left_bytes - nbytes)
+
+    def _moved(self, until: float) -> np.ndarray:
+        edges = np.minimum(np.append(self.times[1:], np.inf), until)
+        return np.maximum(edges - self.times, 0.0) @ self.rates
 
     def next_stop(self) -> tuple[float, list[Flow]]:
         """Return when the first Flows arrive or reach the border at which they give way, and which; inf if none moves."""

@@ -29,6 +29,9 @@ def max_min(use_FP: np.ndarray, capacity_P: np.ndarray, weight_F: np.ndarray | N
         raise SimulationError(describe("max-min", "shape", (use.shape, left.shape, weight.shape), "must be [F, P], [P] and [F]"))
     if not ((left >= 0).all() and (weight > 0).all() and np.isfinite(weight).all()):
         raise SimulationError(describe("max-min", "capacity and weight", (left.tolist(), weight.tolist()), "must be >= 0 and > 0"))
+    if flows == 1 and limit_F is None and use.any():
+        crossed = use[0] > 0
+        return np.array([(left[crossed] / use[0, crossed]).min()])
     own = np.full(flows, np.inf) if limit_F is None else np.array(limit_F, dtype=np.float64) / weight
     rate = np.zeros(flows)
     rising = np.ones(flows, dtype=bool)
@@ -71,5 +74,9 @@ def guaranteed(capacity: float, use_F: np.ndarray, weight_F: np.ndarray, limit_F
 
     The claim may count on it whatever happens elsewhere: no flow takes more than its limit (its narrowest port), nor more than its share.
     """
-    use = np.r_[1.0, use_F][:, None]
-    return float(max_min(use, np.array([capacity]), np.r_[1.0, weight_F], limit_F=np.r_[np.inf, limit_F])[0])
+    left, load = capacity, 1.0 + float(use_F @ weight_F)
+    for limit, weight, use in sorted(zip(limit_F.tolist(), weight_F.tolist(), use_F.tolist(), strict=True), key=lambda claim: claim[0] / claim[1]):
+        if limit * load >= weight * left:
+            break
+        left, load = left - use * limit, load - use * weight
+    return left / load

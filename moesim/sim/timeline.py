@@ -103,41 +103,60 @@ class RateTimeline:
 class Slowdown:
     """How fast the port `sm` serves every rank while Ops with an `sm_share` hold a part of its SMs; shares beside each other multiply."""
 
-    def __init__(self, begin_K: Sequence[np.ndarray], end_K: Sequence[np.ndarray], share_K: Sequence[float], rates: RateTimeline | None, start: float) -> None:
-        """Take K Ops, each with begin and end [..., R] (equal where it takes nothing), and whatever Flows leave of `sm`."""
+    def __init__(self, shape: tuple[int, ...], share_K: Sequence[float], floor: float, rates: RateTimeline | None, start: float) -> None:
+        """Take K Ops that as yet hold nothing; shape: of times, [R] or [P, R]; floor: the least speed that all of them together leave."""
+        self.begin = np.full((len(share_K), *shape), start)
+        """float64 [K, ..., R]: when they take their SMs; `end`: when they give them back."""
+        self.end = self.begin.copy()
+        self._first, self._last = np.full(len(share_K), start), np.full(len(share_K), start)
+        self._start, self._factor = start, 1.0 - np.array(share_K)
         changes, left = rates.changes("sm") if rates is not None else ([-np.inf], [])
-        times = [max(time, start) for time in changes]
-        shape = np.broadcast_shapes(*(array.shape for array in (*begin_K, *end_K)))
-        knots = np.empty((2 * len(share_K) + len(times), *shape))
-        factor = np.zeros(len(knots))
-        for index, time in enumerate(times):
-            knots[index] = time
-        for index, (begin, end, share) in enumerate(zip(begin_K, end_K, share_K, strict=True)):
-            row = len(times) + 2 * index
-            knots[row], knots[row + 1] = begin, end
-            factor[row], factor[row + 1] = np.log1p(-share), -np.log1p(-share)
-        order = np.argsort(knots, axis=0, kind="stable")
-        self._knots = np.take_along_axis(knots, order, axis=0)
-        self._speed = np.exp(np.cumsum(factor[order], axis=0))
-        if left:
-            which = np.searchsorted(np.array(times), self._knots, side="right") - 1
-            self._speed = self._speed * np.stack(left)[which, np.arange(shape[-1])]
-        with np.errstate(invalid="ignore"):
-            steps = np.diff(self._knots, axis=0) * self._speed[:-1]
-        self._work = np.concatenate([np.zeros((1, *shape)), np.cumsum(steps, axis=0)])
+        self._changes = np.array(changes[1:])
+        self._left = np.stack(left) if len(changes) > 1 or (left and bool((left[0] < 1).any())) else None
+        self._floor = floor if self._left is None else floor * float(self._left.min())
 
-    def finish(self, begin: np.ndarray, work_s: np.ndarray) -> np.ndarray:
-        """Return when work begun at `begin` ends, both [..., R]."""
-        shape = np.broadcast_shapes(begin.shape, work_s.shape, self._knots.shape[1:])
-        begin = np.broadcast_to(begin, shape)
+    def hold(self, row: int, begin: np.ndarray, end: np.ndarray) -> None:
+        """Let Op `row` hold its SMs from `begin` to `end`, -inf where it does not take part."""
+        self.begin[row] = np.maximum(begin, self._start)
+        self.end[row] = np.maximum(end, self.begin[row])
+        self._first[row], self._last[row] = self.begin[row].min(), self.end[row].max()
+
+    def finish(self, begin: np.ndarray, work_s: np.ndarray, beside_K: np.ndarray) -> np.ndarray:
+        """Return when work begun at `begin` ends, both [..., R]; beside_K: bool, which of the K Ops can run beside it at all."""
         real = np.isfinite(begin)
-        now = np.where(real, begin, self._knots[0])
-        done = self._at(self._work, self._knots, now) + self._at(self._speed, self._knots, now) * (now - self._at(self._knots, self._knots, now)) + work_s
-        end = self._at(self._knots, self._work, done) + (done - self._at(self._work, self._work, done)) / self._at(self._speed, self._work, done)
-        return np.where(real, end, begin)
+        if not real.any():
+            return begin + work_s
+        low = float(begin.min(where=real, initial=np.inf))
+        high = float(begin.max(where=real, initial=-np.inf)) + float(work_s.max()) / self._floor
+        rows = np.flatnonzero(beside_K & (self._last > low) & (self._first < high))
+        if not len(rows) and self._left is None:
+            return begin + work_s
+        shape = np.broadcast_shapes(begin.shape, work_s.shape, self.begin.shape[1:])
+        changes = self._changes[(self._changes > low) & (self._changes < high)] if self._left is not None else self._changes[:0]
+        fixed = np.append(low, changes)
+        knots = np.empty((len(fixed) + 2 * len(rows), *shape))
+        factor = np.ones(len(knots))
+        knots[: len(fixed)] = fixed.reshape(-1, *(1,) * len(shape))
+        knots[len(fixed) :: 2], knots[len(fixed) + 1 :: 2] = self.begin[rows], self.end[rows]
+        factor[len(fixed) :: 2], factor[len(fixed) + 1 :: 2] = self._factor[rows], 1.0 / self._factor[rows]
+        order = np.argsort(knots, axis=0, kind="stable")
+        knots = np.take_along_axis(knots, order, axis=0)
+        speed = np.cumprod(factor[order], axis=0)
+        if self._left is not None:
+            speed = speed * self._left[np.searchsorted(self._changes, knots, side="right"), np.arange(shape[-1])]
+        with np.errstate(invalid="ignore"):
+            steps = np.diff(knots, axis=0) * speed[:-1]
+        work = np.concatenate([np.zeros((1, *shape)), np.cumsum(steps, axis=0)])
+        now = np.where(real, begin, low)
+        here = _last_not_after(knots, now)
+        done = _pick(work, here) + _pick(speed, here) * (now - _pick(knots, here)) + work_s
+        there = _last_not_after(work, done)
+        return np.where(real, _pick(knots, there) + (done - _pick(work, there)) / _pick(speed, there), begin)
 
-    @staticmethod
-    def _at(values: np.ndarray, keys: np.ndarray, point: np.ndarray) -> np.ndarray:
-        """Return the values at the last key that is not after `point`."""
-        index = np.maximum((keys <= point).sum(axis=0) - 1, 0)
-        return np.take_along_axis(values, index[None], axis=0)[0]
+
+def _last_not_after(keys: np.ndarray, point: np.ndarray) -> np.ndarray:
+    return np.maximum((keys <= point).sum(axis=0, keepdims=True) - 1, 0)
+
+
+def _pick(values: np.ndarray, index: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(values, index, axis=0)[0]

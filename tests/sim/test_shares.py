@@ -67,6 +67,14 @@ def test_an_inefficient_flow_takes_more_of_the_port_than_it_moves() -> None:
     assert max_min(np.array([[1.0], [2.0]]), np.array([9.0])).tolist() == pytest.approx([3, 3])
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.floats(1, 3), st.floats(0.1, 5), st.floats(0.01, 50)), max_size=6), st.floats(1, 20))
+def test_the_guarantee_is_max_min_with_limits_on_one_port(claims: list[tuple[float, float, float]], capacity: float) -> None:
+    use, weight, limit = (np.array([claim[i] for claim in claims]) for i in range(3))
+    rates = max_min(np.r_[1.0, use][:, None], np.array([capacity]), np.r_[1.0, weight], limit_F=np.r_[np.inf, limit])
+    assert guaranteed(capacity, use, weight, limit) == pytest.approx(rates[0], rel=1e-9)
+
+
 def test_a_flow_without_a_bound_is_refused() -> None:
     with pytest.raises(SimulationError, match="no bound"):
         max_min(np.zeros((1, 2), bool), np.ones(2))
