@@ -127,6 +127,7 @@ def solve(
     from moesim.solvers.problem import PlacementProblem
     from moesim.solvers.registry import solve as run_solver
     from moesim.solvers.registry import to_plan
+    from moesim.solvers.robust import RobustResult
 
     began = time.perf_counter()
     moe_model, cluster = _model(model), _cluster(hardware)
@@ -165,7 +166,8 @@ def solve(
             raise InputError(f"solve: objective {objective!r} takes one trace and neither --redundant, --from nor --solver; leave them out")
         result, evidence = _solve_affinity(routings[0], objective, cluster, seed, limit)
     else:
-        result = run_solver(problem, solver or ("repair" if move_budget_bytes is not None else "greedy"), seed=seed, deadline=limit)
+        default = "repair" if move_budget_bytes is not None else "robust" if objective == "robust" else "greedy"
+        result = run_solver(problem, solver or default, seed=seed, deadline=limit)
     plan = to_plan(
         result,
         model=moe_model.name,
@@ -199,6 +201,7 @@ def solve(
         },
         "dispatch": dispatch,
         "affinity": evidence,
+        "windows": {"count": len(load_KLE), **({"mode": result.mode, "held_out": dict(result.held_out)} if isinstance(result, RobustResult) else {})},
         "traffic": {"distinct_remote_ranks": None, "inter_node_bytes": None},
         "moved": {"slots": moved, "bytes": None if moved is None else moved * expert_bytes},
         "solver": result.solver,
@@ -256,8 +259,6 @@ def parallelize(
 
 def _solve_affinity(routing: RoutingTrace, objective: str, cluster: Cluster, seed: int, limit: Callable[[], float] | None) -> tuple[Any, dict[str, Any]]:
     """Plan for traffic on half of the tokens; return the result and its evidence on the other half and on its null."""
-    from dataclasses import asdict
-
     from moesim.solvers.affinity.plan import plan_affinity
     from moesim.solvers.affinity.result import FANOUT, HOPS
 
@@ -266,8 +267,7 @@ def _solve_affinity(routing: RoutingTrace, objective: str, cluster: Cluster, see
     inside = cluster.devices_per_node if cluster.num_nodes > 1 else 0
     kind = FANOUT if objective == "traffic" else HOPS
     found = plan_affinity(routing, num_ranks=cluster.num_ranks, ranks_per_node=inside, objective=kind, load_slack=AFFINITY_SLACK, seed=seed, deadline=limit)
-    facts = asdict(found.evidence)
-    return found.result, {**facts, "gain_held_out": found.evidence.gain_held_out, "gain_null": found.evidence.gain_null}
+    return found.result, found.evidence.as_dict()
 
 
 # --- documents -------------------------------------------------------------------------------------

@@ -80,6 +80,10 @@ def print_solution(report: dict[str, Any]) -> None:
     ]
     if report["moved"]["slots"] is not None:
         rows.append(("moved", f"{report['moved']['slots']} slots, {format_bytes(report['moved']['bytes'])}"))
+    if "mode" in report["windows"]:
+        windows = report["windows"]
+        scores = ", ".join(f"{mode} {score:.4f}" for mode, score in sorted(windows["held_out"].items(), key=lambda item: -item[1])[:3])
+        rows.append((f"mode of {windows['count']} windows", f"{windows['mode']} (held out: {scores})"))
     if report["affinity"] is not None:
         evidence = report["affinity"]
         note(f"for {evidence['applies_to']}")

@@ -7,7 +7,7 @@ only the first column shows is chance.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from moesim.errors import InputError, describe
 from moesim.solvers.affinity.fanout import FanoutProblem, solve_fanout
@@ -71,6 +71,10 @@ class AffinityEvidence:
     def gain_from_affinity(self) -> float:
         """Gain on unseen tokens beyond that of the null."""
         return self.gain_held_out - self.gain_null
+
+    def as_dict(self) -> dict[str, object]:
+        """Return plain values for JSON, gains included."""
+        return {**asdict(self), "gain_held_out": self.gain_held_out, "gain_null": self.gain_null}
 
     def rows(self) -> list[dict[str, object]]:
         """Return the table: one row per placement and one for the gain."""
