@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,11 @@ def read_yaml(path: Path, *, limit: int = 4 * 2**20, error: type[InputError] = I
     import yaml
 
     text = read_bytes(path, limit=limit, error=error)
+    depth = 0
+    for bracket in re.finditer(rb"[\[\]{}]", text):  # the parser's time grows with the square of the depth
+        depth += 1 if bracket.group() in b"[{" else -1
+        if depth > MAX_DEPTH:
+            raise error(f"{path}: nested deeper than {MAX_DEPTH} levels; this is not the kind of file expected here")
     base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
     class Loader(base):  # type: ignore[misc, valid-type]

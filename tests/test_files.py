@@ -42,6 +42,7 @@ def test_hostile_json_is_refused_with_its_rule(tmp_path: Path, text: str, rule: 
         ("a: [", "not valid YAML"),
         ("? [1]\n: 2\n", "plain name"),
         ("[" * 90 + "]" * 90, "nested"),
+        ("[" * 1_000_000, "nested"),
     ],
 )
 def test_hostile_yaml_is_refused_with_its_rule(tmp_path: Path, text: str, rule: str) -> None:
