@@ -93,6 +93,7 @@ class Engine:
         self._running.append(run)
         try:
             while True:
+                stamp = self._rates.stamp()
                 times = self._evaluate(run)
                 self._schedule_stop()
                 end = float(np.max(times.finish))
@@ -102,6 +103,9 @@ class Engine:
                 changed = self._changed
                 over = self.env.timeout(max(wake - self.now, 0.0))
                 yield over | changed
+                while not over.processed and times.spans and self._rates.stamp() == stamp:
+                    # One Flow has taken the place of another: the Ops notice nothing.
+                    yield over | self._changed
                 if not over.processed:
                     continue
                 if not times.pending:

