@@ -1,0 +1,85 @@
+"""`moesim rebalance`: is rebalancing worth it on this trace, and from which period on?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moesim.cli.replay import parse_settings
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def rebalance(
+    traces: Annotated[list[str], typer.Argument(help="one trace, or several that are replayed one after another")],
+    model: Annotated[str, typer.Option("--model", help="model name, config.json or its folder")],
+    hardware: Annotated[str, typer.Option("--hardware", help="hardware name like h100-sxm-8x4, or a YAML file")],
+    plan: Annotated[Path | None, typer.Option("--plan", help="plan to start with")] = None,
+    placement: Annotated[str, typer.Option("--placement", help="linear, round_robin, random or eplb, where no plan is given")] = "linear",
+    policy: Annotated[str, typer.Option("--policy", help="never, periodic:N, on_drift:T or budgeted:BYTES,N")] = "on_drift:0.9",
+    mode: Annotated[str, typer.Option("--mode", help="background or pause")] = "background",
+    periods: Annotated[str, typer.Option("--periods", help="periods to sweep, in passes, like 1,4,16")] = "",
+    planner_s: Annotated[float | None, typer.Option("--planner-s", help="time of the planner on the simulated clock, s")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, as for replay")] = None,
+    tokens_per_step: Annotated[int | None, typer.Option("--tokens-per-step", help="tokens per forward pass over all ranks")] = None,
+    map_layers: Annotated[str | None, typer.Option("--map-layers", help="cycle, or trace:model pairs, where the layers differ")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="seed of synthetic or sampled routing")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Replay with and without a balancer whose planner time, migration traffic and staging memory are charged."""
+    from moesim import api
+    from moesim.cli.output import counting, emit_json
+    from moesim.errors import InputError, describe
+
+    try:
+        sweep = [int(word) for word in periods.split(",") if word]
+    except ValueError:
+        raise InputError(describe("--periods", "periods", periods, "must be integers with commas between them")) from None
+    with counting("forward passes") as progress:
+        report = api.rebalance(
+            traces,
+            model=model,
+            hardware=hardware,
+            plan=plan,
+            placement=placement,
+            policy=policy,
+            mode=mode,
+            periods=sweep,
+            planner_s=planner_s,
+            tokens_per_step=tokens_per_step,
+            settings=parse_settings(settings or []),
+            map_layers=map_layers,
+            seed=seed,
+            progress=progress,
+        )
+    if as_json:
+        emit_json(report)
+    else:
+        print_rebalance(report)
+
+
+def print_rebalance(report: dict[str, Any]) -> None:
+    """Print the verdict, and the sweep if there was one, for people."""
+    from moesim.cli.output import note, table
+    from moesim.units import format_bytes, format_time
+
+    found = report["verdict"]
+    note(f"{report['model']} on {report['hardware']}, policy {report['policy']}, migration in {report['mode']}")
+    note(f"rebalancing {'pays' if found['worth_it'] else 'does not pay'} on this trace: {found['gain']:+.1%}")
+    rows = [
+        ("time without / with", f"{format_time(found['without_s'])} / {format_time(found['total_s'])}"),
+        ("balance without / with", f"{found['balance']['without']:.3f} / {found['balance']['run']:.3f}"),
+        ("rebalances", f"{found['rebalances']}"),
+        ("moved", format_bytes(found["moved_bytes"])),
+        ("pause / planner", f"{format_time(found['pause_s'])} / {format_time(found['planner_s'])}"),
+    ]
+    table("", ["", "value"], rows)
+    if report["sweep"] is not None:
+        sweep = report["sweep"]
+        lines = [(f"every {row['period']}", f"{row['gain']:+.1%}", f"{row['rebalances']}", format_bytes(row["moved_bytes"])) for row in sweep["rows"]]
+        table("\nperiod in passes", ["", "gain", "rebalances", "moved"], lines)
+        period = sweep["break_even_period"]
+        note("no period of the sweep pays" if period is None else f"rebalancing pays from a period of {period} passes on")
