@@ -17,9 +17,14 @@ from moesim.model import load_model
 from moesim.solvers.parallelism import ParallelismResult, Slo, Space, Workload, plan_parallelism
 
 CASES = (
-    ("deepseek-v3", "h100-sxm-8x4", "balanced"), ("deepseek-v3", "h100-sxm-8x4", "zipf:1.0"), ("deepseek-v3", "h100-sxm-8x4", "measured"),
-    ("deepseek-v3", "h100-sxm-8x12", "balanced"), ("deepseek-v3", "h100-sxm-8x40", "balanced"), ("deepseek-v3", "h100-sxm-8x40", "measured"),
-    ("qwen3-235b-a22b", "h100-sxm-8x2", "balanced"), ("gpt-oss-120b", "h100-sxm-8x2", "balanced"),
+    ("deepseek-v3", "h100-sxm-8x4", "balanced"),
+    ("deepseek-v3", "h100-sxm-8x4", "zipf:1.0"),
+    ("deepseek-v3", "h100-sxm-8x4", "measured"),
+    ("deepseek-v3", "h100-sxm-8x12", "balanced"),
+    ("deepseek-v3", "h100-sxm-8x40", "balanced"),
+    ("deepseek-v3", "h100-sxm-8x40", "measured"),
+    ("qwen3-235b-a22b", "h100-sxm-8x2", "balanced"),
+    ("gpt-oss-120b", "h100-sxm-8x2", "balanced"),
 )
 
 
@@ -48,7 +53,8 @@ def main() -> None:
         count, best = result.counts, result.best
         print(
             f"{name:16s} {hardware:14s} {routing:10s} {seconds:7.2f} {count.points:8d} {count.memory:7d} {count.rates:7d} {count.pipeline:7d} "
-            f"{count.evaluated:7d} {count.pairs:12d} {best.output_tokens_per_s_per_gpu:9.1f} {result.status}\n    {best.label}", flush=True,
+            f"{count.evaluated:7d} {count.pairs:12d} {best.output_tokens_per_s_per_gpu:9.1f} {result.status}\n    {best.label}",
+            flush=True,
         )
     if not arguments.quick:
         pruned, fast = run("deepseek-v3", "h100-sxm-8x4", "balanced")

@@ -132,7 +132,12 @@ class LoadCompiler:
             self._by_expert = _masks.Folding.of(slot_LI, self._rank_S, slots), self._word_WS[:, slot_LI]
 
     def compile(
-        self, *, experts_TLK: np.ndarray, rank_T: np.ndarray, valid_TLK: np.ndarray | None = None, pass_start_P: np.ndarray | None = None,
+        self,
+        *,
+        experts_TLK: np.ndarray,
+        rank_T: np.ndarray,
+        valid_TLK: np.ndarray | None = None,
+        pass_start_P: np.ndarray | None = None,
         block_entries: int = BLOCK_ENTRIES,
     ) -> StepLoads:
         """Compile passes that lie one after another in `experts_TLK`.
@@ -295,7 +300,9 @@ def _compile_batch(compiler: LoadCompiler, batch: Sequence[PassRouting]) -> Step
     if any(item.valid_TLK is not None for item in batch):
         valid = np.concatenate([np.ones(item.experts_TLK.shape, np.bool_) if item.valid_TLK is None else item.valid_TLK for item in batch])
     return compiler.compile(
-        experts_TLK=np.concatenate([item.experts_TLK for item in batch]), rank_T=np.concatenate([item.rank_T for item in batch]), valid_TLK=valid,
+        experts_TLK=np.concatenate([item.experts_TLK for item in batch]),
+        rank_T=np.concatenate([item.rank_T for item in batch]),
+        valid_TLK=valid,
         pass_start_P=np.cumsum([0, *lengths[:-1]]),
     )
 

@@ -66,7 +66,8 @@ def dispatch_lp(
     num_ranks: int,
     speed_R: np.ndarray | None = None,
     *,
-    window_weight_K: np.ndarray | None = None, gentle: bool = True,
+    window_weight_K: np.ndarray | None = None,
+    gentle: bool = True,
 ) -> DispatchResult:
     """Return the shares with the least possible time of the slowest rank, proven.
 

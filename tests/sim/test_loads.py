@@ -60,8 +60,12 @@ def replica(slots: list[int], share: list[float], index: int) -> int:
 def count_by_hand(plan: Plan, routing: PassRouting, ranks_per_node: int) -> dict[str, np.ndarray]:
     layers, ranks, slots, nodes = plan.num_layers, plan.num_ranks, plan.num_slots, -(-plan.num_ranks // ranks_per_node)
     result = {
-        "tokens_PR": np.zeros((1, ranks)), "routed_PLR": np.zeros((1, layers, ranks)), "slot_PLS": np.zeros((1, layers, slots)),
-        "assign_PLRR": np.zeros((1, layers, ranks, ranks)), "copy_PLRR": np.zeros((1, layers, ranks, ranks)), "node_PLRN": np.zeros((1, layers, ranks, nodes)),
+        "tokens_PR": np.zeros((1, ranks)),
+        "routed_PLR": np.zeros((1, layers, ranks)),
+        "slot_PLS": np.zeros((1, layers, slots)),
+        "assign_PLRR": np.zeros((1, layers, ranks, ranks)),
+        "copy_PLRR": np.zeros((1, layers, ranks, ranks)),
+        "node_PLRN": np.zeros((1, layers, ranks, nodes)),
     }
     seen: dict[int, int] = defaultdict(int)
     slots_of: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -104,22 +108,29 @@ def assert_counts(loads: StepLoads, expected: dict[str, np.ndarray]) -> None:
 
 SHAPES = st.fixed_dictionaries(
     {
-        "seed": st.integers(0, 2**32), "experts": st.integers(1, 12), "layers": st.integers(1, 3), "ranks": st.integers(1, 11), "extra": st.integers(0, 7),
-        "empty": st.integers(0, 3), "shares": st.booleans(), "ragged": st.booleans(),
+        "seed": st.integers(0, 2**32),
+        "experts": st.integers(1, 12),
+        "layers": st.integers(1, 3),
+        "ranks": st.integers(1, 11),
+        "extra": st.integers(0, 7),
+        "empty": st.integers(0, 3),
+        "shares": st.booleans(),
+        "ragged": st.booleans(),
     }
 )
 
 
 @settings(max_examples=120, deadline=None)
 @given(SHAPES, st.integers(1, 9), st.integers(1, 12), st.integers(0, 12), st.sampled_from([0.0, 0.3, 1.0]), st.booleans(), st.sampled_from([7, 40, 32768]))
-def test_loads_equal_a_count_token_by_token(
-    shape: dict[str, Any], top_k: int, ranks_per_node: int, most: int, holes: float, wide: bool, block: int
-) -> None:
+def test_loads_equal_a_count_token_by_token(shape: dict[str, Any], top_k: int, ranks_per_node: int, most: int, holes: float, wide: bool, block: int) -> None:
     plan = make_plan(**shape)
     counts_R = np.random.default_rng(shape["seed"] + 1).integers(0, most + 1, plan.num_ranks)
     routing = make_routing(shape["seed"] + 2, plan, counts_R, top_k, dtype=np.uint16 if wide else np.uint8, holes=holes)
     loads = LoadCompiler(plan, ranks_per_node=ranks_per_node).compile(
-        experts_TLK=routing.experts_TLK, rank_T=routing.rank_T, valid_TLK=routing.valid_TLK, block_entries=block,
+        experts_TLK=routing.experts_TLK,
+        rank_T=routing.rank_T,
+        valid_TLK=routing.valid_TLK,
+        block_entries=block,
     )
     assert_counts(loads, count_by_hand(plan, routing, ranks_per_node))
 
@@ -127,8 +138,15 @@ def test_loads_equal_a_count_token_by_token(
 @pytest.mark.parametrize(
     ("ranks", "ranks_per_node", "experts", "extra", "tokens", "top_k"),
     [
-        (1, 8, 8, 2, 600, 2), (4, 1, 8, 0, 300, 3), (8, 8, 8, 0, 700, 2), (32, 8, 64, 9, 40, 6), (63, 8, 70, 5, 6, 4), (64, 64, 64, 0, 5, 8),
-        (65, 8, 70, 0, 5, 8), (130, 3, 140, 30, 4, 5), (600, 8, 600, 10, 1, 3),
+        (1, 8, 8, 2, 600, 2),
+        (4, 1, 8, 0, 300, 3),
+        (8, 8, 8, 0, 700, 2),
+        (32, 8, 64, 9, 40, 6),
+        (63, 8, 70, 5, 6, 4),
+        (64, 64, 64, 0, 5, 8),
+        (65, 8, 70, 0, 5, 8),
+        (130, 3, 140, 30, 4, 5),
+        (600, 8, 600, 10, 1, 3),
     ],
 )
 def test_loads_equal_a_count_token_by_token_for_many_machine_shapes(ranks: int, ranks_per_node: int, experts: int, extra: int, tokens: int, top_k: int) -> None:
@@ -256,7 +274,12 @@ def test_dropped_choices_do_not_count_even_if_every_number_is_an_expert(experts:
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.1, 0.99, 0.0, 1.0])
 def test_shares_of_replicas_are_met_within_one_part_in_64(share: float) -> None:
     plan = Plan(
-        model="toy", num_experts=1, moe_layer_ids=(0,), slot_to_expert_LS=np.zeros((1, 2)), slot_rank_S=np.arange(2), num_ranks=2,
+        model="toy",
+        num_experts=1,
+        moe_layer_ids=(0,),
+        slot_to_expert_LS=np.zeros((1, 2)),
+        slot_rank_S=np.arange(2),
+        num_ranks=2,
         share_LS=np.array([[share, 1 - share]]),
     )
     loads = compile_pass(plan, experts_TLK=np.zeros((20000, 1, 1), np.uint8), rank_T=np.repeat([0, 1], 10000), ranks_per_node=2)

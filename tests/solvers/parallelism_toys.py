@@ -18,7 +18,13 @@ GIB = 2.0**30
 def machine(devices: int = 4, nodes: int = 1, *, memory: float = 1e6, bandwidth: float = 1e12) -> Cluster:
     """Return a machine without tables; memory in bytes."""
     device = Device(
-        name="toy", kind="gpu", peak_flops={"bfloat16": 1e15}, num_sms=10, gemm_efficiency=0.5, memory_efficiency=0.5, kernel_launch_s=1e-6,
+        name="toy",
+        kind="gpu",
+        peak_flops={"bfloat16": 1e15},
+        num_sms=10,
+        gemm_efficiency=0.5,
+        memory_efficiency=0.5,
+        kernel_launch_s=1e-6,
     )
     links = {
         "scale_up": Link(name="scale_up", bandwidth_Bps=bandwidth / 10, latency_s=1e-6),
@@ -32,14 +38,36 @@ def tiny(*, layers: int = 4, dense: int = 1, experts: int = 8, top_k: int = 2, s
     """Return a bfloat16 model with `dense` dense layers at its start (all of them dense: no experts)."""
     moe = tuple(range(dense, layers))
     return MoEModel(
-        name="tiny", num_layers=layers, hidden_size=32, vocab_size=100,
+        name="tiny",
+        num_layers=layers,
+        hidden_size=32,
+        vocab_size=100,
         attention=Attention(
-            kind="gqa", num_heads=4, num_kv_heads=2, head_dim=8, sliding_window=window, sliding_every=2 if window else None,
+            kind="gqa",
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=8,
+            sliding_window=window,
+            sliding_every=2 if window else None,
             sliding_layer_ids=tuple(range(0, layers, 2)) if window else (),
         ),
-        dense_ffn_size=64 if dense else 0, moe_layer_ids=moe, num_experts=experts if moe else 0, top_k=top_k if moe else 0, expert_ffn_size=16 if moe else 0,
-        num_shared_experts=1 if shared and moe else 0, shared_ffn_size=shared if moe else 0, num_groups=1, top_k_groups=1, gate_activation="softmax",
-        dtype="bfloat16", expert_dtype="bfloat16", weight_dtype="bfloat16", kv_dtype="bfloat16", gated_ffn=True, tie_embeddings=tied, max_position=4096,
+        dense_ffn_size=64 if dense else 0,
+        moe_layer_ids=moe,
+        num_experts=experts if moe else 0,
+        top_k=top_k if moe else 0,
+        expert_ffn_size=16 if moe else 0,
+        num_shared_experts=1 if shared and moe else 0,
+        shared_ffn_size=shared if moe else 0,
+        num_groups=1,
+        top_k_groups=1,
+        gate_activation="softmax",
+        dtype="bfloat16",
+        expert_dtype="bfloat16",
+        weight_dtype="bfloat16",
+        kv_dtype="bfloat16",
+        gated_ffn=True,
+        tie_embeddings=tied,
+        max_position=4096,
     )
 
 

@@ -32,8 +32,13 @@ def toy(
 
 
 @given(
-    st.integers(0, 10**6), st.sampled_from([(4, 1), (2, 2), (6, 1)]), st.sampled_from([2e5, 1e6]), st.sampled_from([1e8, 1e12]),
-    st.sampled_from(["throughput", "latency"]), st.sampled_from(["balanced", "zipf:1.0"]), st.sampled_from([None, 5]),
+    st.integers(0, 10**6),
+    st.sampled_from([(4, 1), (2, 2), (6, 1)]),
+    st.sampled_from([2e5, 1e6]),
+    st.sampled_from([1e8, 1e12]),
+    st.sampled_from(["throughput", "latency"]),
+    st.sampled_from(["balanced", "zipf:1.0"]),
+    st.sampled_from([None, 5]),
 )
 @settings(max_examples=12, deadline=None)
 def test_pruned_search_equals_exhaustive_search(

@@ -43,8 +43,13 @@ def matrices(one: GroupLoads, tokens: float, node: int) -> dict[str, np.ndarray]
 @pytest.mark.parametrize(
     ("group", "node"),
     [
-        (Group(1, 8, 8, 1, 1), 4), (Group(1, 8, 4, 2, 2), 4), (Group(1, 8, 2, 4, 4), 4), (Group(2, 4, 8, 1, 2), 2), (Group(1, 8, 2, 4, 4), 2),
-        (Group(1, 4, 4, 1, 2), 8), (Group(1, 4, 2, 2, 4), 4),
+        (Group(1, 8, 8, 1, 1), 4),
+        (Group(1, 8, 4, 2, 2), 4),
+        (Group(1, 8, 2, 4, 4), 4),
+        (Group(2, 4, 8, 1, 2), 2),
+        (Group(1, 8, 2, 4, 4), 2),
+        (Group(1, 4, 4, 1, 2), 8),
+        (Group(1, 4, 2, 2, 4), 4),
     ],
 )
 def test_ports_equal_those_of_the_rank_pair_matrices(group: Group, node: int, algorithm: str, routing: str) -> None:

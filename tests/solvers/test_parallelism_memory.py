@@ -51,9 +51,7 @@ def test_one_stage_equals_the_simulators_account_and_the_norms(name: str, tp: in
     group = Group(tp=tp, dp=64 // tp, ep=64, expert_tp=1, slots=model.num_experts // 64)
     plan = linear(model=name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids, num_ranks=64)
     theirs = account.account(cluster, model, plan, attention_tp=tp, kv_entries=5 * 1000, tokens=128)
-    (mine,) = memory.stage_accounts(
-        model, group, (0, model.num_layers), sequences=5, tokens_each=1000, pass_tokens=128, staging_experts=0, capacity=1e15
-    )
+    (mine,) = memory.stage_accounts(model, group, (0, model.num_layers), sequences=5, tokens_each=1000, pass_tokens=128, staging_experts=0, capacity=1e15)
     assert mine.weights_bytes == pytest.approx(theirs.weights_bytes + sizes.norm_bytes(model), rel=1e-12)
     assert mine.kv_bytes == pytest.approx(theirs.kv_bytes, rel=1e-12)
     if tp == 1:
@@ -74,9 +72,7 @@ def test_more_memory_never_shrinks_the_feasible_set() -> None:
     for size in (1.5e5, 3e5, 6e5, 12e5):
         cluster = machine(4, 2, memory=size)
         points = PointModel(model, cluster, work, space)
-        feasible.append(
-            np.concatenate([points.fits(shape, role, points.points(shape, role)) for shape in shapes(space, model, cluster) for role in ROLES])
-        )
+        feasible.append(np.concatenate([points.fits(shape, role, points.points(shape, role)) for shape in shapes(space, model, cluster) for role in ROLES]))
     assert 0 < feasible[0].sum() < feasible[-1].sum() < len(feasible[-1])
     for less, more in zip(feasible, feasible[1:], strict=False):
         assert not (less & ~more).any() and less.sum() < more.sum()

@@ -27,7 +27,10 @@ def problems(draw: st.DrawFn, max_layers: int = 7) -> StageProblem:
     if alike:
         time, memory = np.repeat(time[:1], stages, axis=0), np.repeat(memory[:1], stages, axis=0)
     return StageProblem(
-        time_SL=time, time_extra_S=table(1, stages)[0], memory_SL=memory, memory_extra_S=100 * table(1, stages)[0],
+        time_SL=time,
+        time_extra_S=table(1, stages)[0],
+        memory_SL=memory,
+        memory_extra_S=100 * table(1, stages)[0],
         capacity_S=100.0 * draw(st.integers(5, 40)) * np.ones(stages),
     )
 
@@ -64,8 +67,11 @@ def test_dynamic_program_equals_brute_force(problem: StageProblem) -> None:
 @settings(max_examples=150, deadline=None)
 def test_quick_test_of_fitting_equals_brute_force(problem: StageProblem) -> None:
     same = StageProblem(
-        time_SL=problem.time_SL, time_extra_S=problem.time_extra_S, memory_SL=np.repeat(problem.memory_SL[:1], len(problem.time_SL), axis=0),
-        memory_extra_S=problem.memory_extra_S, capacity_S=problem.capacity_S,
+        time_SL=problem.time_SL,
+        time_extra_S=problem.time_extra_S,
+        memory_SL=np.repeat(problem.memory_SL[:1], len(problem.time_SL), axis=0),
+        memory_extra_S=problem.memory_extra_S,
+        capacity_S=problem.capacity_S,
     )
     fits = fits_N(same.memory_SL[:1], extra_NS=same.memory_extra_S[None], capacity=float(same.capacity_S[0]))
     assert bool(fits[0]) == (brute(same)[0] is not None)
@@ -79,8 +85,10 @@ def test_integer_program_equals_dynamic_program() -> None:
     for case in range(12):
         layers, stages = int(generator.integers(3, 9)), int(generator.integers(1, 4))
         problem = StageProblem(
-            time_SL=generator.integers(1, 20, (stages, layers)).astype(float), time_extra_S=generator.integers(0, 9, stages).astype(float),
-            memory_SL=generator.integers(100, 900, (stages, layers)).astype(float), memory_extra_S=np.zeros(stages),
+            time_SL=generator.integers(1, 20, (stages, layers)).astype(float),
+            time_extra_S=generator.integers(0, 9, stages).astype(float),
+            memory_SL=generator.integers(100, 900, (stages, layers)).astype(float),
+            memory_extra_S=np.zeros(stages),
             capacity_S=np.full(stages, 4000.0 if case % 2 else 1500.0),
         )
         found = partition(problem)

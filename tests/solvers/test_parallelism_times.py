@@ -36,8 +36,11 @@ def simulated(name: str, hardware: str, tp: int, phase: str, sequences: int) -> 
     seqs = np.full((1, ranks), sequences / tp)
     context = np.full((1, ranks), float(WORK.prompt_tokens) if phase == "prefill" else WORK.decode_context)
     shape = PassShape(
-        prefill_tokens_PR=full if phase == "prefill" else zero, prefill_seqs_PR=seqs if phase == "prefill" else zero, prefill_context_PR=context,
-        decode_seqs_PR=zero if phase == "prefill" else seqs, decode_context_PR=context,
+        prefill_tokens_PR=full if phase == "prefill" else zero,
+        prefill_seqs_PR=seqs if phase == "prefill" else zero,
+        prefill_context_PR=context,
+        decode_seqs_PR=zero if phase == "prefill" else seqs,
+        decode_context_PR=context,
     )
     builder = ProgramBuilder(cluster=cluster, model=model, plan=plan, costs=CostModel(cluster, model), settings=Settings(attention_tp=tp))
     program, _ = builder.build([(shape, loads)], phase == "prefill")
@@ -47,9 +50,11 @@ def simulated(name: str, hardware: str, tp: int, phase: str, sequences: int) -> 
 @pytest.mark.parametrize(
     ("name", "hardware", "tp", "phase", "sequences"),
     [
-        ("qwen3-30b-a3b", "h100-sxm-8", 1, "decode", 64), ("qwen3-30b-a3b", "h100-sxm-8x2", 1, "decode", 16),
+        ("qwen3-30b-a3b", "h100-sxm-8", 1, "decode", 64),
+        ("qwen3-30b-a3b", "h100-sxm-8x2", 1, "decode", 16),
         ("qwen3-30b-a3b", "h100-sxm-8x2", 2, "decode", 64),
-        ("qwen3-30b-a3b", "h100-sxm-8x2", 1, "prefill", 1), ("qwen3-30b-a3b", "h100-sxm-8", 4, "prefill", 4),
+        ("qwen3-30b-a3b", "h100-sxm-8x2", 1, "prefill", 1),
+        ("qwen3-30b-a3b", "h100-sxm-8", 4, "prefill", 4),
     ],
 )
 def test_pass_time_is_the_simulators(name: str, hardware: str, tp: int, phase: str, sequences: int) -> None:

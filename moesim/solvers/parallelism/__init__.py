@@ -7,5 +7,14 @@ from moesim.solvers.parallelism.space import Space
 from moesim.solvers.parallelism.workload import Slo, Workload
 
 __all__ = [
-    "Deployment", "NoDeploymentError", "ParallelismResult", "Pool", "Slo", "Space", "Workload", "linear_placement", "packed_placement", "plan_parallelism",
+    "Deployment",
+    "NoDeploymentError",
+    "ParallelismResult",
+    "Pool",
+    "Slo",
+    "Space",
+    "Workload",
+    "linear_placement",
+    "packed_placement",
+    "plan_parallelism",
 ]

@@ -14,11 +14,19 @@ from moesim.solvers.parallelism.workload import Slo
 from moesim.units import format_bytes
 
 KINDS = {
-    "all_reduce": "communication (all-reduce of tensor parallelism)", "exchange": "communication (exchange of expert parallelism)",
-    "imbalance": "imbalance of expert loads", "bubble": "pipeline bubbles and hops",
+    "all_reduce": "communication (all-reduce of tensor parallelism)",
+    "exchange": "communication (exchange of expert parallelism)",
+    "imbalance": "imbalance of expert loads",
+    "bubble": "pipeline bubbles and hops",
     "idle": "idle devices (the other pool, or the requests in flight, set the rate)",
-    "attention": "attention", "experts": "experts", "dense_ffn": "dense FFN", "gate": "gate", "shared_experts": "shared experts",
-    "ends": "embedding and head", "floor": "peak rates", "prefill stalls": "prefill stalls",
+    "attention": "attention",
+    "experts": "experts",
+    "dense_ffn": "dense FFN",
+    "gate": "gate",
+    "shared_experts": "shared experts",
+    "ends": "embedding and head",
+    "floor": "peak rates",
+    "prefill stalls": "prefill stalls",
 }
 """Part → what it is called."""
 OBJECTIVES = ("throughput", "latency")
@@ -56,9 +64,15 @@ def deployment(search: Search, item: tuple[Any, ...], values: np.ndarray, slo: S
             spent[name] = spent.get(name, 0.0) + seconds
     spent["idle"] = max(search.total / rate - sum(spent.values()), 0.0)
     return Deployment(
-        mode="mixed" if item[0] == MIXED else "disaggregated", label=label(search, item), pools=pools, devices=search.total,
-        ttft_ms=1e3 * ttft, tpot_ms=1e3 * tpot, requests_per_s=rate,
-        output_tokens_per_s_per_gpu=rate * search.workload.output_tokens / search.total, gpu_s_per_request=spent,
+        mode="mixed" if item[0] == MIXED else "disaggregated",
+        label=label(search, item),
+        pools=pools,
+        devices=search.total,
+        ttft_ms=1e3 * ttft,
+        tpot_ms=1e3 * tpot,
+        requests_per_s=rate,
+        output_tokens_per_s_per_gpu=rate * search.workload.output_tokens / search.total,
+        gpu_s_per_request=spent,
     )
 
 

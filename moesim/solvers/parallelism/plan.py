@@ -18,8 +18,17 @@ from moesim.units import format_bytes
 
 
 def plan_parallelism(
-    model: MoEModel, cluster: Cluster, workload: Workload, slo: Slo | None, costs_factory: CostsFactory, *, space: Space | None = None,
-    deadline: Deadline = None, objective: str = "throughput", placement: Placement = packed_placement, prune: bool = True,
+    model: MoEModel,
+    cluster: Cluster,
+    workload: Workload,
+    slo: Slo | None,
+    costs_factory: CostsFactory,
+    *,
+    space: Space | None = None,
+    deadline: Deadline = None,
+    objective: str = "throughput",
+    placement: Placement = packed_placement,
+    prune: bool = True,
 ) -> ParallelismResult:
     """Return the best way to split `model` over `cluster` for `workload`, and the Pareto front of TPOT, TTFT and throughput.
 
@@ -46,8 +55,14 @@ def plan_parallelism(
     excess = {} if other is None else explain.lost_by(best, other, objective)
     search.counts.cost_calls = search.timer.calls
     return ParallelismResult(
-        objective=objective, status="TIME_LIMIT" if search.timed_out else "OPTIMAL", best=best, runner_up=other, front=_front(search, slo),
-        reasons=tuple(explain.reasons(search, best, other, excess, objective, slo)), lost_by=excess, counts=search.counts,
+        objective=objective,
+        status="TIME_LIMIT" if search.timed_out else "OPTIMAL",
+        best=best,
+        runner_up=other,
+        front=_front(search, slo),
+        reasons=tuple(explain.reasons(search, best, other, excess, objective, slo)),
+        lost_by=excess,
+        counts=search.counts,
     )
 
 
@@ -56,8 +71,11 @@ def _front(search: Search, slo: Slo | None) -> tuple[Summary, ...]:
     good = explain.meets(values, slo, search.workload.arrival_rps)
     return tuple(
         Summary(
-            label=explain.label(search, items[index]), ttft_ms=1e3 * float(values[index, 1]), tpot_ms=1e3 * float(values[index, 0]),
-            output_tokens_per_s_per_gpu=-float(values[index, 2]) * search.workload.output_tokens / search.total, meets_slo=bool(good[index]),
+            label=explain.label(search, items[index]),
+            ttft_ms=1e3 * float(values[index, 1]),
+            tpot_ms=1e3 * float(values[index, 0]),
+            output_tokens_per_s_per_gpu=-float(values[index, 2]) * search.workload.output_tokens / search.total,
+            meets_slo=bool(good[index]),
         )
         for index in np.lexsort((values[:, 1], values[:, 0], values[:, 2])).tolist()
     )
@@ -86,7 +104,9 @@ def _nothing_fits(search: Search) -> NoDeploymentError:
         remedy = f"{more} such devices would do, or {remedy}"
     return NoDeploymentError(
         f"{place}: no deployment fits into memory; the nearest lacks {format_bytes(missing)} a device ({missing:.0f} bytes): {where}; {remedy}",
-        requirement="memory", missing_bytes=missing, relaxation=relaxation,
+        requirement="memory",
+        missing_bytes=missing,
+        relaxation=relaxation,
     )
 
 
@@ -143,5 +163,6 @@ def _nothing_fast(search: Search, slo: Slo | None) -> NoDeploymentError:
     return NoDeploymentError(
         f"{search.model.name} on {search.total} devices of {search.cluster.name}: no deployment meets the requirements; the nearest, {label}, misses: "
         f"{' and '.join(said)}; feasible: {remedy}",
-        requirement="arrival" if limits[broken[0][1]][0] == "arrival_rps" else "slo", relaxation=relaxation,
+        requirement="arrival" if limits[broken[0][1]][0] == "arrival_rps" else "slo",
+        relaxation=relaxation,
     )

@@ -144,9 +144,7 @@ class PointModel:
 
     # --- measures -------------------------------------------------------------------------------------------------
 
-    def measure(
-        self, shape: Shape, role: str, points: Points, prefill: PassTimes | None, decode: PassTimes | None, handover_s: float = 0.0
-    ) -> Measure:
+    def measure(self, shape: Shape, role: str, points: Points, prefill: PassTimes | None, decode: PassTimes | None, handover_s: float = 0.0) -> Measure:
         """Return optimistic measures (exact for one stage): stages are taken to be as even as arithmetic allows.
 
         handover_s: seconds until a prompt's KV cache has reached the decode pool; prefill only.

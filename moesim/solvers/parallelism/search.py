@@ -87,7 +87,10 @@ class Search:
                     by_group.setdefault(shape.group, []).append(entry)
         self.counts.pairs = sum(
             count * other * len(ratios(self.total, size, second))
-            for (role, size), count in sizes.items() if role == "prefill" for (kind, second), other in sizes.items() if kind == "decode"
+            for (role, size), count in sizes.items()
+            if role == "prefill"
+            for (kind, second), other in sizes.items()
+            if kind == "decode"
         )
         self.entries = [entry for members in by_group.values() for entry in members]
         # Groups that promise most come first, and pairs before mixed pools: what they reach prunes the rest.
@@ -219,9 +222,7 @@ class Search:
 
     def _pair_fronts(self, first: Front, second: Front, counts: np.ndarray) -> None:
         shape = (len(counts), len(first.items), len(second.items))
-        rate = np.minimum(
-            counts[:, 0, None, None] * -first.values_FD[None, :, None, 1], counts[:, 1, None, None] * -second.values_FD[None, None, :, 1]
-        )
+        rate = np.minimum(counts[:, 0, None, None] * -first.values_FD[None, :, None, 1], counts[:, 1, None, None] * -second.values_FD[None, None, :, 1])
         ttft = np.broadcast_to(first.values_FD[None, :, None, 0], shape)
         tpot = np.broadcast_to(second.values_FD[None, None, :, 0], shape)
         values = np.stack([tpot.ravel(), ttft.ravel(), -self.carried(rate, ttft, tpot).ravel()], axis=1)
