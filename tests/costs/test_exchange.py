@@ -18,7 +18,7 @@ from moesim.model import MoEModel, load_model
 def balanced(costs: CostModel, algorithm: str, stage: str, nodes: int, tokens: float, *, devices: int = 8, limit: int | None = None) -> ExchangeTiming:
     model = costs.model
     counts = balanced_counts(num_ranks=nodes * devices, devices=devices, num_experts=model.num_experts, top_k=model.top_k, max_nodes=limit)
-    return costs.exchange(algorithm, stage, **{name: value * tokens for name, value in counts.items()})
+    return costs.exchange(algorithm, stage, assign_RR=counts["assign_RR"] * tokens, copy_RR=counts["copy_RR"] * tokens, node_RN=counts["node_RN"] * tokens)
 
 
 @pytest.mark.parametrize(
