@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
@@ -63,7 +62,6 @@ def register_maker(hook: str, name: str, make: Maker) -> None:
 
 def names(hook: str) -> tuple[str, ...]:
     """Return the names registered at `hook`."""
-    _load_predictors(hook)
     return tuple(sorted({name for at, name in [*_POLICIES, *_MAKERS] if at == hook}))
 
 
@@ -73,7 +71,6 @@ def get(hook: str, policy: str | Policy) -> Policy:
         if policy.hook != hook:
             raise InputError(describe(f"policy {policy.name}", "hook", policy.hook, f"must be {hook} to decide here"))
         return policy
-    _load_predictors(hook)
     name, _, parameter = policy.partition(":")
     if (hook, name) not in _POLICIES and (hook, name) not in _MAKERS:
         _load_entry_points()
@@ -84,11 +81,6 @@ def get(hook: str, policy: str | Policy) -> Policy:
     known = names(hook)
     near = difflib.get_close_matches(name, known, n=1)
     raise InputError(describe("policy", hook, policy, "is not registered", f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"))
-
-
-def _load_predictors(hook: str) -> None:
-    if hook == "predictor":
-        import_module("moesim.sim.predictors")
 
 
 def _load_entry_points() -> None:

@@ -176,23 +176,3 @@ def threads_of(options: Mapping[str, Any] | None) -> int:
     from moesim.solvers.greedy import int_option
 
     return int_option(options or {}, "threads", 1, 1, 256)
-
-
-def solve_milp(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline = None, options: Mapping[str, Any] | None = None) -> PlacementResult:
-    """Solve exactly with PuLP and HiGHS; option `max_nodes` bounds the search tree of a layer."""
-    from moesim.solvers.exact_milp import layer_solver
-    from moesim.solvers.greedy import int_option
-
-    return solve_layers(
-        problem, "milp", deadline, layer_solver(seed=seed, threads=threads_of(options), max_nodes=int_option(options or {}, "max_nodes", 100_000, 1, 2**31 - 1))
-    )
-
-
-def solve_cpsat(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline = None, options: Mapping[str, Any] | None = None) -> PlacementResult:
-    """Solve exactly with OR-Tools CP-SAT; option `max_effort` bounds the deterministic work on a layer."""
-    from moesim.solvers.exact_cpsat import layer_solver
-    from moesim.solvers.greedy import int_option
-
-    return solve_layers(
-        problem, "cp-sat", deadline, layer_solver(seed=seed, threads=threads_of(options), max_effort=int_option(options or {}, "max_effort", 60, 1, 10**6))
-    )

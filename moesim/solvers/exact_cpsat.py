@@ -6,13 +6,27 @@ down. Rounding down only relaxes the program, so its bound stays a bound; the ca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from moesim.errors import InfeasibleError, InputError
-from moesim.solvers.exact import LayerAnswer, LayerModel, LayerSolver, table_of
+from moesim.solvers.exact import LayerAnswer, LayerModel, LayerSolver, solve_layers, table_of, threads_of
+from moesim.solvers.greedy import int_option
+from moesim.solvers.problem import PlacementProblem
+from moesim.solvers.result import PlacementResult
+from moesim.solvers.search import Deadline
 
 UNITS = 2**30
 WEIGHT_UNITS = 2**24
+
+
+def solve_cpsat(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline = None, options: Mapping[str, Any] | None = None) -> PlacementResult:
+    """Solve exactly with OR-Tools CP-SAT; option `max_effort` bounds the deterministic work on a layer."""
+    return solve_layers(
+        problem, "cp-sat", deadline, layer_solver(seed=seed, threads=threads_of(options), max_effort=int_option(options or {}, "max_effort", 60, 1, 10**6))
+    )
 
 
 def layer_solver(*, seed: int, threads: int, max_effort: int) -> LayerSolver:

@@ -6,15 +6,27 @@ reports are believed here, and the placement is rounded and scored again by the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from moesim.errors import InfeasibleError, InputError
-from moesim.solvers.exact import LayerAnswer, LayerModel, LayerSolver, table_of
+from moesim.solvers.exact import LayerAnswer, LayerModel, LayerSolver, solve_layers, table_of, threads_of
+from moesim.solvers.greedy import int_option
+from moesim.solvers.problem import PlacementProblem
+from moesim.solvers.result import PlacementResult
+from moesim.solvers.search import Deadline
 
 MARGIN = 2e-8
 """Taken off HiGHS' bound (scaled cost, about 1) for its feasibility tolerances of 1e-9."""
+
+
+def solve_milp(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline = None, options: Mapping[str, Any] | None = None) -> PlacementResult:
+    """Solve exactly with PuLP and HiGHS; option `max_nodes` bounds the search tree of a layer."""
+    return solve_layers(
+        problem, "milp", deadline, layer_solver(seed=seed, threads=threads_of(options), max_nodes=int_option(options or {}, "max_nodes", 100_000, 1, 2**31 - 1))
+    )
 
 
 def layer_solver(*, seed: int, threads: int, max_nodes: int) -> LayerSolver:

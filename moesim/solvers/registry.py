@@ -14,7 +14,8 @@ from typing import Any, Protocol
 from moesim.errors import InputError, describe
 from moesim.solvers.baselines import solve_linear, solve_random, solve_round_robin
 from moesim.solvers.eplb import solve_eplb, solve_eplb_global, solve_eplb_zigzag
-from moesim.solvers.exact import solve_cpsat, solve_milp
+from moesim.solvers.exact_cpsat import solve_cpsat
+from moesim.solvers.exact_milp import solve_milp
 from moesim.solvers.greedy import solve_greedy
 from moesim.solvers.problem import PlacementProblem
 from moesim.solvers.repair import solve_repair
