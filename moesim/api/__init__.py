@@ -4,11 +4,34 @@
 JSON object that the command line prints; its keys are stable. Bad input raises an `InputError` that says what to change.
 """
 
-from moesim.api.documents import trace_shape
-from moesim.api.parallel import parallelize
-from moesim.api.rebalancing import rebalance
-from moesim.api.replaying import replay
-from moesim.api.running import Replay
-from moesim.api.solving import Solution, solve
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moesim.api.documents import trace_shape
+    from moesim.api.parallel import parallelize
+    from moesim.api.rebalancing import rebalance
+    from moesim.api.replaying import replay
+    from moesim.api.running import Replay
+    from moesim.api.solving import Solution, solve
 
 __all__ = ["Replay", "Solution", "parallelize", "rebalance", "replay", "solve", "trace_shape"]
+
+_HOME = {
+    "Replay": "running",
+    "Solution": "solving",
+    "parallelize": "parallel",
+    "rebalance": "rebalancing",
+    "replay": "replaying",
+    "solve": "solving",
+    "trace_shape": "documents",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a part when it is first asked for, so that a replay does not wait for the planner."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -15,7 +15,6 @@ import numpy as np
 
 from moesim.errors import TraceError, describe
 from moesim.traces.routing_trace import DUMMY, PREFILL, BatchSource, RoutingTrace, TokenBatch, concatenate
-from moesim.traces.synth import draw_TK
 
 MAX_STEP_TOKENS = 1 << 24
 
@@ -172,6 +171,8 @@ def _recorded_steps(source: BatchSource, place: str) -> Iterator[TokenBatch]:
 
 def _sampled(trace: RoutingTrace, tokens_per_step: int | None, seed: int) -> Iterator[tuple[TokenBatch, int]]:
     """Yield one step per window of a counts trace, experts drawn independently per token and layer."""
+    from moesim.traces.synth import draw_TK
+
     shape = trace.shape
     assert trace.counts is not None
     for window, count_LE in enumerate(trace.counts()):
