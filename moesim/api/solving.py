@@ -26,7 +26,7 @@ OBJECTIVES = ("balance", "robust", "traffic", "hops")
 """`traffic`: distinct ranks that a token reaches in a layer; `hops`: ranks left between layers, for context-coherent execution."""
 AFFINITY_SLACK = 0.1
 """How much busier than in a balanced plan the busiest rank may be where traffic is the objective."""
-GAIN_TOKENS = 8192
+GAIN_TOKENS = 4096
 """Tokens of the trace on which `solve` replays the plan to predict its gain."""
 
 
