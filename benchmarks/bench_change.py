@@ -10,13 +10,12 @@ import argparse
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-import numpy as np
 
 from moesim.api import trace_shape
+from moesim.api.rebalancing import planner_for
 from moesim.costs.model import CostModel
 from moesim.hardware.load import load_cluster
 from moesim.model.hf_config import load_model
@@ -30,8 +29,6 @@ from moesim.sim.membership import Event, Membership
 from moesim.sim.migration import MigrationSettings
 from moesim.sim.replay import Part, Pass
 from moesim.sim.settings import Settings
-from moesim.solvers.problem import PlacementProblem
-from moesim.solvers.registry import solve
 from moesim.traces.open import open_trace
 from moesim.traces.steps import iter_steps
 
@@ -41,6 +38,7 @@ class Case:
 
     def __init__(self, model: str, hardware: str, *, tokens: int, steps: int, seeds: tuple[int, ...], kind: str = "zipf:0.8") -> None:
         self.model, self.cluster = load_model(model), load_cluster(hardware)
+        self.planner = planner_for(self.cluster)
         self.costs, self.passes = CostModel(self.cluster, self.model), []
         ranks = self.cluster.num_ranks
         for seed in seeds:
@@ -55,19 +53,6 @@ class Case:
 
     def run(self, **options) -> ChangeRun:
         return run_with_change(self.passes, plan=self.plan, builder_factory=self.builder, **options)
-
-    def planner(self, load_KLE: np.ndarray, plan: Plan, budget_slots: int | None) -> Plan:
-        """Repair under a budget, else a fresh plan; experts that stay on their rank do not move."""
-        problem = PlacementProblem(
-            load_KLE=load_KLE.sum(axis=0),
-            num_ranks=plan.num_ranks,
-            slots_per_rank_R=np.bincount(plan.slot_rank_S, minlength=plan.num_ranks),
-            ranks_per_node=self.cluster.devices_per_node,
-            previous=plan.slot_to_expert_LS,
-            move_budget_slots=budget_slots,
-        )
-        result = solve(problem, "greedy" if budget_slots is None else "repair")
-        return replace(plan, slot_to_expert_LS=result.slot_to_expert_LS, share_LS=None, source="bench")
 
 
 def timed(function: Callable[[], ChangeRun]) -> tuple[ChangeRun, float]:

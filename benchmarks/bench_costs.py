@@ -42,7 +42,7 @@ def main() -> None:
         for phase in ("prefill", "decode"):
             costs.attention(phase=phase, sequences=tokens, new_tokens=tokens, context=tokens + 1000)
             for stage in ("dispatch", "combine"):
-                costs.exchange(CostModel.default_algorithm(phase), stage, **counts)
+                costs.exchange("normal" if phase == "prefill" else "low_latency", stage, **counts)
         for call in (costs.gate, costs.shared_experts, costs.dense_ffn, costs.head, costs.embedding):
             call(tokens)
         costs.experts(rng.integers(0, 40, (8, 58, ranks, 9)))

@@ -171,11 +171,6 @@ class CostModel:
         copies = hops(algorithm, devices, assign_RR=assign_RR, copy_RR=copy_RR, node_RN=node_RN) * self.payload_bytes(stage)
         return np.swapaxes(copies, -1, -2) if stage == "combine" else copies
 
-    @staticmethod
-    def default_algorithm(phase: str) -> str:
-        """Return the exchange algorithm that a phase uses unless told otherwise."""
-        return "normal" if phase == "prefill" else "low_latency"
-
     def payload_bytes(self, stage: str) -> float:
         """Return the bytes of one token's copy in `dispatch` or `combine`."""
         return self._exchange.payload_bytes(stage)

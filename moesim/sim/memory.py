@@ -14,7 +14,6 @@ from moesim.hardware.cluster import Cluster
 from moesim.model import sizes
 from moesim.model.moe_model import DTYPE_BYTES, MoEModel
 from moesim.plan import Plan
-from moesim.sim.batch import PassShape
 from moesim.units import format_bytes
 
 
@@ -79,8 +78,3 @@ def account(cluster: Cluster, model: MoEModel, plan: Plan, *, attention_tp: int,
             f"{format_bytes(need)} are missing: use more devices, fewer redundant slots or fewer tokens per step"
         )
     return result
-
-
-def peak(shapes: list[PassShape]) -> tuple[float, float]:
-    """Return the largest KV entries and the largest tokens that any rank holds in any pass."""
-    return max((float(s.kv_entries_PR.max()) for s in shapes), default=0.0), max((float(s.tokens_PR.max()) for s in shapes), default=0.0)
