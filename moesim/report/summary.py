@@ -9,7 +9,6 @@ import numpy as np
 from moesim.sim.build import ProgramBuilder
 from moesim.sim.memory import MemoryAccount
 from moesim.sim.replay import ReplayRun
-from moesim.sim.settings import Settings
 from moesim.traces.routing_trace import RoutingTrace
 from moesim.traces.steps import sharding
 
@@ -29,7 +28,7 @@ def replay_report(
         "model": model.name,
         "hardware": cluster.name,
         "placement": {"solver": str(plan.result.get("solver", "")), "slots": plan.num_slots, "ranks": plan.num_ranks, "plan_sha256": plan.sha256},
-        "settings": {name: getattr(settings, name) for name in Settings.__dataclass_fields__},
+        "settings": settings.report(),
         "simulated_s": simulated,
         "wall_s": wall_s,
         "steps": run.steps,

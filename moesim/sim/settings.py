@@ -1,15 +1,20 @@
 """How a pass is executed, where engines differ: what `--set key=value` may change.
 
-Every setting has a default that is stated here and reported with the result.
+Every setting has a default that is stated here and reported with the result. Settings that belong together are a group
+with a prefix: `--set offload.cache=lru`. A group is off as long as it has its defaults.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
 
 from moesim.errors import InputError, describe
+from moesim.sim.change_settings import ChangeSettings
+from moesim.sim.offload_settings import OffloadSettings
+from moesim.sim.pipeline_settings import PipelineSettings
 
 DISPATCH = ("auto", "normal", "low_latency", "direct", "2dh")
 SHARED = ("serial", "beside_dispatch", "beside_combine")
@@ -29,6 +34,12 @@ class Settings:
     """Parts of a pass that overlap their exchanges with each other's computation; 2 is two-batch overlap."""
     host_overhead_us: float = 0.0
     """Host time per forward pass that no device work hides, µs."""
+    pipeline: PipelineSettings = field(default_factory=PipelineSettings)
+    """Schedule of pipeline stages, training, chunked exchanges."""
+    offload: OffloadSettings = field(default_factory=OffloadSettings)
+    """Experts behind a link: tiers, caches, prefetch."""
+    change: ChangeSettings = field(default_factory=ChangeSettings)
+    """A balancer, failures, ranks that join or leave."""
 
     def __post_init__(self) -> None:
         if self.attention_tp < 1:
@@ -45,21 +56,46 @@ class Settings:
     @classmethod
     def parse(cls, items: Mapping[str, str]) -> Settings:
         """Build settings from text; raise InputError for an unknown key or a value of the wrong type."""
-        values: dict[str, int | float | str] = {}
-        defaults = asdict(cls())
+        defaults = flat(asdict(cls()))
+        values: dict[str, Any] = {}
         for key, text in items.items():
             if key not in defaults:
                 near = difflib.get_close_matches(key, defaults, n=1)
                 raise InputError(describe("--set", key, text, "is not a setting", f"did you mean {near[0]!r}?" if near else f"known: {', '.join(defaults)}"))
-            kind = type(defaults[key])
-            try:
-                values[key] = kind(text)
-            except ValueError:
-                raise InputError(describe("--set", key, text, f"must be of type {kind.__name__}")) from None
-        return cls(**values)  # type: ignore[arg-type]
+            group, _, name = key.rpartition(".")
+            (values.setdefault(group, {}) if group else values)[name] = _value(key, text, type(defaults[key]))
+        for item in fields(cls):
+            if isinstance(values.get(item.name), dict):
+                assert is_dataclass(item.default_factory)
+                values[item.name] = item.default_factory(**values[item.name])
+        return cls(**values)
 
     def algorithm(self, is_prefill: bool) -> str:
         """Return the all-to-all algorithm of a pass."""
         if self.dispatch != "auto":
             return self.dispatch
         return "normal" if is_prefill else "low_latency"
+
+    def report(self) -> dict[str, Any]:
+        """Return every setting by the key that sets it."""
+        return flat(asdict(self))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested groups as one level of dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return result
+
+
+def _value(key: str, text: str, kind: type) -> Any:
+    """Return `text` as a value of `kind`. Raises InputError if it is none."""
+    if kind is bool:
+        if text.lower() in ("true", "false", "1", "0", "yes", "no"):
+            return text.lower() in ("true", "1", "yes")
+        raise InputError(describe("--set", key, text, "must be true or false"))
+    try:
+        return kind(text)
+    except ValueError:
+        raise InputError(describe("--set", key, text, f"must be of type {kind.__name__}")) from None
