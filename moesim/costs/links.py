@@ -134,6 +134,14 @@ class LinkModel:
         seconds = nic.latency_s + np.maximum(inside.seconds, self._call_s + size / self._reached(nic, size))
         return zero_where(timing(seconds, inside.provenance), size <= 0)
 
+    def tier_copy(self, name: str, nbytes: np.ndarray, read_Bps: float) -> Timing:
+        """Return the time of one copy from a tier behind link `name`, which itself gives at most `read_Bps`; devices that share the port get equal parts."""
+        size = np.maximum(np.asarray(nbytes, dtype=np.float64), 0.0)
+        # No table covers copies from host memory; the link's own bandwidth, latency and efficiency are all there is.
+        self._policy.fall_back("tier_copy", "copies", f"link={name}", Provenance.ROOFLINE)
+        link = self._link(name, self._cluster.links.get(name))
+        return zero_where(timing(link.latency_s + size / np.minimum(self._reached(link, size), read_Bps), Provenance.ROOFLINE), size <= 0)
+
     def all_to_all(self, up: np.ndarray, out: np.ndarray, *, ranks: int, devices: int, one_after_the_other: bool) -> Timing:
         """Return the time of the bytes on a rank's ports; the ports work side by side, or one after the other."""
         found = self._curve("alltoall", devices) if devices > 1 else None

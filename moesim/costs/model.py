@@ -138,6 +138,11 @@ class CostModel:
         """Return the time of one message of `nbytes` [...] between two devices of a node (nodes = 1) or of two nodes (2)."""
         return self.links.p2p(nbytes, nodes)
 
+    def tier_copy(self, tier: str, nbytes: np.ndarray) -> Timing:
+        """Return the time of one copy of `nbytes` [...] between a memory tier of the node and a device, which gets an equal part of what devices share."""
+        source = self.cluster.tiers[tier]
+        return self.links.tier_copy(source.link or "host", nbytes, source.read_Bps / (self.cluster.devices_per_node if source.shared else 1))
+
     def copies(self, algorithm: str, *, assign_RR: np.ndarray | None = None, copy_RR: np.ndarray | None = None, node_RN: np.ndarray | None = None) -> Ports:
         """Return the token copies on every port in the direction of dispatch, to be given to `exchange` for both of its stages."""
         return self._exchange.copies(algorithm, assign_RR=assign_RR, copy_RR=copy_RR, node_RN=node_RN)

@@ -29,71 +29,86 @@ def make_path(case: Decode, inputs: Inputs) -> FifoPath | PriorityPath:
 
 def decode(case: Decode) -> DecodeResult:
     """Return when every step of `case` ends and what moved. Raises InputError or SimulationError if something does not fit."""
-    inputs = prepare(case)
-    path = make_path(case, inputs)
-    state = Residency(case, inputs, path)
-    return _Recurrence(case, inputs, path, state).run()
+    return Recurrence(case).run()
 
 
-class _Recurrence:
-    """The fast path: one loop over positions."""
+class Recurrence:
+    """The fast path: what a device does about one position after the other.
 
-    def __init__(self, case: Decode, inputs: Inputs, path: FifoPath | PriorityPath, state: Residency) -> None:
-        self.case, self.inputs, self.path, self.state = case, inputs, path, state
+    `run` steps through all of them; who has gates of its own (a rank of an expert-parallel group) calls `layer` in order of positions, then `finish`.
+    """
+
+    def __init__(self, case: Decode) -> None:
+        self.case, self.inputs = case, prepare(case)
+        self.path = make_path(case, self.inputs)
+        self.state = Residency(case, self.inputs, self.path)
         self.stall_s = dict.fromkeys(CAUSES, 0.0)
-        self.other_free = 0.0
-        self.pending: deque[tuple[float, int]] = deque()
+        self.wait_P: list[float] = []
+        """By position, seconds from the gate in which no expert ran."""
+        self.work_P: list[float] = []
+        """By position, seconds in which experts ran."""
+        self._other_free = 0.0
+        self._pending: deque[tuple[float, int]] = deque()
         """(when its prediction is ready, position) of prefetches to come, in order of time."""
+        prefetch = case.prefetch
+        self._at_gate, self._at_end = (prefetch is not None and prefetch.issue == issue for issue in ("gate", "experts"))
+        self._each_starts = case.expert_start == "each"
 
     def run(self) -> DecodeResult:
-        inputs, path, state, pending = self.inputs, self.path, self.state, self.pending
-        before, chunked = inputs.before_P, path.chunked
-        prefetch = self.case.prefetch
-        at_gate, at_end = prefetch is not None and prefetch.issue == "gate", prefetch is not None and prefetch.issue == "experts"
-        each = self.case.expert_start == "each"
-        layers = inputs.num_layers
-        sum_P = inputs.work_sum_P
-        ends: list[float] = []
-        clock = 0.0
-        for position in range(inputs.positions):
-            gate = clock + before[position]
-            if pending:
-                self._issue_until(gate, position, 2 * position - 1)
-            if chunked:
-                path.advance(gate)
-            calm = state.gate(position, gate, self.other_free)
-            free = gate
-            if not calm and state.computed_s:
-                self.other_free = max(self.other_free, gate) + sum(state.computed_s)
-                computed = self.other_free
-            else:
-                computed = 0.0
-            if at_gate:
-                free = self._predict(position, gate, 2 * position)
-            if calm:
-                clock = free + sum_P[position]
-            else:
-                if chunked:
-                    while not path.drain(gate, pending[0][0] if pending else inf):
-                        self._issue_until(pending[0][0], position + 1, 2 * position)
-                clock = self._each(position, gate, free) if each else self._all(position, free)
-                if computed > clock:
-                    self.stall_s["compute"] += computed - clock
-                    clock = computed
-            if pending:
-                self._issue_until(clock, position + 1, 2 * position)
-            if chunked and state.staging:
-                path.advance(clock)
-            state.release(2 * position + 1)
-            if at_end:
-                if chunked:
-                    path.advance(clock)
-                clock = self._predict(position, clock, 2 * position + 1)
-            if position % layers == layers - 1:
+        """Decode all steps, one after another."""
+        inputs, layer, clock = self.inputs, self.layer, 0.0
+        last = inputs.num_layers - 1
+        ends = [0.0]
+        for position, before in enumerate(inputs.before_P):
+            clock = layer(position, clock + before)
+            if position % inputs.num_layers == last:
                 ends.append(clock)
-        self._issue_until(inf, inputs.positions, 2 * inputs.positions)
-        path.finish()
-        return state.result(np.diff(np.asarray([0.0, *ends])), self.stall_s)
+        return self.finish(np.diff(np.asarray(ends)))
+
+    def finish(self, step_s: np.ndarray) -> DecodeResult:
+        """Let what was issued run to its end, and return what happened."""
+        self._issue_until(inf, self.inputs.positions, 2 * self.inputs.positions)
+        self.path.finish()
+        return self.state.result(step_s, self.stall_s)
+
+    def layer(self, position: int, gate: float) -> float:
+        """Return when the device is done with `position`, whose gate has decided at `gate`."""
+        path, state, pending = self.path, self.state, self._pending
+        chunked = path.chunked
+        if pending:
+            self._issue_until(gate, position, 2 * position - 1)
+        if chunked:
+            path.advance(gate)
+        calm = state.gate(position, gate, self._other_free)
+        free = gate
+        computed = 0.0
+        if not calm and state.computed_s:
+            computed = self._other_free = max(self._other_free, gate) + sum(state.computed_s)
+        if self._at_gate:
+            free = self._predict(position, gate, 2 * position)
+        if calm:
+            work = self.inputs.work_sum_P[position]
+            clock = free + work
+        else:
+            if chunked:
+                while not path.drain(gate, pending[0][0] if pending else inf):
+                    self._issue_until(pending[0][0], position + 1, 2 * position)
+            clock, work = self._each(position, gate, free) if self._each_starts else self._all(position, free)
+            if computed > clock:
+                self.stall_s["compute"] += computed - clock
+                clock = computed
+        if pending:
+            self._issue_until(clock, position + 1, 2 * position)
+        if chunked and state.staging:
+            path.advance(clock)
+        state.release(2 * position + 1)
+        if self._at_end:
+            if chunked:
+                path.advance(clock)
+            clock = self._predict(position, clock, 2 * position + 1)
+        self.wait_P.append(clock - gate - work)
+        self.work_P.append(work)
+        return clock
 
     def _predict(self, position: int, now: float, tick: int) -> float:
         """Issue the prefetches that `position` is the first to predict; return when the device is free."""
@@ -106,24 +121,24 @@ class _Recurrence:
                 self.state.prefetch(target, tick, now)
             elif prefetch.device == "gpu":
                 free += prefetch.cost_s
-                self.pending.append((free, target))
+                self._pending.append((free, target))
             else:
-                self.other_free = max(self.other_free, now) + prefetch.cost_s
-                self.pending.append((self.other_free, target))
+                self._other_free = max(self._other_free, now) + prefetch.cost_s
+                self._pending.append((self._other_free, target))
         return free
 
     def _issue_until(self, until: float, position: int, tick: int) -> None:
         """Issue the prefetches whose predictions are ready by `until`; those for positions before `position` come too late."""
-        while self.pending and self.pending[0][0] <= until:
-            ready, target = self.pending.popleft()
+        while self._pending and self._pending[0][0] <= until:
+            ready, target = self._pending.popleft()
             if target < position:
                 self.state.counts.late_predictions += len(self.inputs.predicted_P[target])
             else:
                 self.path.advance(ready)
                 self.state.prefetch(target, tick, ready)
 
-    def _all(self, position: int, free: float) -> float:
-        """Return when the experts have run, if they start together."""
+    def _all(self, position: int, free: float) -> tuple[float, float]:
+        """Return when the experts have run and how long, if they start together."""
         state, arrival = self.state, self.path.arrival
         now = free
         waits = [(arrival[key], cause) for key, cause in state.awaited.items()]
@@ -133,20 +148,22 @@ class _Recurrence:
             if end > now:
                 self.stall_s[cause] += end - now
                 now = end
-        if not state.elsewhere:
-            return now + self.inputs.work_sum_P[position]
-        keys, work = self.inputs.demand_P[position], self.inputs.work_P[position]
-        return now + sum(seconds for key, seconds in zip(keys, work, strict=True) if key not in state.elsewhere)
+        total = self.inputs.work_sum_P[position]
+        if state.elsewhere:
+            keys, work = self.inputs.demand_P[position], self.inputs.work_P[position]
+            total = sum(seconds for key, seconds in zip(keys, work, strict=True) if key not in state.elsewhere)
+        return now + total, total
 
-    def _each(self, position: int, gate: float, free: float) -> float:
-        """Return when the experts have run, if each starts when it is there."""
+    def _each(self, position: int, gate: float, free: float) -> tuple[float, float]:
+        """Return when the experts have run and how long, if each starts when it is there."""
         state, arrival = self.state, self.path.arrival
         keys, work = self.inputs.demand_P[position], self.inputs.work_P[position]
         queue = [(arrival[key] if key in state.awaited else gate, index, key) for index, key in enumerate(keys) if key not in state.elsewhere]
-        now = free
+        now, total = free, 0.0
         for end, index, key in sorted(queue):
             if end > now:
                 self.stall_s[state.awaited[key]] += end - now
                 now = end
             now += work[index]
-        return now
+            total += work[index]
+        return now, total

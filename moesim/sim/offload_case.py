@@ -85,7 +85,7 @@ class Decode:
     gate_s: Seconds
     """Likewise."""
     expert_s: Seconds
-    """One expert: a number, [L], [L, E] or a callable of (layer, expert, tokens)."""
+    """One expert: a number, [L], [L, E], one for each in `routes_TLK`, or a callable of (layer, expert, tokens)."""
     expert_bytes: float | np.ndarray
     """One expert: a number, [L] or [L, E]; rounded up to whole bytes."""
     host: CopyLink
@@ -273,8 +273,10 @@ def _expert_times(case: Decode, routes: np.ndarray, tokens: np.ndarray) -> np.nd
     layer = np.broadcast_to(np.arange(layers)[None, :, None], routes.shape)
     if not callable(case.expert_s):
         array = np.asarray(case.expert_s, dtype=np.float64)
+        if array.ndim == 3 and array.shape == routes.shape:
+            return np.where(tokens > 0, _checked(array, "expert_s", "s"), 0.0)
         if array.shape not in ((), (layers,), (layers, experts)):
-            rule = f"must be a number, [{layers}], [{layers}, {experts}] or a callable of (layer, expert, tokens)"
+            rule = f"must be a number, [{layers}], [{layers}, {experts}], the shape of routes_TLK or a callable of (layer, expert, tokens)"
             raise InputError(describe("decode", "expert_s", array.shape, rule))
         _checked(array, "expert_s", "s")
         table_LE = np.broadcast_to(array[:, None] if array.ndim == 1 else array, (layers, experts))
