@@ -130,15 +130,17 @@ class ExpertLaw:
             extra = self._lookup(peak)[whole] @ ones
         else:
             extra = np.where(whole > 0, self._extra_seconds(np.maximum(whole, 1).astype(np.float64)), 0.0) @ ones
-        active = (whole > 0).astype(np.float64) @ ones
-        assignments = whole.astype(np.float64) @ ones
+        load = whole.astype(np.float64)
+        active, assignments = (whole > 0).astype(np.float64) @ ones, load @ ones
         start = (self._first_seconds(active) - self.launch_s) * self.scale + self.launch_s
         anchor, on_key, inside = self._anchor(slots, assignments)
         seconds = anchor * (start + extra * self.scale)
         codes = np.full(seconds.shape, Provenance.CALIBRATED, dtype=np.uint8)
         if self.worst < Provenance.CALIBRATED and inside.any():
-            lowest = (whole if present is None else np.where(present, whole, peak)).min(axis=-1, initial=peak)
-            even = inside & (whole.max(axis=-1, initial=0) - lowest <= 1)
+            # Loads that differ by at most 1 have the least sum of squares that their total allows.
+            low = np.floor(assignments / np.maximum(slots, 1))
+            least = assignments * (2.0 * low + 1.0) - slots * low * (low + 1.0)
+            even = inside & (np.einsum("...c,...c->...", load, load) <= least)
             codes = np.where(even, np.where(on_key, np.uint8(Provenance.MEASURED), np.uint8(Provenance.INTERPOLATED)), codes)
         idle = assignments == 0
         return Timing(seconds=np.where(idle, 0.0, seconds), provenance=np.where(idle, np.uint8(0), np.maximum(codes, np.uint8(self.worst))))

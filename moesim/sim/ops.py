@@ -88,10 +88,18 @@ class Program:
         for job in op.jobs:
             if job.work_s.shape[-1] != self.num_ranks:
                 raise SimulationError(f"program: op {index} ({op.label}) has work for {job.work_s.shape[-1]} ranks, must be {self.num_ranks}")
-            if job.work_s.size and not (job.work_s.min() >= 0 and job.work_s.max() < np.inf):
+            if not self._is_work(job.work_s):
                 raise SimulationError(f"program: op {index} ({op.label}) has work that is not finite and >= 0; check its costs")
         self.ops.append(op)
         return index
+
+    def _is_work(self, work_s: np.ndarray) -> bool:
+        """Return whether all work is finite and >= 0; where Ops take rows of one array, that array is looked at once."""
+        whole = work_s if work_s.base is None else work_s.base
+        seen = self.cache.get(("work", id(whole)))
+        if seen is None or seen[0] is not whole:
+            self.cache["work", id(whole)] = seen = (whole, isinstance(whole, np.ndarray) and _finite(whole))
+        return bool(seen[1]) or _finite(work_s)
 
     def local(
         self,
@@ -129,3 +137,7 @@ class Program:
         recv = Job(port=f"{port}.in", work_s=np.asarray(recv_s, dtype=np.float64), side="recv")
         group = np.asarray(group_R)
         return self.add(Op(label=label, lane=lane, jobs=(send, recv), deps=tuple(deps), group_R=group, layer=layer, provenance=provenance, ranks_R=ranks_R))
+
+
+def _finite(work_s: np.ndarray) -> bool:
+    return not work_s.size or bool(work_s.min() >= 0 and work_s.max() < np.inf)
