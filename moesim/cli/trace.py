@@ -178,10 +178,13 @@ def transform(
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Keep the first N tokens.")] = None,
     tokens_per_step: Annotated[int | None, typer.Option("--tokens-per-step", help="Cut into steps of N tokens.")] = None,
     shuffle: Annotated[str | None, typer.Option("--shuffle", help="layers or order: a null hypothesis for a solver's gain.")] = None,
+    rule: Annotated[
+        str | None, typer.Option("--rule", help="Route anew: top_k:2, top_p:0.4,6, grouped:8,1, null:4, mask:3/8, capacity:1.25 … joined by '+'.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     json: Json = False,
 ) -> None:
-    """Select, cut, shuffle and map a trace, in this order."""
+    """Select, cut, shuffle, route anew and map a trace, in this order."""
     from moesim.errors import TraceError
     from moesim.traces import transform as change
     from moesim.traces.open import check_fits, open_trace
@@ -201,6 +204,8 @@ def transform(
         result = change.split_steps(result, tokens_per_step)
     if shuffle is not None:
         result = change.shuffle(result, shuffle, seed=seed)
+    if rule is not None:
+        result = change.apply_rules(result, rule)
     if map_layers is not None:
         if shape is None:
             raise TraceError("--map-layers: needs --model, the model to fit the trace to")

@@ -34,6 +34,12 @@ class Settings:
     """Parts of a pass that overlap their exchanges with each other's computation; 2 is two-batch overlap."""
     host_overhead_us: float = 0.0
     """Host time per forward pass that no device work hides, µs."""
+    rounds: int = 1
+    """Times that gate, dispatch, experts and combine run in a layer, each with routing of its own (Chain-of-Experts)."""
+    comm_sm_share: float = 0.0
+    """Share of a device's SMs that an exchange takes while it runs; computation beside it slows by as much."""
+    router: str = ""
+    """Routing rule that acts on every pass, like `top_p:0.4,6+capacity:1.25`; empty: the routing is as recorded."""
     pipeline: PipelineSettings = field(default_factory=PipelineSettings)
     """Schedule of pipeline stages, training, chunked exchanges."""
     offload: OffloadSettings = field(default_factory=OffloadSettings)
@@ -52,6 +58,12 @@ class Settings:
             raise InputError(describe("--set", "shared_experts", self.shared_experts, f"must be one of {', '.join(SHARED)}"))
         if not 0 <= self.host_overhead_us < 1e9:
             raise InputError(describe("--set", "host_overhead_us", self.host_overhead_us, "must be in [0, 1e9)"))
+        if not 1 <= self.rounds <= 16:
+            raise InputError(describe("--set", "rounds", self.rounds, "must be in 1..16"))
+        if not 0 <= self.comm_sm_share < 1:
+            raise InputError(describe("--set", "comm_sm_share", self.comm_sm_share, "must be in [0, 1)"))
+        if self.micro_batches > 1 and self.pipeline.train:
+            raise InputError(describe("--set", "micro_batches", self.micro_batches, "must be 1 in training", "use pipeline.micro_batches"))
 
     @classmethod
     def parse(cls, items: Mapping[str, str]) -> Settings:
@@ -69,6 +81,12 @@ class Settings:
                 assert is_dataclass(item.default_factory)
                 values[item.name] = item.default_factory(**values[item.name])
         return cls(**values)
+
+    def parts(self, stages: int) -> int:
+        """Return into how many micro-batches a pass on `stages` pipeline stages is cut."""
+        if stages > 1 or self.pipeline.train:
+            return self.pipeline.micro_batches or stages
+        return self.micro_batches
 
     def algorithm(self, is_prefill: bool) -> str:
         """Return the all-to-all algorithm of a pass."""

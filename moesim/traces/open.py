@@ -49,9 +49,12 @@ def check_fits(trace: RoutingTrace, shape: TraceShape, map_layers: str | None = 
     """Return the trace as routing of a model with `shape`, or raise TraceError naming what differs.
 
     map_layers: None demands equal MoE layers; `cycle` repeats the trace's layers over the model's; `0:3,1:4,…` gives, for
-    trace layer row 0, 1 …, the model layer that it plays (every MoE layer of the model exactly once).
+    trace layer row 0, 1 …, the model layer that it plays (every MoE layer of the model exactly once). Where a routing rule was
+    applied, it says how many experts a token takes; a trace of several rounds has that many rows per layer and keeps its ids.
     """
     own = trace.shape
+    if trace.rules and own.num_experts == shape.num_experts:
+        shape = replace(shape, top_k=own.top_k, num_groups=own.num_groups, top_k_groups=own.top_k_groups)
     for name, key in (("num_experts", "experts"), ("top_k", "top-k")):
         if getattr(own, name) != getattr(shape, name):
             raise TraceError(
@@ -59,6 +62,11 @@ def check_fits(trace: RoutingTrace, shape: TraceShape, map_layers: str | None = 
                     trace.source, key, getattr(own, name), f"must be the {getattr(shape, name)} of {shape.model}", f"the trace was recorded on {own.model}"
                 )
             )
+    if trace.rounds > 1:
+        if own.num_layers != trace.rounds * shape.num_layers or map_layers is not None:
+            rule = f"must be {trace.rounds} rounds of each of the {shape.num_layers} MoE layers of {shape.model}, without --map-layers"
+            raise TraceError(describe(trace.source, "layer rows", own.num_layers, rule))
+        return trace
     if map_layers is None:
         if own.moe_layer_ids != shape.moe_layer_ids:
             raise TraceError(

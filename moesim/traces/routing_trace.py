@@ -218,7 +218,21 @@ class RoutingTrace:
         """Say in a few words where the routing of a replay comes from."""
         if self.synthetic is not None:
             return self.synthetic
-        return "recorded" if self.kind == "tokens" else "sampled independently from recorded counts"
+        if self.kind == "counts":
+            return "sampled independently from recorded counts"
+        return f"recorded, routed anew by {', then '.join(self.rules)}" if self.rules else "recorded"
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """Routing rules that were applied to what was recorded."""
+        found = self.provenance.get("rules")
+        return tuple(str(text)[:200] for text in found) if isinstance(found, list) else ()
+
+    @property
+    def rounds(self) -> int:
+        """C: rows per model layer; round c of layer l is row l · C + c."""
+        found = self.provenance.get("rounds")
+        return found if type(found) is int and 1 <= found <= 64 and self.shape.num_layers % found == 0 else 1
 
     def batches(self) -> Iterator[TokenBatch]:
         """Yield the rows in order of arrival, one row group at a time."""

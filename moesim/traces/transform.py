@@ -1,12 +1,12 @@
 """Derive one trace from another: map layers, merge or cut steps, shuffle, select.
 
-Every result records what was done in its provenance, so that it cannot pass for the recording. Shuffles work inside one
-step; selections keep the order of arrival.
+Every result records what was done in its provenance, so that it cannot pass for the recording. Shuffles and routing rules
+work inside one step; selections keep the order of arrival.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from moesim.errors import TraceError, describe
 from moesim.traces.in_memory import from_batches, from_counts
-from moesim.traces.routing_trace import PHASES, RoutingTrace, TokenBatch
+from moesim.traces.routing_trace import PHASES, RoutingTrace, TokenBatch, TraceShape
 from moesim.traces.steps import _cut, _recorded_steps
 
 
@@ -25,9 +25,9 @@ def _derived(trace: RoutingTrace, done: str) -> dict[str, Any]:
     return {**provenance, "derived_from": trace.fingerprint, "transforms": [*provenance.get("transforms", []), done]}
 
 
-def _build(trace: RoutingTrace, batches: Iterator[TokenBatch], done: str, layers: tuple[int, ...] | None = None) -> RoutingTrace:
-    shape = trace.shape if layers is None else replace(trace.shape, moe_layer_ids=layers)
-    result = from_batches(shape, batches, source=trace.source, provenance=_derived(trace, done), facts=trace.facts)
+def _build(trace: RoutingTrace, batches: Iterable[TokenBatch], done: str, shape: TraceShape | None = None, **provenance: Any) -> RoutingTrace:
+    facts = {**_derived(trace, done), **provenance}
+    result = from_batches(shape or trace.shape, batches, source=trace.source, provenance=facts, facts=trace.facts)
     if not result.num_rows:
         raise TraceError(f"{trace.source}: {done} leaves no token; widen the selection")
     return replace(result, is_synthetic=trace.is_synthetic, synthetic=None if trace.synthetic is None else f"{trace.synthetic} ({done})")
@@ -100,7 +100,7 @@ def subset(
             if left == 0:
                 return
 
-    return _build(trace, select(), done, kept)
+    return _build(trace, select(), done, replace(trace.shape, moe_layer_ids=kept))
 
 
 def split_steps(trace: RoutingTrace, tokens_per_step: int) -> RoutingTrace:
@@ -143,3 +143,49 @@ def _permuted(batch: TokenBatch, order_TL: np.ndarray) -> TokenBatch:
     for name, cube in cubes.items():
         cubes[name] = None if cube is None else np.take_along_axis(cube, order_TL[:, :, None], axis=0)
     return replace(batch, **cubes)
+
+
+def apply_rules(trace: RoutingTrace, text: str) -> RoutingTrace:
+    """Route the tokens anew by the rules of `text` (see `moesim.traces.rules`), step by step; dummies are left out.
+
+    Experts that compute nothing leave the shape if they are the last ones, so that the result fits a model of the others.
+    Raises TraceError if the trace lacks what a rule needs, InputError for a bad text.
+    """
+    from moesim.traces.rules import rules_of
+    from moesim.traces.rules_view import Tally, first, ranked, run, view_of
+
+    rules = rules_of(text)
+    name = "+".join(rule.name for rule in rules)
+    if trace.kind == "counts":
+        raise TraceError(f"{trace.source}: rule {name} needs the choices of every token, and the trace holds counts; use a token trace")
+    shape, record = trace.shape, {"rules": [*trace.provenance.get("rules", []), name]}
+    for rule in rules:
+        shape, record = rule.reshape(shape), record | dict(rule.record)
+    functions = [(rule.name, rule.decide) for rule in rules]
+    tally, batches, experts = Tally(), [], shape.num_experts
+    for batch, _ in _cut(replace(trace, resized=None), None):
+        view = run(functions, view_of(batch, trace.shape, int(batch.step_T[0])), tally)
+        computing = np.flatnonzero(view.kind_E == 0)
+        if not computing.size:
+            raise TraceError(f"{trace.source}: rule {name} leaves no expert that computes; name fewer experts")
+        experts = int(computing[-1]) + 1
+        if view.experts_TLK.shape[2] > experts:
+            best = first(ranked(view, name), experts)
+            view = replace(view, experts_TLK=best.experts_TLK, weights_TLK=best.weights_TLK, valid_TLK=best.valid_TLK)
+        predicted = batch.predicted_TLK
+        fits = predicted is not None and predicted.shape[2] >= view.experts_TLK.shape[2] and int(predicted.max(initial=0)) < experts
+        changed = {name: getattr(view, name) for name in ("experts_TLK", "weights_TLK", "valid_TLK")}
+        batches.append(replace(batch, **changed, predicted_TLK=predicted[..., : view.experts_TLK.shape[2]] if fits else None))  # type: ignore[index]
+    if experts != shape.num_experts:
+        shape = replace(shape, num_groups=1, top_k_groups=1)
+    shape = replace(shape, num_experts=experts, top_k=batches[0].experts_TLK.shape[2] if batches else shape.top_k)
+    batches = [replace(batch, experts_TLK=batch.experts_TLK.astype(shape.dtype, copy=False)) for batch in batches]
+    notes = [*trace.provenance.get("notes", []), f"rule {name}: {_outcome(tally.report())}"]
+    return _build(trace, batches, f"rule({name})", shape, **record, notes=notes)
+
+
+def _outcome(report: dict[str, Any]) -> str:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in report["by_kind"].items())
+    places = f", {report['places']} places" if report["places"] else ""
+    mean = f"{report['mean_experts_per_token']:.4f} experts per token and layer"
+    return f"{report['choices']} choices in, {kinds} out, {report['dropped']} dropped{places}; {mean}"
