@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 
 from moesim.sim.build import ProgramBuilder
-from moesim.sim.memory import MemoryAccount
 from moesim.sim.replay import ReplayRun
 from moesim.traces.routing_trace import RoutingTrace
 from moesim.traces.steps import sharding
 
 
 def replay_report(
-    run: ReplayRun, routing: RoutingTrace, builder: ProgramBuilder, account: MemoryAccount, tokens_per_step: int | None, wall_s: float
+    run: ReplayRun, routing: RoutingTrace, builder: ProgramBuilder, tokens_per_step: int | None, wall_s: float
 ) -> dict[str, Any]:
     """Return the report of a replay; its keys are stable."""
     model, cluster, plan, settings = builder.model, builder.cluster, builder.plan, builder.settings
@@ -37,11 +36,13 @@ def replay_report(
         "step_ms": ledger.step_ms(),
         "breakdown_ms": breakdown,
         "balance": run.sums.balance.as_dict(),
-        "bytes": {"local": run.local_bytes, "intra_node": run.intra_node_bytes, "inter_node": run.inter_node_bytes},
+        "bytes": {"local": run.local_bytes, "intra_node": run.intra_node_bytes, "inter_node": run.inter_node_bytes, **run.link_bytes},
         "traffic": {"distinct_remote_ranks": remote},
-        "cache": {"hits": 0, "late_hits": 0, "misses": 0, "useless_prefetches": 0, "hit_rate": None},
-        "stall_s": {"straggler": wait_s},
-        "memory": {account.tier: account.peak_bytes},
+        "cache": run.cache or {"hits": 0, "late_hits": 0, "misses": 0, "useless_prefetches": 0, "hit_rate": None},
+        "stall_s": {"straggler": wait_s, **run.stall_s},
+        "memory": {tier: sum(uses.values()) for tier, uses in run.memory.items()},
+        "memory_by_use": run.memory,
+        "change": run.change,
         "requests": {"ttft_ms": None, "tpot_ms": None, "latency_ms": None},
         "routing": {
             "source": routing.source,

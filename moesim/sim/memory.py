@@ -14,6 +14,9 @@ from moesim.hardware.cluster import Cluster
 from moesim.model import sizes
 from moesim.model.moe_model import DTYPE_BYTES, MoEModel
 from moesim.plan import Plan
+from moesim.sim.holdings import expert_parameters, held
+from moesim.sim.pipeline_settings import PipelineSettings
+from moesim.sim.stages import Stages
 from moesim.units import format_bytes
 
 
@@ -26,11 +29,17 @@ class MemoryAccount:
     weights_bytes: float
     kv_bytes: float
     activation_bytes: float
+    training_bytes: float = 0.0
+    """Gradients and optimizer state."""
 
     @property
     def peak_bytes(self) -> float:
         """All of it."""
-        return self.weights_bytes + self.kv_bytes + self.activation_bytes
+        return self.weights_bytes + self.kv_bytes + self.activation_bytes + self.training_bytes
+
+    def by_use(self) -> dict[str, dict[str, float]]:
+        """Return tier → use → bytes."""
+        return {self.tier: {"weights": self.weights_bytes, "kv": self.kv_bytes, "activations": self.activation_bytes}}
 
 
 def device_tier(cluster: Cluster) -> str:
@@ -45,44 +54,67 @@ def capacity_bytes(cluster: Cluster, name: str) -> float:
     return tier.capacity_bytes / (cluster.devices_per_node if tier.shared else 1)
 
 
-def weight_bytes_R(model: MoEModel, plan: Plan, *, attention_tp: int, experts: bool = True) -> np.ndarray:
-    """Return float64 [R]: bytes of weights on every rank, with or without its routed experts."""
-    fixed = sizes.embedding_bytes(model, attention_tp)
-    fixed += model.num_layers * sizes.attention_weight_bytes(model, attention_tp)
-    fixed += (model.num_layers - len(model.moe_layer_ids)) * sizes.dense_ffn_bytes(model, attention_tp)
-    fixed += len(model.moe_layer_ids) * (sizes.shared_ffn_bytes(model) + sizes.router_bytes(model))
-    if model.moe_layer_ids and experts:
-        slots_R = np.zeros(plan.num_ranks)
-        np.add.at(slots_R, plan.slot_rank_S, (plan.slot_to_expert_LS >= 0).sum(axis=0).astype(float))
-        return fixed + slots_R * sizes.expert_bytes(model)
-    return np.full(plan.num_ranks, fixed)
+def weight_bytes_R(model: MoEModel, plan: Plan, *, attention_tp: int, stages: Stages | None = None) -> np.ndarray:
+    """Return float64 [R]: bytes of weights on every rank of all stages."""
+    return np.concatenate([each.dense_bytes + each.slots_R * sizes.expert_bytes(model) for each in held(model, plan, attention_tp=attention_tp, stages=stages)])
 
 
-def account(cluster: Cluster, model: MoEModel, plan: Plan, *, attention_tp: int, kv_entries: float, tokens: float, experts: bool = True) -> MemoryAccount:
-    """Return the account of the fullest device; `kv_entries` and `tokens` are the largest per rank and pass; experts: are the routed ones there?
+def training_bytes_R(model: MoEModel, plan: Plan, *, attention_tp: int, stages: Stages, settings: PipelineSettings) -> np.ndarray:
+    """Return float64 [R]: bytes of gradients and optimizer state on every rank of all stages."""
+    shards = stages.ranks // attention_tp if settings.shard_optimizer else 1
+    parts = []
+    for each in held(model, plan, attention_tp=attention_tp, stages=stages):
+        experts = each.slots_R * expert_parameters(model)
+        parts.append(settings.gradient_bytes * (each.dense_parameters + experts) + settings.optimizer_bytes * (each.dense_parameters / shards + experts))
+    return np.concatenate(parts)
 
-    Raises PlanError if it exceeds the capacity of the tier.
+
+def account(
+    cluster: Cluster,
+    model: MoEModel,
+    plan: Plan,
+    *,
+    attention_tp: int,
+    kv_entries: float,
+    tokens: float,
+    stages: Stages | None = None,
+    training: PipelineSettings | None = None,
+) -> MemoryAccount:
+    """Return the account of the fullest device; `kv_entries` and `tokens` are the largest per rank and pass.
+
+    stages: pipeline stages, where there are some; training: the settings of a training step, which has gradients, optimizer state and the
+    activations of all micro-batches in flight (nothing is computed again), and no KV cache. Raises PlanError if it exceeds the tier's capacity.
     """
     name = device_tier(cluster)
-    capacity = capacity_bytes(cluster, name)
-    weights_R = weight_bytes_R(model, plan, attention_tp=attention_tp, experts=experts)
-    rank = int(weights_R.argmax())
+    tier = cluster.tiers[name]
+    capacity = tier.capacity_bytes / (cluster.devices_per_node if tier.shared else 1)
+    weights_R = weight_bytes_R(model, plan, attention_tp=attention_tp, stages=stages)
+    layers_R = np.repeat([model.num_layers] if stages is None else [len(stages.layers_of(stage)) for stage in range(stages.count)], plan.num_ranks)
     width = 2 * model.hidden_size + max(model.dense_ffn_size, model.top_k * model.expert_ffn_size + model.shared_ffn_size)
+    kv_R = kv_entries * layers_R * sizes.kv_bytes_per_token_layer(model, attention_tp)
+    activations_R = np.full(len(weights_R), tokens * width * DTYPE_BYTES[model.dtype])
+    state_R = np.zeros(len(weights_R))
+    if training is not None and stages is not None:
+        state_R = training_bytes_R(model, plan, attention_tp=attention_tp, stages=stages, settings=training)
+        per_chunk = layers_R / np.repeat([len(stages.order.chunks_of(stage)) for stage in range(stages.count)], plan.num_ranks)
+        in_flight = np.repeat([stages.order.peak_in_flight(stage) for stage in range(stages.count)], plan.num_ranks)
+        activations_R = activations_R / stages.order.num_micro * in_flight * per_chunk
+        kv_R = np.zeros(len(weights_R))
+    rank = int((weights_R + kv_R + activations_R + state_R).argmax())
     result = MemoryAccount(
         tier=name,
         capacity_bytes=capacity,
         weights_bytes=float(weights_R[rank]),
-        kv_bytes=kv_entries * sizes.kv_bytes_per_token(model, attention_tp),
-        activation_bytes=tokens * width * DTYPE_BYTES[model.dtype],
+        kv_bytes=float(kv_R[rank]),
+        activation_bytes=float(activations_R[rank]),
+        training_bytes=float(state_R[rank]),
     )
     if result.peak_bytes > capacity:
         need = result.peak_bytes - capacity
-        remedy = "use more devices, fewer redundant slots or fewer tokens per step"
-        if experts and float(weight_bytes_R(model, plan, attention_tp=attention_tp, experts=False)[rank]) + result.kv_bytes + result.activation_bytes < capacity:
-            remedy += ", or keep experts in another tier with --set offload.tier=…"
+        state = f"gradients and optimizer {format_bytes(result.training_bytes)}, " if result.training_bytes else ""
         raise PlanError(
             f"{plan.source}: rank {rank} of {cluster.name} needs {format_bytes(result.peak_bytes)} of {name} (weights {format_bytes(result.weights_bytes)}, "
-            f"KV {format_bytes(result.kv_bytes)}, activations {format_bytes(result.activation_bytes)}), must be <= {format_bytes(capacity)}; "
-            f"{format_bytes(need)} are missing: {remedy}"
+            f"{state}KV {format_bytes(result.kv_bytes)}, activations {format_bytes(result.activation_bytes)}), must be <= {format_bytes(capacity)}; "
+            f"{format_bytes(need)} are missing: use more devices, fewer redundant slots or fewer tokens per step"
         )
     return result

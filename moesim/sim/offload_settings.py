@@ -16,7 +16,8 @@ from moesim.units import parse
 POLICIES = {"cache": "lru", "predictor": "none", "miss": "load"}
 """Hook → the policy where neither the settings nor the plan name one."""
 CHOICES = {
-    "scope": ("device", "layer"),
+    "scope": ("layer", "device"),
+    "start": ("empty", "frequent"),
     "issue": ("gate", "experts"),
     "into": ("cache", "staging"),
     "predict_on": ("gpu", "cpu"),
@@ -36,10 +37,12 @@ class OffloadSettings:
     """Experts that a pool of the cache holds; 0: every use loads; -1: as many as `bytes` has room for."""
     bytes: str = ""
     """Size of the cache of a device, all pools together; empty: what weights, KV, activations and one layer's loads leave free."""
-    scope: str = "device"
-    """One pool for the whole `device`, or one for each `layer`."""
+    scope: str = "layer"
+    """One pool for each `layer`, or one for the whole `device`."""
     cache: str = ""
     """Replacement policy (hook `cache`): lru, lfu, fifo, belady …"""
+    start: str = "empty"
+    """The cache at first: `empty`, or full of the experts that the trace uses most (`frequent`), as after a profile."""
     predictor: str = ""
     """What is prefetched (hook `predictor`): none, recorded, exact, all, frequency:N, synthetic:RECALL,PRECISION."""
     lookahead: int = 1

@@ -6,7 +6,8 @@ on the link `disk` is cached by host memory where the node has one. Bytes, secon
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from moesim.sim.build import ProgramBuilder
 from moesim.sim.cache import CacheSettings
 from moesim.sim.memory import MemoryAccount, account, capacity_bytes, device_tier
 from moesim.sim.offload_case import CopyLink
-from moesim.sim.offload_demand import Demands, held_RLE
+from moesim.sim.offload_demand import Demand, Demands, held_RLE
 from moesim.sim.offload_settings import OffloadSettings
 from moesim.sim.stores import Store
 from moesim.units import format_bytes
@@ -80,6 +81,8 @@ def tiers_of(builder: ProgramBuilder, demands: Demands, *, kv_entries: float, to
         host_caches = tuple(CacheSettings(slots=min(wanted, count), scope="global", policy=settings.host_cache) for count in count_R)
     free = dense.capacity_bytes - dense.peak_bytes
     caches = tuple(_cache(settings, dense.tier, free, whole, plan.num_layers, *pair) for pair in zip(count_R, widest_R, strict=True))
+    if settings.start == "frequent":
+        caches = tuple(replace(cache, initial=_frequent(cache, demand, whole)) for cache, demand in zip(caches, demands.of_rank, strict=True))
     return Tiers(
         dense=dense, expert_bytes=whole, low_bytes=low, home=home, home_bytes=home_bytes, host_tier=host_tier, host=host,
         disk=_link(builder.costs, home, settings) if host_tier is not None else None, caches=caches, host_caches=host_caches,
@@ -131,7 +134,28 @@ def _cache(settings: OffloadSettings, tier: str, free: float, whole: float, laye
     size = min(count * whole, free - widest * whole) if given is None else given
     if size > free:
         raise _too_small(tier, f"offload.bytes = {settings.bytes}", size, free, "give fewer bytes")
-    return CacheSettings(capacity_bytes=size / pools, scope=scope, policy=policy)
+    if scope == "global":
+        return CacheSettings(capacity_bytes=size, scope=scope, policy=policy)
+    each, more = divmod(int(size // whole), layers)
+    return CacheSettings(slots=tuple(each + (layer < more) for layer in range(layers)), scope=scope, policy=policy)
+
+
+def _frequent(cache: CacheSettings, demand: Demand, whole: float) -> tuple[tuple[int, int], ...]:
+    """Return the (layer, expert) pairs that the passes want most, as many as the pools hold; the most wanted is the last to leave."""
+    layers = demand.experts_TLW.shape[1]
+    used: Counter[tuple[int, int]] = Counter()
+    for layer in range(layers):
+        values, counts = np.unique(demand.experts_TLW[:, layer], return_counts=True)
+        used.update({(layer, expert): count for expert, count in zip(values.tolist(), counts.tolist(), strict=True) if expert >= 0})
+    slots = cache.slots if isinstance(cache.slots, tuple) else (cache.slots if cache.slots is not None else int(np.max(cache.capacity_bytes) // whole),)
+    left = list(slots if cache.scope == "global" or len(slots) == layers else slots * layers)
+    chosen = []
+    for place, _ in sorted(used.items(), key=lambda item: (-item[1], item[0])):
+        pool = 0 if cache.scope == "global" else place[0]
+        if left[pool] > 0:
+            left[pool] -= 1
+            chosen.append(place)
+    return tuple(reversed(chosen))
 
 
 def _too_small(tier: str, what: str, need: float, free: float, remedy: str) -> InputError:

@@ -21,7 +21,7 @@ from moesim.traces.open import open_trace
 FLAME: dict[str, Any] = {"model": "flame-moe-290m", "hardware": "h100-sxm-8"}
 KEYS = {
     "schema", "model", "hardware", "placement", "settings", "simulated_s", "wall_s", "steps", "tokens", "tokens_per_s", "step_ms", "breakdown_ms", "balance",
-    "bytes", "traffic", "cache", "stall_s", "memory", "requests", "routing", "provenance",
+    "bytes", "traffic", "cache", "stall_s", "memory", "memory_by_use", "change", "requests", "routing", "provenance",
 }  # fmt: skip
 
 
