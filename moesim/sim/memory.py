@@ -39,7 +39,8 @@ class MemoryAccount:
 
     def by_use(self) -> dict[str, dict[str, float]]:
         """Return tier → use → bytes."""
-        return {self.tier: {"weights": self.weights_bytes, "kv": self.kv_bytes, "activations": self.activation_bytes}}
+        uses = {"weights": self.weights_bytes, "kv": self.kv_bytes, "activations": self.activation_bytes}
+        return {self.tier: uses | ({"training": self.training_bytes} if self.training_bytes else {})}
 
 
 def device_tier(cluster: Cluster) -> str:
@@ -54,9 +55,10 @@ def capacity_bytes(cluster: Cluster, name: str) -> float:
     return tier.capacity_bytes / (cluster.devices_per_node if tier.shared else 1)
 
 
-def weight_bytes_R(model: MoEModel, plan: Plan, *, attention_tp: int, stages: Stages | None = None) -> np.ndarray:
-    """Return float64 [R]: bytes of weights on every rank of all stages."""
-    return np.concatenate([each.dense_bytes + each.slots_R * sizes.expert_bytes(model) for each in held(model, plan, attention_tp=attention_tp, stages=stages)])
+def weight_bytes_R(model: MoEModel, plan: Plan, *, attention_tp: int, stages: Stages | None = None, experts: bool = True) -> np.ndarray:
+    """Return float64 [R]: bytes of weights on every rank of all stages, with or without its routed experts."""
+    one = sizes.expert_bytes(model) if experts else 0.0
+    return np.concatenate([each.dense_bytes + each.slots_R * one for each in held(model, plan, attention_tp=attention_tp, stages=stages)])
 
 
 def training_bytes_R(model: MoEModel, plan: Plan, *, attention_tp: int, stages: Stages, settings: PipelineSettings) -> np.ndarray:
@@ -79,16 +81,16 @@ def account(
     tokens: float,
     stages: Stages | None = None,
     training: PipelineSettings | None = None,
+    experts: bool = True,
 ) -> MemoryAccount:
     """Return the account of the fullest device; `kv_entries` and `tokens` are the largest per rank and pass.
 
     stages: pipeline stages, where there are some; training: the settings of a training step, which has gradients, optimizer state and the
-    activations of all micro-batches in flight (nothing is computed again), and no KV cache. Raises PlanError if it exceeds the tier's capacity.
+    activations of all micro-batches in flight (nothing is computed again), and no KV cache; experts: are the routed ones there? Raises PlanError if it exceeds the tier's capacity.
     """
     name = device_tier(cluster)
-    tier = cluster.tiers[name]
-    capacity = tier.capacity_bytes / (cluster.devices_per_node if tier.shared else 1)
-    weights_R = weight_bytes_R(model, plan, attention_tp=attention_tp, stages=stages)
+    capacity = capacity_bytes(cluster, name)
+    weights_R = weight_bytes_R(model, plan, attention_tp=attention_tp, stages=stages, experts=experts)
     layers_R = np.repeat([model.num_layers] if stages is None else [len(stages.layers_of(stage)) for stage in range(stages.count)], plan.num_ranks)
     width = 2 * model.hidden_size + max(model.dense_ffn_size, model.top_k * model.expert_ffn_size + model.shared_ffn_size)
     kv_R = kv_entries * layers_R * sizes.kv_bytes_per_token_layer(model, attention_tp)
@@ -111,10 +113,14 @@ def account(
     )
     if result.peak_bytes > capacity:
         need = result.peak_bytes - capacity
+        remedy = "use more devices, fewer redundant slots or fewer tokens per step"
+        dense = float(weight_bytes_R(model, plan, attention_tp=attention_tp, stages=stages, experts=False)[rank])
+        if experts and stages is None and result.peak_bytes - result.weights_bytes + dense < capacity:
+            remedy += ", or keep experts in another tier with --set offload.tier=…"
         state = f"gradients and optimizer {format_bytes(result.training_bytes)}, " if result.training_bytes else ""
         raise PlanError(
             f"{plan.source}: rank {rank} of {cluster.name} needs {format_bytes(result.peak_bytes)} of {name} (weights {format_bytes(result.weights_bytes)}, "
             f"{state}KV {format_bytes(result.kv_bytes)}, activations {format_bytes(result.activation_bytes)}), must be <= {format_bytes(capacity)}; "
-            f"{format_bytes(need)} are missing: use more devices, fewer redundant slots or fewer tokens per step"
+            f"{format_bytes(need)} are missing: {remedy}"
         )
     return result
