@@ -61,10 +61,11 @@ class Router:
             kind_E=np.zeros(self._experts, dtype=np.uint8),
             moe_layer_ids=self._layers,
             step=step.step,
+            predicted_TLK=step.predicted_TLK,
             is_ranked=self._is_ranked,
         )
         left = run(self._functions, view, self._tally)
-        return replace(step, experts_TLK=left.experts_TLK, weights_TLK=left.weights_TLK, valid_TLK=left.valid_TLK)
+        return replace(step, experts_TLK=left.experts_TLK, weights_TLK=left.weights_TLK, valid_TLK=left.valid_TLK, predicted_TLK=left.predicted_TLK)
 
     def report(self) -> dict[str, Any]:
         """Return what a replay adds to `routing` in its report."""

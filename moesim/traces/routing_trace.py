@@ -21,6 +21,8 @@ SYNTHETIC = "synthetic:"
 """How a reference to a synthetic trace starts."""
 MAX_COUNTS = 1 << 24
 """Most cells (windows × layers × experts) of a table of counts."""
+MAX_ROUNDS = 16
+"""Most rounds of a layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,7 +234,7 @@ class RoutingTrace:
     def rounds(self) -> int:
         """C: rows per model layer; round c of layer l is row l · C + c."""
         found = self.provenance.get("rounds")
-        return found if type(found) is int and 1 <= found <= 64 and self.shape.num_layers % found == 0 else 1
+        return found if type(found) is int and 1 <= found <= MAX_ROUNDS and self.shape.num_layers % found == 0 else 1
 
     def batches(self) -> Iterator[TokenBatch]:
         """Yield the rows in order of arrival, one row group at a time."""

@@ -18,7 +18,7 @@ from fractions import Fraction
 import numpy as np
 
 from moesim.errors import TraceError, describe
-from moesim.traces.routing_trace import TraceShape
+from moesim.traces.routing_trace import MAX_ROUNDS
 from moesim.traces.rules_text import Words, ids
 from moesim.traces.rules_view import KINDS, Decision, RouterView, Rule, known_weights, ranked
 
@@ -180,7 +180,7 @@ def _one_decision(text: str) -> Rule:
         cubes = (view.experts_TLK, view.weights_TLK, view.valid_TLK)
         experts, weights, valid = (None if cube is None else np.repeat(cube[:, row : row + 1], cube.shape[1], axis=1) for cube in cubes)
         assert experts is not None
-        return Decision(experts_TLK=experts, weights_TLK=weights, valid_TLK=valid)
+        return Decision(experts_TLK=experts, weights_TLK=weights, valid_TLK=valid, is_foretold=True)
 
     return Rule(name=words.name, decide=decide)
 
@@ -188,17 +188,18 @@ def _one_decision(text: str) -> Rule:
 def _rounds(text: str) -> Rule:
     """`rounds:C`: the recorded layers are C rounds each of a layer; round c of layer l is row l · C + c."""
     words = Words("rounds", text, "rounds:2")
-    rounds = words.whole("C", 1, 64)
+    rounds = words.whole("C", 1, MAX_ROUNDS)
     words.end()
 
-    def reshape(shape: TraceShape) -> TraceShape:
-        if shape.num_layers % rounds:
+    def decide(view: RouterView) -> Decision:
+        layers = view.experts_TLK.shape[1]
+        if layers % rounds:
             rule = f"must be a multiple of {rounds}, one row per round of every layer"
-            raise TraceError(describe(f"rule {words.name}", "layer rows", shape.num_layers, rule, "record the routing of every round as a row"))
-        return shape
+            raise TraceError(describe(f"rule {words.name}", "layer rows", layers, rule, "record the routing of every round as a row"))
+        return view.keep()
 
     why = "it says how a trace is laid out; write the trace with `moesim trace transform --rule` first"
-    return Rule(name=words.name, decide=lambda view: view.keep(), reshape=reshape, record={"rounds": rounds}, not_live=why)
+    return Rule(name=words.name, decide=decide, rounds=rounds, not_live=why)
 
 
 RULES: Mapping[str, Callable[[str], Rule]] = {

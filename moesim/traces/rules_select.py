@@ -156,7 +156,7 @@ def _grouped(text: str) -> Rule:
         _lacking(keep.sum(axis=2) < groups * each, view, words.name, what, MORE)
         return _marked(view, keep, groups * each)
 
-    return Rule(name=words.name, decide=decide, reshape=lambda shape: replace(shape, num_groups=groups, top_k_groups=groups))
+    return Rule(name=words.name, decide=decide, groups=(groups, groups))
 
 
 def _top_groups(text: str) -> Rule:
@@ -197,7 +197,7 @@ def _top_groups(text: str) -> Rule:
         _lacking(keep.sum(axis=2) < k, view, words.name, f"have fewer than {k} candidates in their {reach} best groups", MORE)
         return _marked(view, keep, k)
 
-    return Rule(name=words.name, decide=decide, reshape=lambda shape: replace(shape, num_groups=groups, top_k_groups=reach))
+    return Rule(name=words.name, decide=decide, groups=(groups, reach))
 
 
 def _mask(text: str) -> Rule:

@@ -42,8 +42,12 @@ class RouterView:
     moe_layer_ids: tuple[int, ...]
     """Index in the model of every layer row."""
     step: int = 0
+    predicted_TLK: np.ndarray | None = None
+    """Experts that a predictor named before the layer ran."""
     is_ranked: bool = True
     """Whether choices are best first; not so where they are drawn from counts."""
+    is_foretold: bool = False
+    """Whether the choices of all layers are known before the first of them runs."""
 
     @property
     def num_experts(self) -> int:
@@ -76,6 +80,8 @@ class Decision:
     """bool: False where a choice is none; None: all are."""
     kind_E: np.ndarray | None = None
     """uint8: kinds of the experts from here on; None: as before."""
+    is_foretold: bool = False
+    """Whether the choices of all layers are known from here on before the first of them runs."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """What to report, summed over passes: `dropped`, `places`."""
 
@@ -90,10 +96,10 @@ class Rule:
     name: str
     """The text, as reports show it."""
     decide: Decide
-    reshape: Callable[[TraceShape], TraceShape] = lambda shape: shape
-    """Change the shape of a trace beyond its top-k."""
-    record: Mapping[str, Any] = field(default_factory=dict)
-    """Facts that a transformed trace states in its provenance."""
+    groups: tuple[int, int] | None = None
+    """Groups of experts, and how many of them a token reaches from here on; None: as before."""
+    rounds: int | None = None
+    """Rows per layer of the model from here on; None: as before."""
     not_live: str = ""
     """Why this cannot be done during a replay; empty: it can."""
 
@@ -140,7 +146,8 @@ def mass_TL(view: RouterView) -> np.ndarray:
 
 def view_of(batch: TokenBatch, shape: TraceShape, step: int) -> RouterView:
     """Return what rules see of the tokens of one step of a trace."""
-    columns = {name: getattr(batch, name) for name in ("experts_TLK", "weights_TLK", "valid_TLK", "rank_T", "request_T", "position_T", "phase_T")}
+    names = ("experts_TLK", "weights_TLK", "valid_TLK", "predicted_TLK", "rank_T", "request_T", "position_T", "phase_T")
+    columns = {name: getattr(batch, name) for name in names}
     return RouterView(**columns, kind_E=np.zeros(shape.num_experts, dtype=np.uint8), moe_layer_ids=shape.moe_layer_ids, step=step)
 
 
@@ -192,8 +199,8 @@ class Tally:
 def run(rules: Sequence[tuple[str, Decide]], view: RouterView, tally: Tally) -> RouterView:
     """Apply named rules one after another and count what they did.
 
-    In the result only choices of experts that compute are valid; others have expert 0 and weight 0. Raises InputError, naming
-    the rule, if one decides for what does not exist.
+    In the result only choices of experts that compute are valid; others have expert 0 and weight 0. Predictions are those recorded,
+    as many as choices are left, or the choices if these are foretold. Raises InputError, naming the rule, if one decides for what does not exist.
     """
     tally.choices += _valid(view)
     for name, decide in rules:
@@ -203,7 +210,13 @@ def run(rules: Sequence[tuple[str, Decide]], view: RouterView, tally: Tally) -> 
         check(decision, view, name)
         tally.counts.update(decision.counts)
         kind_E = view.kind_E if decision.kind_E is None else decision.kind_E
-        view = replace(view, experts_TLK=decision.experts_TLK, weights_TLK=decision.weights_TLK, valid_TLK=decision.valid_TLK, kind_E=kind_E)
+        cubes: dict[str, Any] = {"experts_TLK": decision.experts_TLK, "weights_TLK": decision.weights_TLK, "valid_TLK": decision.valid_TLK}
+        view = replace(view, **cubes, kind_E=kind_E, is_foretold=view.is_foretold or decision.is_foretold)
+    width = view.experts_TLK.shape[2]
+    if view.is_foretold:
+        view = replace(view, predicted_TLK=view.experts_TLK)
+    elif view.predicted_TLK is not None:
+        view = replace(view, predicted_TLK=view.predicted_TLK[..., :width] if view.predicted_TLK.shape[2] >= width else None)
     tally.token_layers += view.experts_TLK.shape[0] * view.experts_TLK.shape[1]
     if view.kind_E.any():
         kind_TLK = view.kind_E[np.minimum(view.experts_TLK, view.num_experts - 1)]

@@ -22,7 +22,12 @@ def _derived(trace: RoutingTrace, done: str) -> dict[str, Any]:
     provenance = dict(trace.provenance)
     if trace.synthetic is not None:
         provenance["synthetic"] = trace.synthetic
-    return {**provenance, "derived_from": trace.fingerprint, "transforms": [*provenance.get("transforms", []), done]}
+    return {**provenance, "derived_from": trace.fingerprint, "transforms": [*_listed(trace, "transforms"), done]}
+
+
+def _listed(trace: RoutingTrace, key: str) -> list[Any]:
+    found = trace.provenance.get(key)
+    return found if isinstance(found, list) else []
 
 
 def _build(trace: RoutingTrace, batches: Iterable[TokenBatch], done: str, shape: TraceShape | None = None, **provenance: Any) -> RoutingTrace:
@@ -158,11 +163,8 @@ def apply_rules(trace: RoutingTrace, text: str) -> RoutingTrace:
     name = "+".join(rule.name for rule in rules)
     if trace.kind == "counts":
         raise TraceError(f"{trace.source}: rule {name} needs the choices of every token, and the trace holds counts; use a token trace")
-    shape, record = trace.shape, {"rules": [*trace.provenance.get("rules", []), name]}
-    for rule in rules:
-        shape, record = rule.reshape(shape), record | dict(rule.record)
     functions = [(rule.name, rule.decide) for rule in rules]
-    tally, batches, experts = Tally(), [], shape.num_experts
+    tally, batches, experts = Tally(), [], trace.shape.num_experts
     for batch, _ in _cut(replace(trace, resized=None), None):
         view = run(functions, view_of(batch, trace.shape, int(batch.step_T[0])), tally)
         computing = np.flatnonzero(view.kind_E == 0)
@@ -172,16 +174,26 @@ def apply_rules(trace: RoutingTrace, text: str) -> RoutingTrace:
         if view.experts_TLK.shape[2] > experts:
             best = first(ranked(view, name), experts)
             view = replace(view, experts_TLK=best.experts_TLK, weights_TLK=best.weights_TLK, valid_TLK=best.valid_TLK)
-        predicted = batch.predicted_TLK
-        fits = predicted is not None and predicted.shape[2] >= view.experts_TLK.shape[2] and int(predicted.max(initial=0)) < experts
-        changed = {name: getattr(view, name) for name in ("experts_TLK", "weights_TLK", "valid_TLK")}
-        batches.append(replace(batch, **changed, predicted_TLK=predicted[..., : view.experts_TLK.shape[2]] if fits else None))  # type: ignore[index]
-    if experts != shape.num_experts:
-        shape = replace(shape, num_groups=1, top_k_groups=1)
-    shape = replace(shape, num_experts=experts, top_k=batches[0].experts_TLK.shape[2] if batches else shape.top_k)
-    batches = [replace(batch, experts_TLK=batch.experts_TLK.astype(shape.dtype, copy=False)) for batch in batches]
-    notes = [*trace.provenance.get("notes", []), f"rule {name}: {_outcome(tally.report())}"]
-    return _build(trace, batches, f"rule({name})", shape, **record, notes=notes)
+        # A prediction that names an expert without computation cannot be kept.
+        if view.predicted_TLK is not None and (view.predicted_TLK.shape != view.experts_TLK.shape or int(view.predicted_TLK.max(initial=0)) >= experts):
+            view = replace(view, predicted_TLK=None)
+        left: dict[str, Any] = {key: getattr(view, key) for key in ("experts_TLK", "weights_TLK", "valid_TLK", "predicted_TLK")}
+        batches.append(replace(batch, **left))
+    groups, rounds = (trace.shape.num_groups, trace.shape.top_k_groups), trace.rounds
+    for rule in rules:
+        groups, rounds = rule.groups or groups, rule.rounds or rounds
+    if experts != trace.shape.num_experts:
+        groups = (1, 1)
+    top_k = batches[0].experts_TLK.shape[2] if batches else 1
+    shape = replace(trace.shape, num_experts=experts, top_k=top_k, num_groups=groups[0], top_k_groups=groups[1])
+    narrow = shape.dtype
+    batches = [replace(item, experts_TLK=item.experts_TLK.astype(narrow), predicted_TLK=_as(narrow, item.predicted_TLK)) for item in batches]
+    notes = [*_listed(trace, "notes"), f"rule {name}: {_outcome(tally.report())}"]
+    return _build(trace, batches, f"rule({name})", shape, rules=[*_listed(trace, "rules"), name], rounds=rounds, notes=notes)
+
+
+def _as(dtype: np.dtype[Any], cube: np.ndarray | None) -> np.ndarray | None:
+    return None if cube is None else cube.astype(dtype, copy=False)
 
 
 def _outcome(report: dict[str, Any]) -> str:
