@@ -19,6 +19,7 @@ import numpy as np
 from moesim.plan import Plan, linear
 from moesim.sim._masks import phases_T, slot_of_LEP
 from moesim.sim.loads import LoadCompiler
+from moesim.sim.pairs import PairCounts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +130,9 @@ def measure(shape: Shape, *, repeat: int, quick: bool) -> dict[str, object]:
         expected = plain(slot_LEP, plan, sample, source, valid, ranks_per_node)
         plain_s.append(time.process_time() - begin)
     loads = compiler.compile(experts_TLK=sample, rank_T=source, valid_TLK=valid)
-    equal = all(np.array_equal(a, b[0]) for a, b in zip(expected, (loads.slot_PLS, loads.assign_PLRR, loads.copy_PLRR, loads.node_PLRN), strict=True))
+    pairs = loads.pairs
+    assert isinstance(pairs, PairCounts)
+    equal = all(np.array_equal(a, b[0]) for a, b in zip(expected, (loads.slot_PLS, pairs.assign_PLRR, pairs.copy_PLRR, pairs.node_PLRN), strict=True))
     rate, plain_rate = experts_TLK.size / min(cpu_s), sample.size / min(plain_s)
     return {
         "shape": shape.name,

@@ -9,15 +9,14 @@ Shapes: P passes, L MoE layers, R ranks, S slots, N nodes, T tokens, K choices; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from itertools import chain
+from dataclasses import dataclass
 
 import numpy as np
 
 from moesim.errors import TraceError, describe
 from moesim.plan import Plan
 from moesim.sim import _masks
+from moesim.sim.pairs import ChosenRanks, PairCounts, Pairs
 
 BLOCK_ENTRIES = 32768
 """(token, expert) entries of a layer handled at a time: bounds the working memory and keeps it in cache."""
@@ -29,20 +28,8 @@ FEW_CLASSES = 8
 """Up to so many replica classes, destinations are looked up by expert; beyond, by slot."""
 TABLE_ITEMS = 1 << 22
 """Most items of the tables that look up by expert."""
-BATCH_TOKENS = 1 << 16
-"""Tokens that `compile_passes` joins for one call of the kernel."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PassRouting:
-    """The routing of one forward pass."""
-
-    experts_TLK: np.ndarray
-    """uint8 or uint16 [T, L, K]: logical expert of every choice."""
-    rank_T: np.ndarray
-    """Integer [T], ascending: source rank of every token."""
-    valid_TLK: np.ndarray | None = None
-    """bool [T, L, K]: False where a choice was dropped or never made; None keeps all."""
+SPARSE = 4
+"""Choices are kept, and pairs not counted, where a pass and layer has so many times fewer choices than rank pairs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,12 +42,8 @@ class StepLoads:
     """int64 [P, L, R]: valid (token, expert) choices made on each source rank."""
     slot_PLS: np.ndarray
     """int64 [P, L, S]: (token, expert) assignments that every slot receives."""
-    assign_PLRR: np.ndarray
-    """int32 [P, L, R, R]: assignments from source rank to destination rank."""
-    copy_PLRR: np.ndarray
-    """int32 [P, L, R, R]: distinct (token, destination rank) pairs: copies after deduplication per rank."""
-    node_PLRN: np.ndarray
-    """int32 [P, L, R, N]: distinct (token, destination node) pairs: copies when a node gets one per token."""
+    pairs: Pairs
+    """Who sends to whom."""
     slot_rank_S: np.ndarray
     """int32 [S]: rank that owns every slot."""
 
@@ -72,12 +55,7 @@ class StepLoads:
     @property
     def rank_load_PLR(self) -> np.ndarray:
         """int64 [P, L, R]: assignments that each destination rank computes."""
-        return self.assign_PLRR.sum(axis=2, dtype=np.int64)
-
-    @property
-    def received_PLR(self) -> np.ndarray:
-        """int64 [P, L, R]: copies that each destination rank holds, its own tokens included."""
-        return self.copy_PLRR.sum(axis=2, dtype=np.int64)
+        return _by_rank(self.slot_PLS, self.slot_rank_S, self.tokens_PR.shape[1])
 
     @property
     def active_PLR(self) -> np.ndarray:
@@ -94,14 +72,14 @@ class StepLoads:
 
     def one(self, index: int) -> StepLoads:
         """Return the loads of pass `index` alone (P = 1), without copying."""
-        return StepLoads(**{f.name: self.slot_rank_S if f.name == "slot_rank_S" else getattr(self, f.name)[index : index + 1 or None] for f in fields(self)})
-
-    @classmethod
-    def stack(cls, parts: Sequence[StepLoads]) -> StepLoads:
-        """Join loads along the pass axis; all parts come from one plan."""
-        if len(parts) == 1:
-            return parts[0]
-        return cls(**{f.name: parts[0].slot_rank_S if f.name == "slot_rank_S" else np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)})
+        row = slice(index, index + 1 or None)
+        return StepLoads(
+            tokens_PR=self.tokens_PR[row],
+            routed_PLR=self.routed_PLR[row],
+            slot_PLS=self.slot_PLS[row],
+            pairs=self.pairs.one(index),
+            slot_rank_S=self.slot_rank_S,
+        )
 
 
 class LoadCompiler:
@@ -111,7 +89,7 @@ class LoadCompiler:
         """Precompute the tables of `plan`; ranks 0..ranks_per_node-1 share the first node, and so on (>= 1)."""
         if ranks_per_node < 1:
             raise TraceError(describe("routing", "ranks_per_node", ranks_per_node, "must be >= 1"))
-        self.plan = plan
+        self.plan, self.ranks_per_node = plan, ranks_per_node
         self.num_nodes = -(-plan.num_ranks // ranks_per_node)
         slot_LEP = _masks.slot_of_LEP(plan)
         self._class_P, phase_C = _masks.replica_classes(slot_LEP)
@@ -157,35 +135,68 @@ class LoadCompiler:
             shown = f"a fall at token {int(falls.argmax()) + 1}"
             raise TraceError(describe("routing", "rank_T", shown, "must be ascending within a pass", "sort tokens by source rank"))
         counts_X = np.bincount(group_T, minlength=passes * ranks)
-        loads = StepLoads(
-            tokens_PR=counts_X.reshape(passes, ranks),
-            routed_PLR=np.zeros((passes, layers, ranks), np.int64),
-            slot_PLS=np.zeros((passes, layers, slots), np.int64),
-            assign_PLRR=np.zeros((passes, layers, ranks, ranks), np.int32),
-            copy_PLRR=np.zeros((passes, layers, ranks, ranks), np.int32),
-            node_PLRN=np.zeros((passes, layers, ranks, self.num_nodes), np.int32),
-            slot_rank_S=plan.slot_rank_S,
-        )
         class_T = None
         if self._slot_LCE.shape[1] > 1:
             index_T = (np.arange(tokens) - np.repeat(np.cumsum(counts_X) - counts_X, counts_X)) * ranks + rank_T
             class_T = self._class_P[_masks.phases_T(index_T)] * self._width
-        for low, high in _masks.blocks(counts_X[counts_X > 0], max(1, block_entries // experts_TLK.shape[2])):
-            valid = None if valid_TLK is None else valid_TLK[low:high]
-            self._block(experts_TLK[low:high], valid, group_T[low:high], None if class_T is None else class_T[low:high], loads)
-        np.sum(loads.assign_PLRR, axis=3, dtype=np.int64, out=loads.routed_PLR)
-        return loads
+        slot_PLS = np.zeros((passes, layers, slots), np.int64)
+        if SPARSE * max(experts_TLK[:, 0].size, 1) < passes * ranks**2:
+            pairs: Pairs = self._choices(experts_TLK, valid_TLK, group_T, class_T, slot_PLS)
+            chosen_LT = np.full((layers, tokens), experts_TLK.shape[2]) if valid_TLK is None else valid_TLK.sum(axis=2).T
+            routed_PLR = np.stack([np.bincount(group_T, chosen_T, minlength=passes * ranks) for chosen_T in chosen_LT], axis=1)
+            routed_PLR = routed_PLR.astype(np.int64).reshape(passes, ranks, layers).transpose(0, 2, 1)
+        else:
+            pairs = counts = PairCounts(
+                assign_PLRR=np.zeros((passes, layers, ranks, ranks), np.int32),
+                copy_PLRR=np.zeros((passes, layers, ranks, ranks), np.int32),
+                node_PLRN=np.zeros((passes, layers, ranks, self.num_nodes), np.int32),
+                devices=self.ranks_per_node,
+            )
+            for low, high in _masks.blocks(counts_X[counts_X > 0], max(1, block_entries // experts_TLK.shape[2])):
+                valid = None if valid_TLK is None else valid_TLK[low:high]
+                self._block(experts_TLK[low:high], valid, group_T[low:high], None if class_T is None else class_T[low:high], slot_PLS, counts)
+            routed_PLR = np.sum(counts.assign_PLRR, axis=3, dtype=np.int64)
+        return StepLoads(tokens_PR=counts_X.reshape(passes, ranks), routed_PLR=routed_PLR, slot_PLS=slot_PLS, pairs=pairs, slot_rank_S=plan.slot_rank_S)
 
-    def _block(self, experts_BLK: np.ndarray, valid_BLK: np.ndarray | None, group_B: np.ndarray, class_B: np.ndarray | None, loads: StepLoads) -> None:
-        """Add the loads of one block of tokens to `loads`."""
+    def _choices(
+        self, experts_TLK: np.ndarray, valid_TLK: np.ndarray | None, group_T: np.ndarray, class_T: np.ndarray | None, slot_PLS: np.ndarray
+    ) -> ChosenRanks:
+        """Return the destination of every choice, layer by layer, and add up `slot_PLS`."""
+        plan, (tokens, layers, choices) = self.plan, experts_TLK.shape
+        passes, slots = len(slot_PLS), plan.num_slots
+        rank_LKT = np.empty((layers, choices, tokens), np.min_scalar_type(plan.num_ranks))
+        self._check_experts(int((experts_TLK if valid_TLK is None else experts_TLK * valid_TLK).max(initial=0)))
+        pass_T = group_T // plan.num_ranks * (slots + 1)
+        for layer in range(layers):
+            expert_KT = experts_TLK[:, layer].T.astype(np.int64)
+            if valid_TLK is not None:
+                expert_KT[~valid_TLK[:, layer].T] = plan.num_experts
+            slot_KT = self._slot_LCE[layer].ravel()[expert_KT if class_T is None else expert_KT + class_T]
+            counts = np.bincount((slot_KT + pass_T).ravel(), minlength=passes * (slots + 1))
+            slot_PLS[:, layer] = counts.reshape(passes, slots + 1)[:, :slots]
+            rank_LKT[layer] = self._rank_S[slot_KT]
+        return ChosenRanks(rank_LKT=rank_LKT, group_T=group_T, num_passes=passes, num_ranks=plan.num_ranks, devices=self.ranks_per_node)
+
+    def _check_experts(self, highest: int) -> None:
+        if highest >= self.plan.num_experts:
+            remedy = f"the plan was made for {self.plan.model}"
+            raise TraceError(describe("routing", "expert", highest, f"must be in 0..{self.plan.num_experts - 1}", remedy))
+
+    def _block(
+        self,
+        experts_BLK: np.ndarray,
+        valid_BLK: np.ndarray | None,
+        group_B: np.ndarray,
+        class_B: np.ndarray | None,
+        slot_PLS: np.ndarray,
+        pairs: PairCounts,
+    ) -> None:
+        """Add the loads of one block of tokens to `slot_PLS` and `pairs`."""
         plan, size, choices = self.plan, group_B.size, experts_BLK.shape[2]
         ranks, slots, row = plan.num_ranks, plan.num_slots, self._slot_LCE[0].size
         if valid_BLK is not None:
             experts_BLK = experts_BLK * valid_BLK
-        highest = int(experts_BLK.max())
-        if highest >= plan.num_experts:
-            remedy = f"the plan was made for {plan.model}"
-            raise TraceError(describe("routing", "expert", highest, f"must be in 0..{plan.num_experts - 1}", remedy))
+        self._check_experts(int(experts_BLK.max()))
         if valid_BLK is not None:
             # 0 was written where nothing is valid, so adding E there makes E; np.where takes four times as long.
             none = np.min_scalar_type(plan.num_experts).type(plan.num_experts)
@@ -232,16 +243,16 @@ class LoadCompiler:
                     slot_MYS[here] = folding.slots(np.add.reduceat(count_LXI, first_group_Y, axis=1))
             word_WLB = word_WMB[:, : top - base]
             count_LXD = _masks.count_destinations(word_WLB, ranks + self._node_bits, segment_Q, first_X)
-            loads.slot_PLS[passes.id_X, base:top] += slot_MYS[: top - base].transpose(1, 0, 2)
-            _masks.add_groups(loads.assign_PLRR[:, base:top], group.id_X, assign_MXR[: top - base])
-            _masks.add_groups(loads.copy_PLRR[:, base:top], group.id_X, count_LXD[..., :ranks])
+            slot_PLS[passes.id_X, base:top] += slot_MYS[: top - base].transpose(1, 0, 2)
+            _masks.add_groups(pairs.assign_PLRR[:, base:top], group.id_X, assign_MXR[: top - base])
+            _masks.add_groups(pairs.copy_PLRR[:, base:top], group.id_X, count_LXD[..., :ranks])
             if self.num_nodes > 1:
                 node_LXN = count_LXD[..., ranks if self._node_bits else 0 :]
             elif valid_BLK is None:
                 node_LXN = np.broadcast_to(np.diff(group.start_X, append=size)[:, None], (top - base, group.start_X.size, 1))
             else:
                 node_LXN = np.add.reduceat((word_WLB != 0).any(axis=0), group.start_X, axis=1, dtype=np.int32)[..., None]
-            _masks.add_groups(loads.node_PLRN[:, base:top], group.id_X, node_LXN)
+            _masks.add_groups(pairs.node_PLRN[:, base:top], group.id_X, node_LXN)
 
     def _index(self, lines_LUBJ: np.ndarray, place_KLB: np.ndarray | None) -> np.ndarray:
         """Return int64 [K, l, B]: each choice's place in the tables of these layers: (layer, replica class, expert)."""
@@ -267,44 +278,6 @@ class LoadCompiler:
             raise TraceError(describe("routing", "valid_TLK", f"{valid_TLK.dtype} {list(valid_TLK.shape)}", f"must be bool {list(shape)}"))
         if starts.ndim != 1 or starts.size < 1 or starts[0] != 0 or bool((np.diff(starts, append=shape[0]) < 0).any()):
             raise TraceError(describe("routing", "pass_start_P", starts[:8].tolist(), f"must rise from 0 to at most {shape[0]}"))
-
-
-def compile_pass(plan: Plan, *, experts_TLK: np.ndarray, rank_T: np.ndarray, valid_TLK: np.ndarray | None = None, ranks_per_node: int) -> StepLoads:
-    """Compile one forward pass under `plan` (P = 1); arguments as for `LoadCompiler.compile`."""
-    return LoadCompiler(plan, ranks_per_node=ranks_per_node).compile(experts_TLK=experts_TLK, rank_T=rank_T, valid_TLK=valid_TLK)
-
-
-def compile_passes(plan: Plan, passes: Iterable[PassRouting], *, ranks_per_node: int) -> StepLoads:
-    """Compile passes under `plan` and stack their loads; short passes share kernel calls, so many small decode steps are cheap."""
-    compiler = LoadCompiler(plan, ranks_per_node=ranks_per_node)
-    parts: list[StepLoads] = []
-    batch: list[PassRouting] = []
-    tokens = 0
-    for item in chain(passes, [None]):
-        if batch and (item is None or tokens + len(item.rank_T) > BATCH_TOKENS):
-            parts.append(_compile_batch(compiler, batch))
-            batch, tokens = [], 0
-        if item is not None:
-            batch.append(item)
-            tokens += len(item.rank_T)
-    if not parts:
-        raise TraceError("routing: no pass to compile; give at least one")
-    return StepLoads.stack(parts)
-
-
-def _compile_batch(compiler: LoadCompiler, batch: Sequence[PassRouting]) -> StepLoads:
-    lengths = [len(item.rank_T) for item in batch]
-    if len(batch) == 1:
-        return compiler.compile(experts_TLK=batch[0].experts_TLK, rank_T=batch[0].rank_T, valid_TLK=batch[0].valid_TLK)
-    valid = None
-    if any(item.valid_TLK is not None for item in batch):
-        valid = np.concatenate([np.ones(item.experts_TLK.shape, np.bool_) if item.valid_TLK is None else item.valid_TLK for item in batch])
-    return compiler.compile(
-        experts_TLK=np.concatenate([item.experts_TLK for item in batch]),
-        rank_T=np.concatenate([item.rank_T for item in batch]),
-        valid_TLK=valid,
-        pass_start_P=np.cumsum([0, *lengths[:-1]]),
-    )
 
 
 def _rank_starts(slot_rank_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

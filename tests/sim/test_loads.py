@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,36 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesim.costs.traffic import ALGORITHMS, Ports
 from moesim.errors import TraceError
 from moesim.plan import Plan, linear
 from moesim.sim import _masks
-from moesim.sim.loads import LoadCompiler, PassRouting, StepLoads, compile_pass, compile_passes
+from moesim.sim.loads import LoadCompiler, StepLoads
+from moesim.sim.pairs import ChosenRanks, PairCounts
 
 GOLDEN_FRACTION = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True)
+class PassRouting:
+    experts_TLK: np.ndarray
+    rank_T: np.ndarray
+    valid_TLK: np.ndarray | None = None
+
+
+@pytest.fixture(autouse=True)
+def every_pair_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small machines too keep their choices where they are few; what they hold is tested against the counts."""
+    monkeypatch.setattr("moesim.sim.loads.SPARSE", 1 << 40)
+
+
+def counts(loads: StepLoads) -> PairCounts:
+    assert isinstance(loads.pairs, PairCounts)
+    return loads.pairs
+
+
+def compile_pass(plan: Plan, *, experts_TLK: np.ndarray, rank_T: np.ndarray, valid_TLK: np.ndarray | None = None, ranks_per_node: int) -> StepLoads:
+    return LoadCompiler(plan, ranks_per_node=ranks_per_node).compile(experts_TLK=experts_TLK, rank_T=rank_T, valid_TLK=valid_TLK)
 
 
 def make_plan(seed: int, *, experts: int, layers: int, ranks: int, extra: int = 0, empty: int = 0, shares: bool = False, ragged: bool = False) -> Plan:
@@ -95,15 +119,19 @@ def count_by_hand(plan: Plan, routing: PassRouting, ranks_per_node: int) -> dict
     return result
 
 
+def arrays(loads: StepLoads) -> dict[str, np.ndarray]:
+    parts = {item.name: getattr(loads, item.name) for item in fields(StepLoads) if item.name != "pairs"}
+    return parts | {item.name: getattr(loads.pairs, item.name) for item in fields(PairCounts) if item.name != "devices"}
+
+
 def assert_same(left: StepLoads, right: StepLoads) -> None:
-    for item in fields(StepLoads):
-        a, b = getattr(left, item.name), getattr(right, item.name)
-        assert a.dtype == b.dtype and np.array_equal(a, b), item.name
+    for (name, a), b in zip(arrays(left).items(), arrays(right).values(), strict=True):
+        assert a.dtype == b.dtype and np.array_equal(a, b), name
 
 
 def assert_counts(loads: StepLoads, expected: dict[str, np.ndarray]) -> None:
     for name, value in expected.items():
-        assert np.array_equal(getattr(loads, name), value), name
+        assert np.array_equal(arrays(loads)[name], value), name
 
 
 SHAPES = st.fixed_dictionaries(
@@ -163,18 +191,55 @@ def test_many_passes_in_one_call_equal_each_pass_alone(shape: dict[str, Any], to
     rng = np.random.default_rng(shape["seed"])
     passes = [make_routing(i, plan, rng.integers(0, size + 1, plan.num_ranks), top_k, holes=0.4 if holes and i % 2 else 0.0) for i, size in enumerate(sizes)]
     alone = [compile_pass(plan, experts_TLK=p.experts_TLK, rank_T=p.rank_T, valid_TLK=p.valid_TLK, ranks_per_node=3) for p in passes]
-    together = compile_passes(plan, iter(passes), ranks_per_node=3)
-    assert_same(together, StepLoads.stack(alone))
+    together = compile_many(plan, passes)
     for index, part in enumerate(alone):
         assert_same(together.one(index), part)
 
 
-def test_batches_of_passes_split_where_they_are_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = make_plan(1, experts=8, layers=2, ranks=4, extra=3)
-    passes = [make_routing(i, plan, np.full(4, 5), 2) for i in range(7)]
-    whole = compile_passes(plan, passes, ranks_per_node=2)
-    monkeypatch.setattr("moesim.sim.loads.BATCH_TOKENS", 45)
-    assert_same(compile_passes(plan, passes, ranks_per_node=2), whole)
+def compile_many(plan: Plan, passes: list[PassRouting]) -> StepLoads:
+    valid = [np.ones(p.experts_TLK.shape, bool) if p.valid_TLK is None else p.valid_TLK for p in passes]
+    return LoadCompiler(plan, ranks_per_node=3).compile(
+        experts_TLK=np.concatenate([p.experts_TLK for p in passes]),
+        rank_T=np.concatenate([p.rank_T for p in passes]),
+        valid_TLK=np.concatenate(valid),
+        pass_start_P=np.cumsum([0, *(len(p.rank_T) for p in passes[:-1])]),
+    )
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(1, 6),
+    st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    st.sampled_from([0.0, 0.4]),
+)
+def test_choices_and_counts_of_pairs_say_the_same(seed: int, nodes: int, devices: int, top_k: int, sizes: list[int], holes: float) -> None:
+    plan = make_plan(seed, experts=12, layers=2, ranks=nodes * devices, extra=5, shares=True, ragged=True)
+    rng = np.random.default_rng(seed)
+    passes = [make_routing(i, plan, rng.integers(0, size + 1, plan.num_ranks), top_k, holes=holes) for i, size in enumerate(sizes)]
+    words: dict[str, Any] = {
+        "experts_TLK": np.concatenate([p.experts_TLK for p in passes]),
+        "rank_T": np.concatenate([p.rank_T for p in passes]),
+        "valid_TLK": np.concatenate([p.valid_TLK for p in passes if p.valid_TLK is not None]) if holes else None,
+        "pass_start_P": np.cumsum([0, *(len(p.rank_T) for p in passes[:-1])]),
+    }
+    counted = LoadCompiler(plan, ranks_per_node=devices).compile(**words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moesim.sim.loads.SPARSE", 0)
+        chosen = LoadCompiler(plan, ranks_per_node=devices).compile(**words)
+    assert isinstance(counted.pairs, PairCounts)
+    if not isinstance(chosen.pairs, ChosenRanks):
+        pytest.fail("choices were asked for")
+    for left, right in ((counted, chosen), *((counted.one(i), chosen.one(i)) for i in range(len(passes)))):
+        for name in ("tokens_PR", "routed_PLR", "slot_PLS", "rank_load_PLR"):
+            assert np.array_equal(getattr(left, name), getattr(right, name)), name
+        assert left.pairs.remote() == right.pairs.remote()
+        for algorithm in ALGORITHMS:
+            for port in fields(Ports):
+                a, b = (getattr(loads.pairs.ports(algorithm), port.name) for loads in (left, right))
+                assert a.dtype == b.dtype and np.array_equal(a, b), (algorithm, port.name)
 
 
 @settings(max_examples=40, deadline=None)
@@ -197,21 +262,21 @@ def test_nothing_is_lost_or_made_up(shape: dict[str, Any], top_k: int, most: int
     if routing.valid_TLK is not None:
         valid = routing.valid_TLK
     reached = np.any(valid, axis=2)
-    assert np.array_equal(loads.assign_PLRR.sum(axis=(0, 2, 3)), valid.sum(axis=(0, 2)))
+    assert np.array_equal(counts(loads).assign_PLRR.sum(axis=(0, 2, 3)), valid.sum(axis=(0, 2)))
     assert np.array_equal(loads.slot_PLS.sum(axis=2), loads.rank_load_PLR.sum(axis=2))
-    assert np.array_equal(loads.routed_PLR, loads.assign_PLRR.sum(axis=3))
-    assert (loads.copy_PLRR <= loads.assign_PLRR).all()
-    assert (loads.copy_PLRR <= loads.tokens_PR[:, None, :, None]).all()
-    assert (loads.node_PLRN.sum(axis=3) <= loads.copy_PLRR.sum(axis=3)).all()
+    assert np.array_equal(loads.routed_PLR, counts(loads).assign_PLRR.sum(axis=3))
+    assert (counts(loads).copy_PLRR <= counts(loads).assign_PLRR).all()
+    assert (counts(loads).copy_PLRR <= loads.tokens_PR[:, None, :, None]).all()
+    assert (counts(loads).node_PLRN.sum(axis=3) <= counts(loads).copy_PLRR.sum(axis=3)).all()
     for rank in range(plan.num_ranks):
-        assert (loads.node_PLRN[0, :, rank].sum(axis=1) >= np.compress(routing.rank_T == rank, reached, axis=0).sum(axis=0)).all()
+        assert (counts(loads).node_PLRN[0, :, rank].sum(axis=1) >= np.compress(routing.rank_T == rank, reached, axis=0).sum(axis=0)).all()
     assert not loads.slot_PLS[:, plan.slot_to_expert_LS < 0].any()
     for rank in range(plan.num_ranks):
         part = loads.slot_PLS[:, :, plan.slot_rank_S == rank]
         assert np.array_equal(loads.rank_load_PLR[..., rank], part.sum(axis=2))
         assert np.array_equal(loads.active_PLR[..., rank], (part > 0).sum(axis=2))
         assert np.array_equal(loads.max_slot_PLR[..., rank], part.max(axis=2, initial=0))
-    assert np.array_equal(loads.received_PLR, loads.copy_PLRR.sum(axis=2))
+    assert np.array_equal(loads.rank_load_PLR, counts(loads).assign_PLRR.sum(axis=2))
 
 
 @settings(max_examples=40, deadline=None)
@@ -234,7 +299,7 @@ def test_moving_tokens_to_other_sources_moves_their_rows() -> None:
     loads = compile_pass(plan, experts_TLK=routing.experts_TLK, rank_T=routing.rank_T, ranks_per_node=2)
     order = np.array([2, 0, 3, 1])
     moved = compile_pass(plan, experts_TLK=routing.experts_TLK.reshape(4, 50, 3, 4)[order].reshape(200, 3, 4), rank_T=routing.rank_T, ranks_per_node=2)
-    assert np.array_equal(moved.copy_PLRR, loads.copy_PLRR[:, :, order])
+    assert np.array_equal(counts(moved).copy_PLRR, counts(loads).copy_PLRR[:, :, order])
     assert np.array_equal(moved.slot_PLS, loads.slot_PLS)
 
 
@@ -242,17 +307,17 @@ def test_one_rank_keeps_everything_local() -> None:
     plan = make_plan(1, experts=8, layers=2, ranks=1, extra=4)
     routing = make_routing(2, plan, np.array([1000]), 3)
     loads = compile_pass(plan, experts_TLK=routing.experts_TLK, rank_T=routing.rank_T, ranks_per_node=8)
-    assert loads.assign_PLRR.tolist() == [[[[3000]], [[3000]]]]
-    assert loads.copy_PLRR.tolist() == loads.node_PLRN.tolist() == [[[[1000]], [[1000]]]]
+    assert counts(loads).assign_PLRR.tolist() == [[[[3000]], [[3000]]]]
+    assert counts(loads).copy_PLRR.tolist() == counts(loads).node_PLRN.tolist() == [[[[1000]], [[1000]]]]
 
 
 def test_every_token_of_a_large_group_is_counted_when_all_go_to_one_place() -> None:
     plan = linear(model="toy", num_experts=64, moe_layer_ids=[0], num_ranks=64)
     experts = np.full((70000, 1, 2), 63, np.uint8)
     loads = compile_pass(plan, experts_TLK=experts, rank_T=np.full(70000, 5), ranks_per_node=8)
-    assert loads.copy_PLRR[0, 0, 5].tolist() == [0] * 63 + [70000]
-    assert loads.assign_PLRR[0, 0, 5, 63] == 140000
-    assert loads.node_PLRN[0, 0, 5].tolist() == [0] * 7 + [70000]
+    assert counts(loads).copy_PLRR[0, 0, 5].tolist() == [0] * 63 + [70000]
+    assert counts(loads).assign_PLRR[0, 0, 5, 63] == 140000
+    assert counts(loads).node_PLRN[0, 0, 5].tolist() == [0] * 7 + [70000]
 
 
 def test_experts_beyond_a_byte_are_told_apart() -> None:
@@ -284,7 +349,7 @@ def test_shares_of_replicas_are_met_within_one_part_in_64(share: float) -> None:
     )
     loads = compile_pass(plan, experts_TLK=np.zeros((20000, 1, 1), np.uint8), rank_T=np.repeat([0, 1], 10000), ranks_per_node=2)
     for rank in range(2):
-        assert abs(loads.assign_PLRR[0, 0, rank, 0] / 10000 - share) <= 1 / 128 + 1e-3
+        assert abs(counts(loads).assign_PLRR[0, 0, rank, 0] / 10000 - share) <= 1 / 128 + 1e-3
     if share in (0.0, 1.0):
         assert loads.slot_PLS[0, 0].tolist() == [20000 * share, 20000 * (1 - share)]
 
@@ -305,8 +370,8 @@ def test_phases_cover_the_circle_evenly() -> None:
 def test_no_tokens_give_zero_loads() -> None:
     plan = make_plan(1, experts=4, layers=2, ranks=3)
     loads = compile_pass(plan, experts_TLK=np.zeros((0, 2, 2), np.uint8), rank_T=np.zeros(0, int), ranks_per_node=2)
-    assert loads.assign_PLRR.shape == (1, 2, 3, 3) and loads.node_PLRN.shape == (1, 2, 3, 2)
-    assert not any(getattr(loads, item.name).any() for item in fields(StepLoads) if item.name != "slot_rank_S")
+    assert counts(loads).assign_PLRR.shape == (1, 2, 3, 3) and counts(loads).node_PLRN.shape == (1, 2, 3, 2)
+    assert not any(value.any() for name, value in arrays(loads).items() if name != "slot_rank_S")
 
 
 def test_inputs_are_left_as_they_were() -> None:
@@ -350,9 +415,7 @@ def test_routing_that_does_not_fit_is_refused(change: dict[str, Any], key: str) 
         compiler.compile(**{**GOOD, **change})
 
 
-def test_a_plan_needs_ranks_per_node_and_a_batch_needs_a_pass() -> None:
+def test_a_compiler_needs_ranks_per_node() -> None:
     plan = make_plan(1, experts=8, layers=2, ranks=3)
     with pytest.raises(TraceError, match="ranks_per_node"):
         LoadCompiler(plan, ranks_per_node=0)
-    with pytest.raises(TraceError, match="no pass"):
-        compile_passes(plan, [], ranks_per_node=2)
