@@ -71,34 +71,36 @@ def demands_of(batches: Sequence[tuple[Sequence[Part], StepLoads]], plan: Plan) 
         if recorded is None or any(guess is None for guess in guesses):
             recorded = None
         else:
-            recorded.append(_ids(np.stack([np.where(guess, 0, _NEVER) for guess in guesses if guess is not None]).reshape(shape)))
+            recorded.append(_ids(np.stack([guess for guess in guesses if guess is not None]).reshape(shape)))
     return Demands(
         everywhere=_joined(everywhere), of_rank=tuple(_joined(seen) for seen in of_rank), recorded_TLN=None if recorded is None else _padded(recorded, -1)
     )
 
 
+def _keys(experts_TLK: np.ndarray, plan: Plan) -> np.ndarray:
+    return (experts_TLK.astype(np.int64) + np.arange(plan.num_layers)[None, :, None] * plan.num_experts).reshape(-1)
+
+
+def _first(keys: np.ndarray, plan: Plan) -> np.ndarray:
+    """Return, by key, the place of its first mention, `_NEVER` if there is none."""
+    order = np.full(plan.num_layers * plan.num_experts, _NEVER)
+    order[keys[::-1]] = np.arange(len(keys))[::-1]  # of equal keys the last assignment stays: the first mention
+    return order
+
+
 def _mentions(part: Part, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     """Return, by key, when the tokens of one pass first mention an expert and the sum of its weights."""
-    experts = part.experts_TLK.astype(np.int64)
-    keys = (experts + np.arange(plan.num_layers)[None, :, None] * plan.num_experts).reshape(-1)
+    keys = _keys(part.experts_TLK, plan)
     weights = np.ones(len(keys)) if part.weights_TLK is None else part.weights_TLK.reshape(-1).astype(np.float64)
     if part.valid_TLK is not None:
         valid = part.valid_TLK.reshape(-1)
         keys, weights = keys[valid], weights[valid]
-    size = plan.num_layers * plan.num_experts
-    order = np.full(size, _NEVER)
-    order[keys[::-1]] = np.arange(len(keys))[::-1]  # of equal keys the last assignment stays: the first mention
-    return order, np.bincount(keys, weights=weights, minlength=size)
+    return _first(keys, plan), np.bincount(keys, weights=weights, minlength=plan.num_layers * plan.num_experts)
 
 
 def _guesses(part: Part, plan: Plan) -> np.ndarray | None:
-    """Return bool by key: do the tokens' recorded predictions name the expert?"""
-    if part.predicted_TLK is None:
-        return None
-    keys = part.predicted_TLK.astype(np.int64) + np.arange(plan.num_layers)[None, :, None] * plan.num_experts
-    named = np.zeros(plan.num_layers * plan.num_experts, dtype=bool)
-    named[keys.reshape(-1)] = True
-    return named
+    """Return, by key, when the tokens' recorded predictions first name an expert."""
+    return None if part.predicted_TLK is None else _first(_keys(part.predicted_TLK, plan), plan)
 
 
 def _tokens(plan: Plan, loads: StepLoads, rank: int) -> np.ndarray:

@@ -18,12 +18,11 @@ import numpy as np
 from moesim.costs.provenance import Provenance
 from moesim.errors import InputError, describe
 from moesim.sim.batch import stack
-from moesim.sim.build import ProgramBuilder
+from moesim.sim.build import ProgramBuilder, Traffic
 from moesim.sim.cache import Counts
 from moesim.sim.engine import Engine
 from moesim.sim.evaluate import evaluate
-from moesim.sim.ledger import Ledger
-from moesim.sim.loads import LoadCompiler
+from moesim.sim.loads import LoadCompiler, StepLoads
 from moesim.sim.offload import Recurrence
 from moesim.sim.offload_case import Decode, DecodeResult, Prefetch
 from moesim.sim.offload_demand import Demand, Demands, demands_of, held_RLE
@@ -47,6 +46,8 @@ class _Batch:
     """With an Op `expert_load` before every layer's experts."""
     experts: list[int]
     """Ops of the experts, by MoE layer; the one before each is its `expert_load`."""
+    traffic: Traffic
+    loads: StepLoads
 
 
 def run_offload(
@@ -70,23 +71,23 @@ def run_offload(
 class _Run:
     def __init__(self, passes: Iterable[Pass], builder: ProgramBuilder, compiler: LoadCompiler, seed: int, keep_passes: int) -> None:
         self.builder, self.settings, self.seed = builder, builder.settings.offload, seed
-        if builder.settings.micro_batches > 1:
-            raise InputError(
-                describe("--set", "micro_batches", builder.settings.micro_batches, "must be 1 with offload.tier; two batches would share one cache and link")
-            )
+        for name in ("micro_batches", "rounds"):
+            if getattr(builder.settings, name) > 1:
+                rule = "must be 1 with offload.tier; a layer of a pass asks for its experts once"
+                raise InputError(describe("--set", name, getattr(builder.settings, name), rule))
         plan, cluster = builder.plan, builder.cluster
         self.out = ReplayRun.empty(plan, keep_passes=keep_passes)
         self.batches: list[_Batch] = []
-        loads = []
+        self.steps = 0
         for items in chunks(passes, num_layers=plan.num_layers, num_ranks=cluster.num_ranks):
-            program, traffic, parts = build_batch(items, builder=builder, compiler=compiler)
-            self.batches.append(_Batch(items, self.out.steps, *_with_loads(program)))
-            self.out.book(items, parts, traffic, plan, cluster.devices_per_node)
-            loads.append(([item.parts[0] for item in items], parts[0]))
+            program, traffic, (loads,) = build_batch(items, builder=builder, compiler=compiler)
+            self.batches.append(_Batch(items, self.steps, *_with_loads(program), traffic, loads))
+            self.steps += len(items)
         if not self.batches:
             return
-        self.demands = demands_of(loads, plan)
-        self.tiers = tiers_of(builder, self.demands, kv_entries=self.out.kv_entries_peak * builder.tp, tokens=self.out.tokens_peak)
+        self.demands = demands_of([([item.parts[0] for item in batch.items], batch.loads) for batch in self.batches], plan)
+        shape = stack([item.shape for batch in self.batches for item in batch.items])
+        self.tiers = tiers_of(builder, self.demands, kv_entries=float(shape.kv_entries_PR.max()) * builder.tp, tokens=float(shape.tokens_PR.max()))
         self.stores = [self.tiers.stores(rank, cluster) for rank in range(cluster.num_ranks)]
 
     def simulate(self, progress: Callable[[int], None] | None, on_engine: bool) -> ReplayRun:
@@ -95,6 +96,12 @@ class _Run:
         results = self._on_engine(progress) if on_engine else [self._on_one_device(progress)]
         _report(self.out, results, self.tiers, self.stores, self.builder.cluster.devices_per_node)
         return self.out
+
+    def _book(self, batch: _Batch, progress: Callable[[int], None] | None) -> None:
+        """Add up a batch that has run."""
+        self.out.book(batch.items, [batch.loads], batch.traffic, self.builder.plan, self.builder.cluster.devices_per_node)
+        if progress is not None:
+            progress(self.out.steps)
 
     # --- one device ----------------------------------------------------------------------------------
 
@@ -110,9 +117,8 @@ class _Run:
             before.append(before_PL)
         device = Recurrence(self._case(0, np.concatenate(before)))
         result = device.run()
-        ledger, clock = self.out.ledger, 0.0
-        shape = (self.out.steps, -1)
-        wait_TL, work_TL = (np.maximum(np.asarray(values).reshape(shape), 0.0) for values in (device.wait_P, device.work_P))
+        clock = 0.0
+        wait_TL, work_TL = (np.maximum(np.asarray(values).reshape(self.steps, -1), 0.0) for values in (device.wait_P, device.work_P))
         for batch in self.batches:
             rows = slice(batch.first, batch.first + len(batch.items))
             ops = list(batch.program.ops)
@@ -120,9 +126,9 @@ class _Run:
                 ops[index - 1] = _set(ops[index - 1], wait_TL[rows, layer, None])
                 ops[index] = _set(ops[index], work_TL[rows, layer, None])
             program = Program(1, ops)
-            clock = _record(ledger, program, batch, clock, overhead)
-            if progress is not None:
-                progress(rows.stop)
+            steps = [item.step for item in batch.items]
+            clock = self.out.ledger.record(program, evaluate(program, 0.0), steps=steps, begin_s=clock, overhead_s=overhead)
+            self._book(batch, progress)
         return result
 
     # --- several ranks -------------------------------------------------------------------------------
@@ -130,7 +136,7 @@ class _Run:
     def _on_engine(self, progress: Callable[[int], None] | None) -> list[DecodeResult]:
         """Execute pass after pass; a hook per layer asks the ranks' Recurrences."""
         ranks, layers = self.builder.cluster.num_ranks, self.builder.plan.num_layers
-        devices = [Recurrence(self._case(rank, np.zeros((self.out.steps, layers)))) for rank in range(ranks)]
+        devices = [Recurrence(self._case(rank, np.zeros((self.steps, layers)))) for rank in range(ranks)]
         engine, overhead = Engine(ranks), self.builder.settings.host_overhead_us * 1e-6
 
         def load(position: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -156,8 +162,7 @@ class _Run:
                     self.out.ledger.record(program, since(times, begin), steps=[item.step], begin_s=begin, overhead_s=overhead)
                     if overhead:
                         yield engine.env.timeout(overhead)
-                    if progress is not None:
-                        progress(batch.first + row + 1)
+                self._book(batch, progress)
 
         engine.env.process(serve())
         engine.env.run()
@@ -254,11 +259,6 @@ def _between(program: Program, experts: list[int], passes: int) -> tuple[np.ndar
 
 def _set(op: Op, work_s: np.ndarray) -> Op:
     return replace(op, jobs=(replace(op.jobs[0], work_s=work_s), *op.jobs[1:]))
-
-
-def _record(ledger: Ledger, program: Program, batch: _Batch, begin_s: float, overhead_s: float) -> float:
-    """Book the passes of one device from `begin_s` on; return when they end."""
-    return ledger.record(program, evaluate(program, 0.0), steps=[item.step for item in batch.items], begin_s=begin_s, overhead_s=overhead_s)
 
 
 def _report(out: ReplayRun, results: list[DecodeResult], tiers: Tiers, stores: list[tuple[Store, Store | None]], per_node: int) -> None:
