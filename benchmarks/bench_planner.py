@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,11 @@ import numpy as np
 from moesim.errors import InputError
 from moesim.solvers import metrics
 from moesim.solvers.activation import Decode, activated_L, serve_once_LS
-from moesim.solvers.objectives import recompute, solve_objective
+from moesim.solvers.objective import Objective
 from moesim.solvers.problem import PlacementProblem
+from moesim.solvers.recount import recount
 from moesim.solvers.registry import solve
-from moesim.solvers.result import make_result
+from moesim.solvers.result import ObjectiveResult, make_result
 from moesim.solvers.robust import RobustResult
 from moesim.traces.open import open_trace
 
@@ -169,8 +171,10 @@ def decode(layers: int, experts: int) -> None:
         balanced = solve(problem).slot_to_expert_LS
         for tokens in (32, 256, 2048):
             batch = Decode(tokens=tokens, top_k=8)
-            ours, both = (solve_objective(problem, objective, batch) for objective in ("activated", "balance+activated:0.5"))
-            figures = [recompute(problem, balanced, "activated", batch), ours.cost, recompute(problem, both.slot_to_expert_LS, "activated", batch)]
+            asked = replace(problem, objective=Objective.parse("activated", decode=batch))
+            ours, both = solve(asked), solve(replace(problem, objective=Objective.parse("balance+activated:0.5", decode=batch)))
+            assert isinstance(ours, ObjectiveResult)
+            figures = [recount(asked, balanced.tolist()), ours.cost, recount(asked, both.slot_to_expert_LS.tolist())]
             figures += [ours.cost_bound, float(activated_L(problem, balanced, serve_once_LS(problem, balanced, batch), batch).sum())]
             print(f"{f'zipf {exponent}':22s} {tokens:6d} " + " ".join(f"{value:9.3f}" for value in figures), flush=True)
 

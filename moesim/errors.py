@@ -46,7 +46,12 @@ class SimulationError(MoesimError):
 
 
 class InfeasibleError(MoesimError):
-    """No plan satisfies the stated requirements."""
+    """No plan satisfies the stated requirements; says which one is violated least, by how much, and what would help."""
+
+    def __init__(self, message: str, *, requirement: str = "", where: str = "", missing: float | str | None = None, relaxation: str | None = None) -> None:
+        """Keep the parts of the message for machines: the rule, the rank or layer, what is missing, the flag that would make it feasible."""
+        super().__init__(message)
+        self.requirement, self.where, self.missing, self.relaxation = requirement, where, missing, relaxation
 
 
 class ApplyError(MoesimError):

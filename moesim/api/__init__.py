@@ -1,6 +1,7 @@
 """What notebooks and users import: replay a trace, solve for a plan, search a split, weigh rebalancing – names or paths in, reports out.
 
-`replay` → `Replay` (report, ledger, plan); `solve` → `Solution` (report, plan); `parallelize` and `rebalance` → report. A report is the
+`replay` → `Replay` (report, ledger, plan); `solve` → `Solution` (report, plan); `trace_statistics` → `TraceStatistics` (report, arrays);
+`parallelize` and `rebalance` → report. A report is the
 JSON object that the command line prints; its keys are stable. Bad input raises an `InputError` that says what to change.
 """
 
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     from moesim.api.replaying import replay
     from moesim.api.running import Replay
     from moesim.api.solving import Solution, solve
+    from moesim.api.statistics import TraceStatistics, trace_statistics
 
-__all__ = ["Replay", "Solution", "parallelize", "rebalance", "replay", "solve", "trace_shape"]
+__all__ = ["Replay", "Solution", "TraceStatistics", "parallelize", "rebalance", "replay", "solve", "trace_shape", "trace_statistics"]
 
 _HOME = {
     "Replay": "running",
@@ -27,6 +29,8 @@ _HOME = {
     "replay": "replaying",
     "solve": "solving",
     "trace_shape": "documents",
+    "TraceStatistics": "statistics",
+    "trace_statistics": "statistics",
 }
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moesim.api.documents import cluster_of, model_of, read_plan, trace_of, windows_of
+from moesim.api.fitting import check_memory, slots_per_rank
 from moesim.api.running import builder_of, passes_of, simulate
 from moesim.balance import balance_of
 from moesim.costs.model import CostModel
-from moesim.errors import InputError, TraceError, describe
+from moesim.errors import InputError, describe
 from moesim.hardware.cluster import Cluster
 from moesim.model import sizes
 from moesim.model.moe_model import MoEModel
@@ -22,10 +24,8 @@ from moesim.plan import Parallel, Plan, linear
 from moesim.sim.settings import Settings
 from moesim.traces.routing_trace import RoutingTrace
 
-OBJECTIVES = ("balance", "robust", "traffic", "hops")
-"""`traffic`: distinct ranks that a token reaches in a layer; `hops`: ranks left between layers, for context-coherent execution."""
 AFFINITY_SLACK = 0.1
-"""How much busier than in a balanced plan the busiest rank may be where traffic is the objective."""
+"""How much busier than in a balanced plan the busiest rank may be where traffic alone is the objective."""
 GAIN_TOKENS = 4096
 """Tokens of the trace on which `solve` replays the plan to predict its gain."""
 
@@ -45,9 +45,15 @@ def solve(
     hardware: str | Cluster,
     objective: str | None = None,
     redundant: int = 0,
+    slots: int | Sequence[int] | None = None,
+    speeds: Sequence[float] | None = None,
+    weight_memory_bytes: float | None = None,
+    batch: int | None = None,
     solver: str | None = None,
     previous: str | Path | Plan | None = None,
     move_budget_bytes: float | None = None,
+    move_budget_s: float | None = None,
+    frontier: bool = False,
     time_limit_s: float | None = None,
     map_layers: str | None = None,
     dispatch: str = "equal",
@@ -56,14 +62,21 @@ def solve(
 ) -> Solution:
     """Compute an expert placement for all layers, check it independently, and predict what it gains over linear placement.
 
-    traces: one trace, or several as windows (then the objective is `robust` unless told otherwise). redundant: extra slots
-    per layer. dispatch: how replicas share an expert's tokens: `equal`, `lp` (optimal for these loads) or `fast`. previous and
-    move_budget_bytes: repair this plan, changing at most so many bytes of weights. time_limit_s caps the search; a search cut
+    traces: one trace, or several as windows (then the objective is `robust` unless told otherwise). objective: `robust`, or what
+    `moesim.solvers.objective` knows: balance, activated, latency, traffic, hops, or a sum like `balance+activated:0.5`. batch: decode tokens
+    per step over all ranks, for activated and latency; None takes the trace's. redundant: extra slots per layer; slots: instead, slots of
+    every rank; speeds: relative speed of every rank; weight_memory_bytes: of a device, that weights may take. dispatch: how replicas share an
+    expert's tokens: `equal`, `lp` (optimal for these loads) or `fast`. previous with move_budget_bytes or move_budget_s (of migration on idle
+    links): repair this plan within the budget; frontier: also report what every smaller budget buys. time_limit_s caps the search; one cut
     short says TIME_LIMIT. Raises InfeasibleError if no placement satisfies the requirements.
     """
+    from moesim.api.migrating import break_even_steps, frontier_rows, migration_cost, moved_bytes, placed
+    from moesim.api.objectives import asked_for
+    from moesim.solvers.objective import BALANCE
     from moesim.solvers.problem import PlacementProblem
+    from moesim.solvers.registry import default_solver, to_plan
     from moesim.solvers.registry import solve as run_solver
-    from moesim.solvers.registry import to_plan
+    from moesim.solvers.result import ObjectiveResult
     from moesim.solvers.robust import RobustResult
 
     began = time.perf_counter()
@@ -72,20 +85,18 @@ def solve(
     if not listed:
         raise InputError("solve: no trace given; name at least one")
     routings = [trace_of(item, moe_model, seed, map_layers) for item in listed]
-    objective = objective or ("robust" if len(routings) > 1 else "balance")
-    if objective not in OBJECTIVES:
-        raise InputError(
-            describe("solve", "objective", objective, f"must be one of {', '.join(OBJECTIVES)}", "traffic and latency objectives are not available yet")
-        )
-    if not 0 <= redundant <= 1 << 16:
-        raise InputError(describe("solve", "redundant", redundant, "must be in 0..65536"))
-    if move_budget_bytes is not None and previous is None:
-        raise InputError("solve: --move-budget needs --from; name the plan that is running now")
-    load_KLE = windows_of(routings, objective)
+    named = objective or ("robust" if len(routings) > 1 else "balance")
+    asked = asked_for("balance" if named == "robust" else named, routings, model=moe_model, cluster=cluster, batch=batch, seed=seed)
     old = None if previous is None else read_plan(previous)
-    slots_R = _slots_per_rank(moe_model, cluster, redundant, old)
+    _check_budget(old, move_budget_bytes, move_budget_s, frontier, time_limit_s)
+    budgeted = frontier or move_budget_bytes is not None or move_budget_s is not None
+    if old is not None and asked.unseen is not None:
+        raise InputError(f"solve: objective {named!r} plans ranks from scratch and takes no --from; leave one of them out")
+    slots_R = slots_per_rank(moe_model, cluster, redundant, slots, old)
+    check_memory(moe_model, cluster, slots_R, weight_memory_bytes)
     if old is not None:
         old.check_model(name=moe_model.name, num_experts=moe_model.num_experts, moe_layer_ids=moe_model.moe_layer_ids)
+    load_KLE = windows_of(asked.routings, named)
     expert_bytes = sizes.expert_bytes(moe_model)
     problem = PlacementProblem(
         load_KLE=load_KLE,
@@ -95,16 +106,17 @@ def solve(
         num_groups=moe_model.num_groups,
         previous=None if old is None else old.slot_to_expert_LS,
         move_budget_slots=None if move_budget_bytes is None else int(move_budget_bytes // expert_bytes),
+        device_speed_R=None if speeds is None else np.asarray(speeds, dtype=np.float64),
+        objective=asked.objective,
     )
     limit = None if time_limit_s is None else (lambda: time_limit_s - (time.perf_counter() - began))
-    evidence = None
-    if objective in ("traffic", "hops"):
-        if redundant or old is not None or solver is not None or len(routings) > 1:
-            raise InputError(f"solve: objective {objective!r} takes one trace and neither --redundant, --from nor --solver; leave them out")
-        result, evidence = _solve_affinity(routings[0], objective, cluster, seed, limit)
-    else:
-        default = "repair" if move_budget_bytes is not None else "robust" if objective == "robust" else "greedy"
-        result = run_solver(problem, solver or default, seed=seed, deadline=limit)
+    chosen = solver or ("repair" if budgeted else "robust" if named == "robust" else default_solver(problem))
+    options: dict[str, Any] = {"load_slack": AFFINITY_SLACK} if chosen == "affinity" else {"frontier": True} if frontier else {}
+    if move_budget_s is not None and old is not None:
+        running = old
+        options["fits"] = lambda table: migration_cost(running, placed(running, table), cluster, expert_bytes).total_s <= move_budget_s
+    result = run_solver(problem, chosen, seed=seed, deadline=limit, options=options)
+    evidence = asked.evidence(result, cluster, seed)
     plan = to_plan(
         result,
         model=moe_model.name,
@@ -121,74 +133,110 @@ def solve(
         plan = with_shares(plan, shares.share_LS, shares)
     rank_load_KLR = np.stack([plan.rank_load_LR(load) for load in load_KLE])
     most = rank_load_KLR.max(axis=2)
-    moved = None if old is None else int((old.slot_to_expert_LS != plan.slot_to_expert_LS).sum())
+    moved, written = (None, None) if old is None else moved_bytes(old, plan.slot_to_expert_LS, expert_bytes)
+    cost = getattr(result, "cost", None)
     report: dict[str, Any] = {
         "schema": "moesim.solve/1",
         "model": moe_model.name,
         "hardware": cluster.name,
-        "objective": objective,
+        "objective": named,
         "value": result.value,
         "bound": result.bound,
         "gap": result.gap,
         "status": result.status,
         "wall_s": None,
+        "cost": None
+        if cost is None
+        else {
+            "value": cost,
+            "bound": result.cost_bound if isinstance(result, ObjectiveResult) else None,
+            "unit": asked.unit,
+            "batch_tokens": asked.batch_tokens,
+            "phase": asked.phase,
+        },
         "balance": {
             "planned": balance_of(rank_load_KLR).mean_over_max,
             "per_layer_min": float((rank_load_KLR.mean(axis=2) / np.where(most > 0, most, 1))[most > 0].min()) if (most > 0).any() else 1.0,
         },
         "dispatch": dispatch,
-        "affinity": evidence,
+        "affinity": None if evidence is None else evidence.as_dict(),
         "windows": {"count": len(load_KLE), **({"mode": result.mode, "held_out": dict(result.held_out)} if isinstance(result, RobustResult) else {})},
         "traffic": {"distinct_remote_ranks": None, "inter_node_bytes": None},
-        "moved": {"slots": moved, "bytes": None if moved is None else moved * expert_bytes},
+        "moved": {"slots": moved, "bytes": written},
         "solver": result.solver,
         "slots": plan.num_slots,
         "ranks": plan.num_ranks,
         "plan_sha256": plan.sha256,
         "solve_s": time.perf_counter() - began,
         "predicted": None,
+        "migration": None,
+        "frontier": None,
+        "break_even_steps": None,
     }
-    if predict:
-        _predict(report, routings[0], moe_model, cluster, plan, seed)
+    # the simulated devices are equal: unequal speeds have no prediction
+    outlook = Outlook(asked.routings[0], moe_model, cluster, batch, seed) if predict and speeds is None else None
+    if outlook is not None:
+        others = {} if old is None else {"running": old}
+        if isinstance(result, ObjectiveResult) and result.objective != "balance":
+            balanced = run_solver(replace(problem, objective=BALANCE), "greedy", seed=seed, deadline=limit)
+            others["balanced"] = replace(plan, slot_to_expert_LS=balanced.slot_to_expert_LS, share_LS=None)
+        outlook.add_to(report, plan, others)
+    if old is not None:
+        migration = migration_cost(old, plan, cluster, expert_bytes)
+        report["migration"] = {name: getattr(migration, name) for name in ("copies", "bytes", "transfer_s", "install_s", "total_s")}
+        if outlook is not None:
+            report["break_even_steps"] = break_even_steps(migration.total_s, outlook.step_s(old), outlook.step_s(plan))
+        if result.frontier is not None:
+            report["frontier"] = frontier_rows(result.frontier, old, cluster, expert_bytes, None if outlook is None else outlook.step_s)
     report["wall_s"] = time.perf_counter() - began
     return Solution(report=report, plan=plan)
 
 
-def _solve_affinity(routing: RoutingTrace, objective: str, cluster: Cluster, seed: int, limit: Callable[[], float] | None) -> tuple[Any, dict[str, Any]]:
-    """Plan for traffic on half of the tokens; return the result and its evidence on the other half and on its null."""
-    from moesim.solvers.affinity.plan import plan_affinity
-    from moesim.solvers.affinity.result import FANOUT, HOPS
-
-    if routing.kind != "tokens":
-        raise TraceError(f"{routing.source}: holds counts only; objective {objective!r} needs the choices of every token")
-    inside = cluster.devices_per_node if cluster.num_nodes > 1 else 0
-    kind = FANOUT if objective == "traffic" else HOPS
-    found = plan_affinity(routing, num_ranks=cluster.num_ranks, ranks_per_node=inside, objective=kind, load_slack=AFFINITY_SLACK, seed=seed, deadline=limit)
-    return found.result, found.evidence.as_dict()
+def _check_budget(old: Plan | None, budget_bytes: float | None, budget_s: float | None, frontier: bool, time_limit_s: float | None) -> None:
+    if old is None and (frontier or budget_bytes is not None or budget_s is not None):
+        flag = "--frontier" if frontier else "--move-budget"
+        raise InputError(f"solve: {flag} needs --from; name the plan that is running now")
+    if budget_bytes is not None and budget_s is not None:
+        raise InputError("solve: --move-budget is bytes or time, not both")
+    for key, value in (("move_budget", budget_bytes), ("move_budget", budget_s), ("time_limit", time_limit_s)):
+        if value is not None and not (0 <= value and math.isfinite(value)):
+            raise InputError(describe("solve", key, value, "must be finite and >= 0"))
 
 
-def _slots_per_rank(model: MoEModel, cluster: Cluster, redundant: int, old: Plan | None) -> np.ndarray:
-    if old is not None:
-        if old.num_ranks != cluster.num_ranks:
-            raise InputError(describe(old.source, "num_ranks", old.num_ranks, f"must equal the {cluster.num_ranks} devices of {cluster.name}"))
-        return np.bincount(old.slot_rank_S, minlength=cluster.num_ranks)
-    total = model.num_experts + redundant
-    return np.bincount(np.arange(total) % cluster.num_ranks, minlength=cluster.num_ranks)
+class Outlook:
+    """Replays plans on the same head of a trace."""
 
+    def __init__(self, routing: RoutingTrace, model: MoEModel, cluster: Cluster, tokens_per_step: int | None, seed: int) -> None:
+        """Cut the passes; tokens_per_step: None keeps the recorded steps."""
+        whole = routing.kind == "counts" or (routing.is_synthetic and routing.num_rows > GAIN_TOKENS)
+        self._tokens = tokens_per_step or (GAIN_TOKENS if whole else None)
+        self._passes = list(passes_of(routing, cluster.num_ranks, self._tokens, seed, max_tokens=GAIN_TOKENS))
+        self._routing, self._model, self._cluster = routing, model, cluster
+        self._costs = CostModel(cluster, model)
+        self._known: dict[str, dict[str, Any]] = {}
 
-def _predict(report: dict[str, Any], routing: RoutingTrace, model: MoEModel, cluster: Cluster, plan: Plan, seed: int) -> None:
-    """Replay the plan and linear placement on the same head of the first trace and add what they predict."""
-    tokens = GAIN_TOKENS if routing.kind == "counts" or routing.is_synthetic and routing.num_rows > GAIN_TOKENS else None
-    passes = list(passes_of(routing, cluster.num_ranks, tokens, seed, max_tokens=GAIN_TOKENS))
-    costs = CostModel(cluster, model)
-    before, after = (
-        simulate(passes, builder_of(cluster, model, choice, costs, Settings()), routing, tokens, None, 0.0).report
-        for choice in (linear(model=model.name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids, num_ranks=cluster.num_ranks), plan)
-    )
-    report["traffic"] = {"distinct_remote_ranks": after["traffic"]["distinct_remote_ranks"], "inter_node_bytes": after["bytes"]["inter_node"]}
-    report["predicted"] = {
-        "tokens": after["tokens"],
-        "step_ms": {"linear": before["step_ms"]["mean"], "plan": after["step_ms"]["mean"]},
-        "balance": {"linear": before["balance"]["mean_over_max"], "plan": after["balance"]["mean_over_max"]},
-        "gain": before["step_ms"]["mean"] / after["step_ms"]["mean"] - 1.0,
-    }
+    def report(self, plan: Plan) -> dict[str, Any]:
+        """Return the replay report of a plan."""
+        key = plan.sha256
+        if key not in self._known:
+            builder = builder_of(self._cluster, self._model, plan, self._costs, Settings())
+            self._known[key] = simulate(self._passes, builder, self._routing, self._tokens, None, 0.0).report
+        return self._known[key]
+
+    def step_s(self, plan: Plan) -> float:
+        """Return the mean time of a step."""
+        return float(self.report(plan)["step_ms"]["mean"]) / 1e3
+
+    def add_to(self, report: dict[str, Any], plan: Plan, others: Mapping[str, Plan]) -> None:
+        """Add what is predicted of the plan, of linear placement and of others."""
+        model = self._model
+        plain = linear(model=model.name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids, num_ranks=self._cluster.num_ranks)
+        runs = {name: self.report(one) for name, one in {"linear": plain, "plan": plan, **others}.items()}
+        after = runs["plan"]
+        report["traffic"] = {"distinct_remote_ranks": after["traffic"]["distinct_remote_ranks"], "inter_node_bytes": after["bytes"]["inter_node"]}
+        report["predicted"] = {
+            "tokens": after["tokens"],
+            "step_ms": {name: run["step_ms"]["mean"] for name, run in runs.items()},
+            "balance": {name: run["balance"]["mean_over_max"] for name, run in runs.items()},
+            "gain": runs["linear"]["step_ms"]["mean"] / after["step_ms"]["mean"] - 1.0,
+        }

@@ -17,13 +17,23 @@ def solve(
     hardware: Annotated[str, typer.Option("--hardware", help="hardware name like h100-sxm-8x4, or a YAML file")],
     output: Annotated[Path, typer.Option("-o", "--output", help="where to write the plan")],
     objective: Annotated[
-        str | None, typer.Option("--objective", help="balance, robust (default for several traces), traffic (ranks a token reaches) or hops")
+        str | None,
+        typer.Option(
+            "--objective",
+            help="balance, robust (default for several traces), activated (experts a decode batch reads), latency, traffic (ranks a token reaches), "
+            "hops, or a sum like balance+activated:0.5",
+        ),
     ] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="decode tokens per step over all ranks; else the mean of the trace's steps")] = None,
     redundant: Annotated[int, typer.Option("--redundant", help="extra slots per layer, over all ranks")] = 0,
+    slots: Annotated[str | None, typer.Option("--slots-per-rank", help="instead: slots of every rank, like 9 or 9,9,8,8")] = None,
+    speeds: Annotated[str | None, typer.Option("--speeds", help="relative speed of every rank, like 1,1,0.5,1")] = None,
+    weight_memory: Annotated[str | None, typer.Option("--weight-memory", help="memory of a device that weights may take, like 60GB")] = None,
     dispatch: Annotated[str, typer.Option("--dispatch", help="how replicas share tokens: equal, lp (optimal for these loads) or fast")] = "equal",
     previous: Annotated[Path | None, typer.Option("--from", help="plan that runs now; the new one is a repair of it")] = None,
-    move_budget: Annotated[str | None, typer.Option("--move-budget", help="bytes of weights that may change, like 20GB")] = None,
-    solver: Annotated[str | None, typer.Option("--solver", help="greedy, eplb, eplb-global, eplb-zigzag, milp, cp-sat, repair, linear …")] = None,
+    move_budget: Annotated[str | None, typer.Option("--move-budget", help="what may change: bytes of weights (20GB) or time of the migration (2s)")] = None,
+    frontier: Annotated[bool, typer.Option("--frontier", help="with --from: also what every smaller budget buys")] = False,
+    solver: Annotated[str | None, typer.Option("--solver", help="greedy, robust, repair, descent, affinity, eplb, milp, cp-sat, linear …")] = None,
     time_limit: Annotated[float | None, typer.Option("--time-limit", help="seconds; a search cut short says TIME_LIMIT")] = None,
     map_layers: Annotated[str | None, typer.Option("--map-layers", help="cycle, or trace:model pairs, where the layers differ")] = None,
     seed: Annotated[int, typer.Option("--seed", help="seed of the search and of synthetic routing")] = 0,
@@ -32,22 +42,37 @@ def solve(
     """Compute placement and replication for all layers, validate them independently and predict the gain."""
     from moesim import api
     from moesim.cli.output import emit_json, note
+    from moesim.errors import InfeasibleError
 
-    budget = None if move_budget is None else _bytes(move_budget)
-    result = api.solve(
-        traces,
-        model=model,
-        hardware=hardware,
-        objective=objective,
-        redundant=redundant,
-        solver=solver,
-        previous=previous,
-        move_budget_bytes=budget,
-        time_limit_s=time_limit,
-        map_layers=map_layers,
-        dispatch=dispatch,
-        seed=seed,
-    )
+    each = _numbers(slots, "--slots-per-rank", int)
+    budget = None if move_budget is None else _amount(move_budget, "--move-budget")
+    timed = move_budget is not None and _is_time(move_budget)
+    try:
+        result = api.solve(
+            traces,
+            model=model,
+            hardware=hardware,
+            objective=objective,
+            redundant=redundant,
+            slots=each[0] if each is not None and len(each) == 1 else each,
+            speeds=_numbers(speeds, "--speeds", float),
+            weight_memory_bytes=None if weight_memory is None else _amount(weight_memory, "--weight-memory"),
+            batch=batch,
+            solver=solver,
+            previous=previous,
+            move_budget_bytes=None if timed else budget,
+            move_budget_s=budget if timed else None,
+            frontier=frontier,
+            time_limit_s=time_limit,
+            map_layers=map_layers,
+            dispatch=dispatch,
+            seed=seed,
+        )
+    except InfeasibleError as error:
+        if as_json:
+            parts = {key: getattr(error, key) for key in ("requirement", "where", "missing", "relaxation")}
+            emit_json({"schema": "moesim.solve/1", "status": "INFEASIBLE", "message": str(error), **parts})
+        raise
     result.plan.write(output)
     if as_json:
         emit_json(result.report)
@@ -56,21 +81,38 @@ def solve(
     note(f"wrote {output}")
 
 
-def _bytes(text: str) -> float:
+def _is_time(text: str) -> bool:
+    """Say whether a budget ends in a unit of time: `2s` is one, `2GB` is not."""
+    return text.strip().endswith(("s", "min", "h"))
+
+
+def _amount(text: str, flag: str) -> float:
     from moesim.errors import InputError, describe
     from moesim.units import parse
 
     try:
-        value = float(text) if text.replace(".", "", 1).isdigit() else parse(text, "bytes")
+        if text.replace(".", "", 1).isdigit():
+            return float(text)
+        return parse(text, "seconds" if flag == "--move-budget" and _is_time(text) else "bytes")
     except ValueError as error:
-        raise InputError(describe("--move-budget", "bytes", text, str(error))) from None
-    return value
+        raise InputError(describe("moesim solve", flag, text, str(error))) from None
+
+
+def _numbers(text: str | None, flag: str, kind: type[int] | type[float]) -> list[Any] | None:
+    from moesim.errors import InputError, describe
+
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(describe("moesim solve", flag, text, "must be numbers separated by ','")) from None
 
 
 def print_solution(report: dict[str, Any]) -> None:
     """Print a solution for people."""
     from moesim.cli.output import note, table
-    from moesim.units import format_bytes
+    from moesim.units import format_bytes, format_time
 
     note(f"{report['model']} on {report['hardware']}: {report['slots']} slots per layer on {report['ranks']} ranks, solver {report['solver']}")
     rows = [
@@ -78,8 +120,15 @@ def print_solution(report: dict[str, Any]) -> None:
         ("bound", f"{report['bound']:.4f} (gap {report['gap']:.2%}), {report['status']}"),
         ("planned balance", f"{report['balance']['planned']:.4f}, worst layer {report['balance']['per_layer_min']:.4f}"),
     ]
+    if report["cost"] is not None:
+        cost = report["cost"]
+        least = "" if cost["bound"] is None else f", no placement below {cost['bound']:.6g}"
+        rows.append(("cost", f"{cost['value']:.6g}{least}"))
+        note(f"cost: {cost['unit']}" + (f"; {cost['batch_tokens']} tokens per step" if cost["batch_tokens"] else ""))
     if report["moved"]["slots"] is not None:
+        migration = report["migration"]
         rows.append(("moved", f"{report['moved']['slots']} slots, {format_bytes(report['moved']['bytes'])}"))
+        rows.append(("migration on idle links", f"{format_time(migration['transfer_s'])} + {format_time(migration['install_s'])} to install"))
     if "mode" in report["windows"]:
         windows = report["windows"]
         scores = ", ".join(f"{mode} {score:.4f}" for mode, score in sorted(windows["held_out"].items(), key=lambda item: -item[1])[:3])
@@ -94,5 +143,28 @@ def print_solution(report: dict[str, Any]) -> None:
         rows.append(
             ("predicted step, linear → plan", f"{predicted['step_ms']['linear']:.3f} → {predicted['step_ms']['plan']:.3f} ms ({predicted['gain']:+.1%})")
         )
+        for name in ("balanced", "running"):
+            if name in predicted["step_ms"]:
+                change = predicted["step_ms"][name] / predicted["step_ms"]["plan"] - 1.0
+                rows.append((f"predicted step, {name} → plan", f"{predicted['step_ms'][name]:.3f} → {predicted['step_ms']['plan']:.3f} ms ({change:+.1%})"))
         rows.append(("predicted balance, linear → plan", f"{predicted['balance']['linear']:.3f} → {predicted['balance']['plan']:.3f}"))
+    if report["predicted"] is not None and report["migration"] is not None:
+        steps = report["break_even_steps"]
+        rows.append(("migration has paid for itself", "never: steps do not get faster" if steps is None else f"after {steps} steps"))
     table("", ["", "value"], rows)
+    if report["frontier"] is not None:
+        table("", ("slots", "bytes", "balance", "gain per GB", "migration", "step ms", "pays after"), [_frontier_row(row) for row in report["frontier"]])
+
+
+def _frontier_row(row: dict[str, Any]) -> tuple[str, ...]:
+    from moesim.units import format_bytes, format_time
+
+    return (
+        f"{row['slots']}{' (knee)' if row['knee'] else ''}",
+        format_bytes(row["bytes"]),
+        f"{row['balance']:.4f}",
+        "" if row["gain_per_gb"] is None else f"{row['gain_per_gb']:+.4f}",
+        format_time(row["migration_s"]),
+        "" if row["step_ms"] is None else f"{row['step_ms']:.3f}",
+        "" if row["step_ms"] is None else "never" if row["break_even_steps"] is None else f"{row['break_even_steps']} steps",
+    )

@@ -73,6 +73,32 @@ def info(trace: Reference, model: Model = None, seed: int = 0, json: Json = Fals
             note(f"{key}: {line}")
 
 
+@app.command()
+def stats(
+    traces: Annotated[list[str], typer.Argument(metavar="TRACE...", help="One trace, or several as windows of the load.")],
+    model: Annotated[str, typer.Option("--model", help="Model name, config.json or folder.")],
+    hardware: Annotated[str | None, typer.Option("--hardware", help="Its devices are the ranks that plans are made for.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for stats.json, tables and figures.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Sample for affinity.")] = 20_000,
+    map_layers: Annotated[str | None, typer.Option("--map-layers", help="cycle, or trace:model pairs, where the layers differ.")] = None,
+    seed: int = 0,
+    json: Json = False,
+) -> None:
+    """Print what explains a plan: load curves, drift, affinity beside its null, what redundant slots buy."""
+    from moesim import api
+
+    found = api.trace_statistics(traces, model=model, hardware=hardware, max_tokens=max_tokens, map_layers=map_layers, seed=seed)
+    paths = [] if out is None else found.write(out)
+    if json:
+        emit_json({**found.report, "files": [str(path) for path in paths]})
+    else:
+        from moesim.cli.trace_stats import print_statistics
+
+        print_statistics(found.report)
+    if out is not None:
+        note(f"wrote {len(paths)} files to {out}")
+
+
 @app.command("import")
 def import_(
     source: Annotated[Path, typer.Argument(help="File or folder of the other tool.")],

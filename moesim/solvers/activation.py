@@ -8,11 +8,14 @@ Shapes: K windows, L layers, E experts, S slots.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moesim.errors import InputError, describe
-from moesim.solvers.problem import PlacementProblem
+
+if TYPE_CHECKING:
+    from moesim.solvers.problem import PlacementProblem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

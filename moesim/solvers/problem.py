@@ -1,4 +1,4 @@
-"""The placement problem: expert loads in one or more windows, ranks with slots, and what may not change.
+"""The placement problem: expert loads in one or more windows, ranks with slots, what is wanted, and what may not change.
 
 A window is a stretch of a trace with its own load; K windows say what the plan must be good for. A placement
 fills every slot of every rank, except that a rank never needs more slots than there are experts when an
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.errors import InfeasibleError, InputError, describe
+from moesim.solvers.objective import BALANCE, Objective
 
 PLACE = "placement problem"
 MAX_CELLS = 1 << 27
@@ -42,6 +43,8 @@ class PlacementProblem:
     """float64 [R]: relative speed of every rank, > 0; None: all equal."""
     window_weight_K: np.ndarray | None = None
     """float64 [K]: importance of every window, >= 0, made to sum to 1; None: all equal."""
+    objective: Objective = BALANCE
+    """What a placement is judged by."""
 
     def __post_init__(self) -> None:
         load = np.array(self.load_KLE, dtype=np.float64)
@@ -76,6 +79,7 @@ class PlacementProblem:
         self._set(window_weight_K=self.weight_K / self.weight_K.sum())
         self._check_room()
         self._check_previous()
+        self._check_objective()
 
     def _set(self, **values: object) -> None:
         for name, value in values.items():
@@ -96,8 +100,24 @@ class PlacementProblem:
         if room < self.num_experts:
             raise InfeasibleError(
                 f"{PLACE}: every layer needs {self.num_experts} slots, one per expert, but the {self.num_ranks} ranks give {room}: "
-                f"{self.num_experts - room} missing per layer, first in layer 0; add slots or ranks"
+                f"{self.num_experts - room} missing per layer, first in layer 0; add slots or ranks",
+                requirement="one slot for every expert of a layer",
+                where="layer 0",
+                missing=self.num_experts - room,
+                relaxation=f"at least {-(-self.num_experts // self.num_ranks)} slots on every rank",
             )
+
+    def _check_objective(self) -> None:
+        routes = self.objective.routes
+        if routes is None or not {"traffic", "hops"} & set(self.objective.terms):
+            return
+        slots = set(self.slots_per_rank_R.tolist())
+        if len(slots) > 1 or self.num_slots != self.num_experts:
+            rule = f"needs equal ranks and one slot per expert, here {self.num_slots} slots for {self.num_experts} experts"
+            raise InputError(describe(PLACE, "objective", self.objective.name, rule, "leave out the extra slots, or the traffic"))
+        if (routes.num_layers, routes.num_experts) != (self.num_layers, self.num_experts):
+            shape = (routes.num_layers, routes.num_experts)
+            raise InputError(describe(PLACE, "routes (layers, experts)", shape, f"must be those of the load, {(self.num_layers, self.num_experts)}"))
 
     def _check_previous(self) -> None:
         if self.move_budget_slots is not None and (self.move_budget_slots < 0 or self.previous is None):

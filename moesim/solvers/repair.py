@@ -4,12 +4,13 @@ Every layer walks from the running placement by its best moves per moved slot (a
 two), once with all moves and once with swaps only; a fresh placement, its ranks relabelled by assignment, is the
 far end. What budget goes to which layer is then decided exactly (a multiple-choice knapsack over the walks).
 Moved slots are counted as positions whose expert differs from the running placement, after slots inside a rank
-are put in order. Options: `risk` (scores the answer; the walks lower the mean), `frontier` (True: also value per budget).
+are put in order. Options: `risk` (scores the answer; the walks lower the mean), `frontier` (True: also the placement per budget), `fits` (a
+callable: placement [L, S] → bool; of the placements along growing budgets, the last before one that does not fit is the answer).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,12 +23,12 @@ from moesim.solvers.bounds import layer_bound_KL
 from moesim.solvers.greedy import search_table_LRC
 from moesim.solvers.packing import from_slots_LRC, to_slots_LS
 from moesim.solvers.problem import PlacementProblem
-from moesim.solvers.result import PlacementResult, cost_weight_KL, make_result
+from moesim.solvers.result import FrontierPoint, PlacementResult, cost_weight_KL, make_result
 from moesim.solvers.search import Deadline, expired
 from moesim.solvers.state import SearchState
 
-FRONTIER_SHARES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""Budgets, as shares of all slots, at which the frontier is reported."""
+FRONTIER_STEP = 1.3
+"""Factor from one budget of the frontier to the next."""
 MAX_STEPS = 400
 
 
@@ -66,6 +67,8 @@ def solve_repair(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline
     if not late and budget >= problem.num_slots // 4:
         late = _add_fresh(problem, points, bound_KL, weight_KL, deadline)
     chosen = _choose(points, budget)
+    if options.get("fits"):
+        budget = _largest_fit(problem, points, chosen, budget, options["fits"])
     table = _assemble(problem, points, chosen[budget])
     result = make_result(problem, table, solver="repair", status="TIME_LIMIT" if late else "FEASIBLE", iterations=made, risk=risk, bound_KL=bound_KL)
     if options.get("frontier"):
@@ -148,7 +151,7 @@ def _walk(points: list[_Points], state: SearchState, floor: np.ndarray, budget: 
 def _add_fresh(problem: PlacementProblem, points: list[_Points], bound_KL: np.ndarray, weight_KL: np.ndarray, deadline: Deadline) -> bool:
     """Add a placement made from scratch, named as close to the running one as it can be; return whether time ran out."""
     free = replace(problem, move_budget_slots=None)
-    table, _, late = search_table_LRC(free, {}, deadline, bound_KL)
+    table, _, late, _ = search_table_LRC(free, {}, deadline, bound_KL)
     named = relabel_LS(problem, to_slots_LS(table, problem.slots_per_rank_R))
     state = SearchState.of(
         problem.load_KLE, weight_KL, from_slots_LRC(named, problem.slots_per_rank_R), problem.speed_R, allow_duplicates=problem.allow_duplicates_on_rank
@@ -196,11 +199,36 @@ def _assemble(problem: PlacementProblem, points: list[_Points], chosen_L: np.nda
     return align_LS(to_slots_LS(table, problem.slots_per_rank_R), problem.previous, problem.slots_per_rank_R)
 
 
-def _frontier(problem: PlacementProblem, points: list[_Points], chosen: np.ndarray, budget: int, risk: str) -> list[tuple[int, float]]:
+def _largest_fit(problem: PlacementProblem, points: list[_Points], chosen: np.ndarray, budget: int, fits: Callable[[np.ndarray], bool]) -> int:
+    """Return a budget whose placement fits, the next larger one tried not fitting; 0 moves nothing and always fits."""
+    low, high = 0, budget + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(_assemble(problem, points, chosen[middle])) else (low, middle)
+    return low
+
+
+def _frontier(problem: PlacementProblem, points: list[_Points], chosen: np.ndarray, budget: int, risk: str) -> list[FrontierPoint]:
+    """Return the placements of budgets 0, 1, 2, 4 … `budget`; a point that more moves do not improve is left out."""
     ideal = metrics.ideal_KL(problem.load_KLE, problem.speed_R)
-    result: list[tuple[int, float]] = []
-    for allowed in sorted({min(budget, int(share * problem.num_layers * problem.num_slots)) for share in FRONTIER_SHARES} | {budget}):
-        table = _assemble(problem, points, chosen[allowed])
+    allowed, following = {0, budget}, 1
+    while following < budget:
+        allowed.add(following)
+        following = max(following + 1, int(following * FRONTIER_STEP))
+    result: list[FrontierPoint] = []
+    for one in sorted(allowed):
+        table = _assemble(problem, points, chosen[one])
         peak_KL = metrics.rank_time_KLR(table, problem.slot_rank_S, problem.load_KLE, problem.speed_R).max(axis=2)
-        result.append((int((table != problem.previous).sum()), metrics.fold_windows(peak_KL, ideal, problem.weight_K, risk)))
+        value = metrics.fold_windows(peak_KL, ideal, problem.weight_K, risk)
+        if not result or value > result[-1].value:
+            result.append(FrontierPoint(slots=int((table != problem.previous).sum()), value=value, slot_to_expert_LS=table))
     return result
+
+
+def knee(frontier: Sequence[FrontierPoint]) -> int:
+    """Return the point that is farthest above the straight line from the first to the last: more moves buy less than the average from there."""
+    slots = np.array([point.slots for point in frontier], dtype=np.float64)
+    value = np.array([point.value for point in frontier])
+    if len(frontier) < 3 or slots[-1] == slots[0] or value[-1] == value[0]:
+        return len(frontier) - 1
+    return int(((value - value[0]) / (value[-1] - value[0]) - (slots - slots[0]) / (slots[-1] - slots[0])).argmax())

@@ -1,7 +1,8 @@
 """What a solver answers: a placement, its value, how far from it the best possible can be, and how it stopped.
 
 `value` and `bound` are balances (1.0 is perfect, larger is better): Σ over layers of the mean rank load divided
-by Σ of the largest, and a certified upper bound of what any placement of the problem reaches.
+by Σ of the largest, and a certified upper bound of what any placement of the problem reaches. Under another objective they
+are its ideal over the cost reached and over the proven least cost.
 """
 
 from __future__ import annotations
@@ -42,13 +43,36 @@ class PlacementResult:
     """Moves or search steps made."""
     share_LS: np.ndarray | None = None
     """float64 [L, S]: share of its expert's tokens a slot serves; None: equal."""
-    frontier: Sequence[tuple[int, float]] | None = None
-    """(slots moved, value) pairs, if a repair was asked for them."""
+    frontier: Sequence[FrontierPoint] | None = None
+    """What growing budgets buy, if a repair was asked for it."""
 
     @property
     def risk(self) -> str:
         """Risk measure over windows."""
         return "mean" if self.objective == "balance" else self.objective.removeprefix("robust:")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FrontierPoint:
+    """The best placement found for a budget of moved slots."""
+
+    slots: int
+    """Moved."""
+    value: float
+    slot_to_expert_LS: np.ndarray
+
+
+@dataclass(slots=True, kw_only=True)
+class ObjectiveResult(PlacementResult):
+    """A placement with its cost under an objective; `value` is reference / cost, `bound` reference / `cost_bound`.
+
+    The reference is the ideal of the objective, or `cost_bound` where that is less.
+    """
+
+    cost: float
+    """In the unit of the only term, or relative to the ideal (1) for a weighted sum; see `moesim.solvers.objective`."""
+    cost_bound: float
+    """No placement of the problem costs less under an equal split (for latency: if the callable keeps its promise)."""
 
 
 def objective_name(problem: PlacementProblem, risk: str) -> str:

@@ -1,6 +1,7 @@
 """The independent check of a solver's answer: plain loops over slots, sharing no code with solvers and metrics.
 
-A result that claims what does not hold raises `CheckError`; nothing is believed until it passed here.
+A result that claims what does not hold raises `CheckError`; nothing is believed until it passed here. What an objective other than
+balance costs is computed anew by `moesim.solvers.recount`. A bound is checked against the value only: it is proven where it is made.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections import Counter
 
 from moesim.errors import MoesimError, describe
 from moesim.solvers.problem import PlacementProblem
-from moesim.solvers.result import OPTIMAL_GAP, PlacementResult
+from moesim.solvers.recount import dearest_way, recount
+from moesim.solvers.result import OPTIMAL_GAP, ObjectiveResult, PlacementResult
 
 TOLERANCE = 1e-9
 
@@ -34,17 +36,36 @@ def validate(problem: PlacementProblem, result: PlacementResult, *, may_duplicat
     _check_moves(problem, place, rows)
     if result.share_LS is not None:
         _check_shares(place, rows, result.share_LS.tolist())
-    value = _value(problem, rows, bounds, result.risk)
+    value = _value(problem, rows, bounds, result.risk) if problem.objective.alone == "balance" else _value_of_cost(problem, place, rows, result)
     if not math.isclose(value, result.value, rel_tol=1e-9):
         raise CheckError(describe(place, "value", result.value, f"must be what the placement gives, {value}"))
     if not (value <= result.bound * (1 + TOLERANCE) and result.bound <= 1 + TOLERANCE):
         raise CheckError(describe(place, "bound", result.bound, f"must lie between the value {value} and 1"))
-    if not math.isclose(result.gap, (result.bound - result.value) / result.bound, abs_tol=1e-12):
-        raise CheckError(describe(place, "gap", result.gap, f"must be (bound - value) / bound = {(result.bound - result.value) / result.bound}"))
+    gap = (result.bound - result.value) / result.bound if result.bound else 0.0
+    if not math.isclose(result.gap, gap, abs_tol=1e-12):
+        raise CheckError(describe(place, "gap", result.gap, f"must be (bound - value) / bound = {gap}"))
     if result.status not in ("OPTIMAL", "FEASIBLE", "TIME_LIMIT", "BASELINE"):
         raise CheckError(describe(place, "status", result.status, "must be OPTIMAL, FEASIBLE, TIME_LIMIT or BASELINE"))
     if result.status == "OPTIMAL" and result.gap > OPTIMAL_GAP:
         raise CheckError(describe(place, "status", "OPTIMAL", f"must come with a gap <= {OPTIMAL_GAP}, here {result.gap}"))
+
+
+def _value_of_cost(problem: PlacementProblem, place: str, rows: list[list[int]], result: PlacementResult) -> float:
+    """Check the cost that a result claims under another objective than balance; return the value that follows from it."""
+    claimed, cost = getattr(result, "cost", math.nan), recount(problem, rows)
+    if not math.isclose(claimed, cost, rel_tol=1e-9, abs_tol=1e-12):
+        raise CheckError(describe(place, f"cost ({problem.objective.name})", claimed, f"must be what the placement gives, {cost}"))
+    if not isinstance(result, ObjectiveResult):
+        worst = dearest_way(problem)
+        return 1.0 - cost / worst if worst > 0 else 1.0
+    if not 0 <= result.cost_bound <= cost * (1 + TOLERANCE):
+        raise CheckError(describe(place, "bound of the cost", result.cost_bound, f"must be in 0..{cost}"))
+    if cost == 0:
+        return 1.0
+    reference = min(recount(problem, None), result.cost_bound)
+    if not math.isclose(result.bound, reference / result.cost_bound if reference else 1.0, rel_tol=1e-9):
+        raise CheckError(describe(place, "bound", result.bound, f"must be the ideal {reference} over the least cost {result.cost_bound}"))
+    return reference / cost if reference else 1.0
 
 
 def _rank_slices(problem: PlacementProblem) -> list[tuple[int, int]]:

@@ -11,6 +11,9 @@ from moesim.errors import InputError
 from moesim.solvers.assignment import align_LS, assign, relabel_LS
 from moesim.solvers.problem import PlacementProblem
 from moesim.solvers.registry import solve
+from moesim.solvers.repair import knee
+from moesim.solvers.result import FrontierPoint, make_result
+from moesim.solvers.validate import validate
 from tests.solvers.instances import lognormal, problems
 
 
@@ -52,14 +55,34 @@ def drifted(budget: int | None) -> PlacementProblem:
 def test_the_frontier_rises_and_every_budget_gives_what_it_promises() -> None:
     result = solve(drifted(400), "repair", options={"frontier": True})
     assert result.frontier is not None
-    values = [value for _, value in result.frontier]
-    assert values == sorted(values)
-    assert result.frontier[-1][1] == pytest.approx(result.value)
-    for budget, value in result.frontier[:4]:
-        one = drifted(budget)
-        again = solve(one, "repair")
-        assert moved(one, again.slot_to_expert_LS) <= budget
-        assert again.value >= value - 0.02
+    values = [point.value for point in result.frontier]
+    assert values == sorted(set(values)) and len(values) > 10
+    assert result.frontier[0].slots == 0 and result.frontier[-1].value == pytest.approx(result.value)
+    for point in result.frontier:
+        assert moved(drifted(0), point.slot_to_expert_LS) == point.slots
+        validate(drifted(point.slots), make_result(drifted(point.slots), point.slot_to_expert_LS, solver="repair", status="FEASIBLE"))
+    for point in result.frontier[1:4]:
+        again = solve(drifted(point.slots), "repair")
+        assert again.value >= point.value - 0.02
+
+
+def test_the_knee_is_where_moves_begin_to_buy_less_than_average() -> None:
+    table = np.zeros((1, 1))
+    line = [FrontierPoint(slots=slots, value=value, slot_to_expert_LS=table) for slots, value in ((0, 0.5), (10, 0.8), (20, 0.86), (100, 0.9))]
+    assert knee(line) == 2 and knee(line[:1]) == 0 and knee(line[:2]) == 1
+    result = solve(drifted(None), "repair", options={"frontier": True})
+    assert result.frontier is not None
+    at = result.frontier[knee(result.frontier)]
+    first, last = result.frontier[0], result.frontier[-1]
+    assert (at.value - first.value) / (at.slots or 1) > (last.value - at.value) / max(last.slots - at.slots, 1)
+
+
+@pytest.mark.parametrize("most", [0, 1, 17, 10**6])
+def test_any_limit_on_the_placement_can_be_a_budget(most: int) -> None:
+    problem = drifted(None)
+    result = solve(problem, "repair", options={"fits": lambda table: moved(problem, table) <= most})
+    assert moved(problem, result.slot_to_expert_LS) <= most
+    assert result.value >= solve(drifted(min(most, 400)), "repair").value - 0.02
 
 
 def test_few_moves_win_back_most_of_the_loss() -> None:

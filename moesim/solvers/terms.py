@@ -1,0 +1,174 @@
+"""The terms of an objective as arrays: what a placement costs in every layer, what none can beat, and the ideal that a sum divides by.
+
+See `moesim.solvers.objective` for what the terms mean. Splitting an expert c ways never lowers c·a(c), a being the chance that one copy is
+active, so one copy each, spread in proportion to speed, bounds `activated`; the bound of `latency` is the hottest expert cut into as many
+copies as there may be. Shapes: K windows, L layers, E experts, S slots, R ranks, C slots of a rank.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moesim.solvers import metrics
+from moesim.solvers.activation import Decode
+from moesim.solvers.bounds import layer_bound_KL
+from moesim.solvers.packing import from_slots_LRC
+from moesim.solvers.problem import PlacementProblem
+
+
+def copies_LE(problem: PlacementProblem, table_LS: np.ndarray) -> np.ndarray:
+    """Return int64 [L, E]: slots of every expert."""
+    width = problem.num_experts + 1
+    flat = np.arange(len(table_LS))[:, None] * width + table_LS + 1
+    return np.bincount(flat.ravel(), minlength=len(table_LS) * width).reshape(len(table_LS), -1)[:, 1:]
+
+
+class Terms:
+    """Costs of a problem's placements under its objective, per layer; costs of layers add up."""
+
+    def __init__(self, problem: PlacementProblem) -> None:
+        self.problem = problem
+        self.weights = dict(problem.objective.weights)
+        decode = problem.objective.decode
+        self.decode = Decode(tokens=1, top_k=1) if decode is None else decode
+        self.pick_KLE = self.decode.pick_KLE(problem.load_KLE)
+        self.most_copies = int(problem.fill_R.sum()) if problem.allow_duplicates_on_rank else int((problem.fill_R > 0).sum())
+        self._ideal = {term: self._ideal_of(term) for term in self.weights}
+
+    def cost_L(self, table_LS: np.ndarray) -> np.ndarray:
+        """Return float64 [L]: cost of a placement, in the unit of the only term or relative to the ideal."""
+        return np.asarray(sum(self.scale(term) * getattr(self, f"_{term}_L")(table_LS) for term in self.weights))
+
+    def bound_L(self) -> np.ndarray:
+        """Return float64 [L]: a cost that no placement beats."""
+        return np.asarray(sum(self.scale(term) * getattr(self, f"_{term}_bound_L")() for term in self.weights))
+
+    @property
+    def ideal(self) -> float:
+        """Cost of the ideal of every term, which may be out of reach of any placement."""
+        return sum(self.scale(term) * ideal for term, ideal in self._ideal.items())
+
+    def scale(self, term: str) -> float:
+        """Return what a term's cost is multiplied by: its weight over its ideal, or 1 where it stands alone."""
+        if len(self.weights) == 1:
+            return 1.0
+        return self.weights[term] / self._ideal[term] if self._ideal[term] > 0 else 0.0
+
+    # --- loads that swaps are searched on -------------------------------------------------------
+
+    def proxy_KLE(self, copies: np.ndarray) -> np.ndarray:
+        """Return c·a(c): loads that, split among the copies, are the activations of the slots."""
+        return copies * self.decode.active(self.pick_KLE / np.maximum(copies, 1))
+
+    def proxy_weights(self, balance: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the weights [K] of rank loads and of activations in a search that gives balance this part of the weight."""
+        share, ideal_K = self.problem.weight_K, self._load_KL().sum(axis=1)
+        loads = np.divide(balance * share, ideal_K, out=np.zeros(len(share)), where=ideal_K > 0)
+        active = float(share @ self._active_KL().sum(axis=1))
+        return loads, share * ((1 - balance) / active if active > 0 else 0.0)
+
+    def _load_KL(self) -> np.ndarray:
+        return metrics.ideal_KL(self.problem.load_KLE, self.problem.speed_R)
+
+    def _active_KL(self) -> np.ndarray:
+        return np.asarray(self.decode.active(self.pick_KLE).sum(axis=2) / self.problem.speed_R.sum())
+
+    # --- the terms ------------------------------------------------------------------------------
+
+    def _ideal_of(self, term: str) -> float:
+        problem, objective = self.problem, self.problem.objective
+        if term == "balance":
+            return float(problem.weight_K[self._load_KL().sum(axis=1) > 0].sum())
+        if term == "activated":
+            return float(problem.weight_K @ self._active_KL().sum(axis=1))
+        if term == "traffic":
+            routes, experts = objective.routes, problem.num_experts
+            assert routes is not None
+            count_TL = np.full(routes.experts_TLK.shape[:2], routes.experts_TLK.shape[2]) if routes.valid_TLK is None else routes.valid_TLK.sum(axis=2)
+            fewest = [float((-(-count_TL // (experts // parts))).mean(axis=0).sum()) for parts in (problem.num_ranks, problem.num_nodes)]
+            return (fewest[0] + self._node_weight * fewest[1]) / problem.num_layers
+        filled = self._filled_LRC()
+        even_KL = self.decode.tokens * self.pick_KLE.sum(axis=2) / problem.fill_R.sum()
+        return float(sum(weight * self._seconds_L(filled * one[:, None, None], filled).sum() for weight, one in zip(problem.weight_K, even_KL, strict=True)))
+
+    def _balance_L(self, table_LS: np.ndarray) -> np.ndarray:
+        problem = self.problem
+        peak = metrics.rank_time_KLR(table_LS, problem.slot_rank_S, problem.load_KLE, problem.speed_R).max(axis=2)
+        return np.asarray(self.proxy_weights(1.0)[0] @ peak)
+
+    def _balance_bound_L(self) -> np.ndarray:
+        return np.asarray(self.proxy_weights(1.0)[0] @ layer_bound_KL(self.problem))
+
+    def _activated_L(self, table_LS: np.ndarray) -> np.ndarray:
+        problem = self.problem
+        proxy = self.proxy_KLE(copies_LE(problem, table_LS))
+        return np.asarray(problem.weight_K @ metrics.rank_time_KLR(table_LS, problem.slot_rank_S, proxy, problem.speed_R).max(axis=2))
+
+    def _activated_bound_L(self) -> np.ndarray:
+        hottest = self.decode.active(self.pick_KLE.max(axis=2) / self.most_copies) / self._fastest
+        return np.asarray(self.problem.weight_K @ np.maximum(self._active_KL(), hottest))
+
+    def _latency_L(self, table_LS: np.ndarray) -> np.ndarray:
+        problem = self.problem
+        table = from_slots_LRC(table_LS, problem.slots_per_rank_R)
+        index, mask = np.maximum(table, 0).reshape(len(table), -1), table >= 0
+        copies = copies_LE(problem, table_LS)
+        seconds = np.zeros(problem.num_layers)
+        for pick, weight in zip(self.pick_KLE, problem.weight_K, strict=True):
+            tokens = np.take_along_axis(self.decode.tokens * pick / copies, index, axis=1).reshape(table.shape) * mask
+            seconds += weight * self._seconds_L(tokens, mask)
+        return seconds
+
+    def _latency_bound_L(self) -> np.ndarray:
+        problem = self.problem
+        shape = (problem.num_layers, problem.num_ranks, 1)
+        tokens_KL = self.decode.tokens * self.pick_KLE.max(axis=2) / self.most_copies
+        expert_seconds = problem.objective.expert_seconds
+        assert expert_seconds is not None
+        lone = [np.asarray(expert_seconds(np.broadcast_to(one[:, None, None], shape).copy(), np.ones(shape, dtype=bool))).min(axis=1) for one in tokens_KL]
+        return np.asarray(problem.weight_K @ np.stack(lone)) / self._fastest
+
+    def _traffic_L(self, table_LS: np.ndarray) -> np.ndarray:
+        from moesim.solvers.affinity.scores import distinct_L
+
+        problem, routes = self.problem, self.problem.objective.routes
+        assert routes is not None
+        rank_LE = np.empty(table_LS.shape, dtype=np.int64)
+        np.put_along_axis(rank_LE, table_LS.astype(np.int64), np.broadcast_to(problem.slot_rank_S, table_LS.shape), axis=1)
+        reached = distinct_L(routes, rank_LE) + self._node_weight * distinct_L(routes, rank_LE // problem.ranks_per_node)
+        return np.asarray(reached / (len(routes) * problem.num_layers))
+
+    def _traffic_bound_L(self) -> np.ndarray:
+        from moesim.solvers.affinity.bounds import company_bound_n
+        from moesim.solvers.affinity.transitions import coactivation_LEE
+
+        problem, routes = self.problem, self.problem.objective.routes
+        assert routes is not None
+        valid = np.ones(routes.experts_TLK.shape, dtype=bool) if routes.valid_TLK is None else routes.valid_TLK
+        company, count_TL = coactivation_LEE(routes), valid.sum(axis=2)
+        bound = np.zeros(problem.num_layers)
+        for parts, weight in ((problem.num_ranks, 1.0), (problem.num_nodes, self._node_weight)):
+            # a place holds only so many experts, and k choices reach k places less one for every pair that shares one
+            fewest = (-(-count_TL // (problem.num_experts // parts))).sum(axis=0)
+            bound += weight * np.maximum(fewest, count_TL.sum(axis=0) - company_bound_n(company, parts))
+        return bound / (len(routes) * problem.num_layers)
+
+    # --- parts ----------------------------------------------------------------------------------
+
+    @property
+    def _node_weight(self) -> float:
+        return self.problem.objective.node_weight if self.problem.num_nodes > 1 else 0.0
+
+    @property
+    def _fastest(self) -> float:
+        return float(self.problem.speed_R[self.problem.fill_R > 0].max())
+
+    def _filled_LRC(self) -> np.ndarray:
+        fill = self.problem.fill_R
+        filled = np.arange(int(fill.max()))[None, :] < fill[:, None]
+        return np.repeat(filled[None], self.problem.num_layers, axis=0)
+
+    def _seconds_L(self, tokens_LRC: np.ndarray, mask_LRC: np.ndarray) -> np.ndarray:
+        expert_seconds = self.problem.objective.expert_seconds
+        assert expert_seconds is not None
+        return np.asarray((np.asarray(expert_seconds(tokens_LRC, mask_LRC)) / self.problem.speed_R).max(axis=1))
