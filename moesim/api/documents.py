@@ -41,11 +41,11 @@ def cluster_of(ref: str | Cluster) -> Cluster:
     return ref if isinstance(ref, Cluster) else load_cluster(ref)
 
 
-def trace_of(ref: str | RoutingTrace, model: MoEModel, seed: int, map_layers: str | None) -> RoutingTrace:
+def trace_of(ref: str | RoutingTrace, model: MoEModel, seed: int, map_layers: str | None, *, any_top_k: bool = False) -> RoutingTrace:
     """Return the trace that a name, path or `synthetic:…` stands for, fitted to `model`."""
     shape = trace_shape(model)
     routing = ref if isinstance(ref, RoutingTrace) else open_trace(ref, shape=shape, seed=seed)
-    return check_fits(routing, shape, map_layers)
+    return check_fits(routing, shape, map_layers, any_top_k=any_top_k)
 
 
 def read_plan(ref: str | Path | Plan) -> Plan:

@@ -22,6 +22,7 @@ from moesim.sim.balancer import Balancer
 from moesim.sim.change import run_with_change
 from moesim.sim.change_report import ChangeRun, sweep_periods, verdict
 from moesim.sim.migration import MigrationSettings
+from moesim.sim.routers import router_of
 from moesim.sim.settings import Settings
 from moesim.traces.routing_trace import RoutingTrace
 
@@ -54,12 +55,18 @@ def rebalance(
     if not traces:
         raise InputError("rebalance: no trace given; name at least one")
     moe_model, cluster = model_of(model), cluster_of(hardware)
-    routings = [trace_of(item, moe_model, seed, map_layers) for item in traces]
     chosen = settings if isinstance(settings, Settings) else Settings.parse(settings or {})
+    routings = [trace_of(item, moe_model, seed, map_layers, any_top_k=bool(chosen.router)) for item in traces]
     costs = CostModel(cluster, moe_model)
     start = placed_plan(plan, placement, routings[0], moe_model, cluster, seed)
     builder_of(cluster, moe_model, start, costs, chosen)
-    passes = [item for routing in routings for item in passes_of(routing, cluster.num_ranks, tokens_per_step, seed, micro_batches=chosen.micro_batches)]
+    passes = [
+        item
+        for routing in routings
+        for item in passes_of(
+            routing, cluster.num_ranks, tokens_per_step, seed, micro_batches=chosen.micro_batches, router=router_of(chosen.router, routing)
+        )
+    ]
     passes = [replace(item, step=number) for number, item in enumerate(passes)]
 
     def run(balancer: Balancer | None) -> ChangeRun:

@@ -45,15 +45,16 @@ def open_trace(ref: str, *, shape: TraceShape | None = None, seed: int = 0) -> R
     return open_stored(path)
 
 
-def check_fits(trace: RoutingTrace, shape: TraceShape, map_layers: str | None = None) -> RoutingTrace:
+def check_fits(trace: RoutingTrace, shape: TraceShape, map_layers: str | None = None, *, any_top_k: bool = False) -> RoutingTrace:
     """Return the trace as routing of a model with `shape`, or raise TraceError naming what differs.
 
     map_layers: None demands equal MoE layers; `cycle` repeats the trace's layers over the model's; `0:3,1:4,…` gives, for
-    trace layer row 0, 1 …, the model layer that it plays (every MoE layer of the model exactly once). Where a routing rule was
-    applied, it says how many experts a token takes; a trace of several rounds has that many rows per layer and keeps its ids.
+    trace layer row 0, 1 …, the model layer that it plays (every MoE layer of the model exactly once). any_top_k: a routing rule
+    will say how many of the recorded candidates a token takes, as it has where one was applied to the trace. A trace of several
+    rounds has that many rows per layer and keeps its ids.
     """
     own = trace.shape
-    if trace.rules and own.num_experts == shape.num_experts:
+    if (any_top_k or trace.rules) and own.num_experts == shape.num_experts:
         shape = replace(shape, top_k=own.top_k, num_groups=own.num_groups, top_k_groups=own.top_k_groups)
     for name, key in (("num_experts", "experts"), ("top_k", "top-k")):
         if getattr(own, name) != getattr(shape, name):
