@@ -76,9 +76,8 @@ LayerSolver = Callable[[LayerModel, float | None], LayerAnswer]
 
 def solve_layers(problem: PlacementProblem, name: str, deadline: Deadline, solve_layer: LayerSolver) -> PlacementResult:
     """Solve layer by layer, dividing the time that is left equally among the layers that are left."""
-    bound_KL = layer_bound_KL(problem)
     weight_KL = cost_weight_KL(problem, problem.weight_K)
-    table, _, _ = search_table_LRC(problem, {}, deadline, bound_KL)
+    table, _, _, bound_KL = search_table_LRC(problem, {}, deadline, layer_bound_KL(problem))
     ideal_KL = metrics.ideal_KL(problem.load_KLE, problem.speed_R)
     state = SearchState.of(problem.load_KLE, weight_KL, table, problem.speed_R, allow_duplicates=problem.allow_duplicates_on_rank)
     cost, floor = state.cost_L(), (bound_KL * weight_KL).sum(axis=0)

@@ -18,6 +18,7 @@ from moesim.errors import InputError, describe
 from moesim.solvers import metrics
 from moesim.solvers.bounds import layer_bound_KL
 from moesim.solvers.packing import capped_copies_LE, copies_LE, pack_LRC, to_slots_LS
+from moesim.solvers.prices import Prices, paired_counts, pairs_LRC, priceable, raise_bound
 from moesim.solvers.problem import PlacementProblem
 from moesim.solvers.result import PlacementResult, cost_weight_KL, make_result
 from moesim.solvers.search import Deadline, disturb, expired, improve
@@ -109,8 +110,31 @@ class _Search:
             other, other_KL = self.improve(self.pack(copies, weight_KL, layers), weight_KL, layers)
             wins = ((other_KL - peak_KL[:, layers]) * weight_KL[:, layers]).sum(axis=0) < 0
             table[layers[wins]], peak_KL[:, layers[wins]] = other[wins], other_KL[:, wins]
+        if restarts and self.rounds:
+            self._price(table, peak_KL, weight_KL, np.flatnonzero((peak_KL * weight_KL).sum(axis=0) > floor))
+            floor = (self.bound_KL * weight_KL).sum(axis=0) * RESTART_GAP
         self._kick(table, peak_KL, weight_KL, floor)
         return table, peak_KL
+
+    def _price(self, table: np.ndarray, peak_KL: np.ndarray, weight_KL: np.ndarray, layers: np.ndarray) -> None:
+        """Where ranks have few slots, raise the bound of layers that stay off it, and with two slots choose copies together with the pairs."""
+        problem, speed = self.problem, self.problem.speed_R[0]
+        if not layers.size or not priceable(problem) or expired(self.deadline):
+            return
+        fill = problem.fill_R[problem.fill_R > 0]
+        load, high = self.load_KLE[0, layers], peak_KL[0, layers] * speed
+        prices = Prices(load_NE=load, ranks=len(fill), slots=int(fill.min()), total=int(fill.sum()), high_N=high)
+        low = raise_bound(prices, self.bound_KL[0, layers] * speed, high, RESTART_GAP)
+        self.bound_KL[0, layers] = low / speed
+        if fill.max() > 2 or len(fill) < problem.num_ranks:
+            return
+        copies, time = paired_counts(prices, low, high, self.seed)
+        found = np.flatnonzero(time < high)
+        if found.size:
+            layers = layers[found]
+            other, other_KL = self.improve(pairs_LRC(load[found], copies[found]), weight_KL, layers)
+            wins = other_KL[0] < peak_KL[0, layers]
+            table[layers[wins]], peak_KL[:, layers[wins]] = other[wins], other_KL[:, wins]
 
     def _kick(self, table: np.ndarray, peak_KL: np.ndarray, weight_KL: np.ndarray, floor: np.ndarray) -> None:
         """Disturb the best placement of layers that stay off their bound and search again; small problems get more tries."""
@@ -141,12 +165,12 @@ class _Search:
 
 def search_table_LRC(
     problem: PlacementProblem, options: Mapping[str, Any], deadline: Deadline, bound_KL: np.ndarray, *, seed: int = 0
-) -> tuple[np.ndarray, int, bool]:
-    """Return the placement table [L, R, C], the moves made, and whether the deadline cut the search short."""
+) -> tuple[np.ndarray, int, bool, np.ndarray]:
+    """Return the placement table [L, R, C], the moves made, whether the deadline cut the search short, and `bound_KL`, raised where prices prove more."""
     risk = str(options.get("risk", "mean"))
     order = _canonical_order(problem)
     search = _Search(
-        problem, np.take_along_axis(problem.load_KLE, order[None], axis=2), bound_KL, int_option(options, "rounds", 2000, 0, 10**6), deadline, seed
+        problem, np.take_along_axis(problem.load_KLE, order[None], axis=2), bound_KL.copy(), int_option(options, "rounds", 2000, 0, 10**6), deadline, seed
     )
     weight_K = problem.weight_K
     ideal_KL = metrics.ideal_KL(problem.load_KLE, problem.speed_R)
@@ -165,14 +189,13 @@ def search_table_LRC(
                     value, table = now, current
                     break
     named = np.take_along_axis(order, np.maximum(table, 0).reshape(len(table), -1), axis=1).reshape(table.shape)
-    return np.where(table >= 0, named, -1).astype(np.int32), search.moves, search.late
+    return np.where(table >= 0, named, -1).astype(np.int32), search.moves, search.late, search.bound_KL
 
 
 def solve_greedy(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline = None, options: Mapping[str, Any] | None = None) -> PlacementResult:
     """Place experts by greedy packing and local search; the seed is that of the disturbed restarts."""
     options = options or {}
-    bound_KL = layer_bound_KL(problem)
-    table, moves, late = search_table_LRC(problem, options, deadline, bound_KL, seed=seed)
+    table, moves, late, bound_KL = search_table_LRC(problem, options, deadline, layer_bound_KL(problem), seed=seed)
     slots = to_slots_LS(table, problem.slots_per_rank_R)
     if problem.previous is not None:
         from moesim.solvers.assignment import relabel_LS
