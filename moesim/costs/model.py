@@ -53,6 +53,11 @@ class CostModel:
         self._exchange = ExchangeCost(model, cluster.devices_per_node, tables, self.links, self._policy)
 
     @property
+    def strict(self) -> bool:
+        """Whether times worse than recorded ones are refused."""
+        return self._policy.strict
+
+    @property
     def fallbacks(self) -> Mapping[str, str]:
         """Operator → table and key that were missing, for the operators used so far."""
         return dict(self._policy.taken)

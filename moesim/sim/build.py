@@ -1,28 +1,38 @@
-"""Builds the Program of P forward passes: a layer template repeated over the layers of the model.
+"""Builds the Program of P passes: the times of every operator, and where each runs.
 
-attention (data or tensor parallel) → gate → dispatch → routed experts → shared experts → combine, per rank; dense
-layers have an FFN instead. Every time comes from `costs`; every exchange from the rank-pair loads of the pass.
-All passes of one Program use the same all-to-all algorithm. Shapes: P passes, L MoE layers, R ranks, C slots a rank.
+`build_layer` has the template of a layer, `build_pipeline` the way of micro-batches through stages, `build_training` the end of a training step.
+Every time comes from `costs`; every exchange from the rank-pair loads of the pass. All passes of one Program use the same all-to-all algorithm.
+Shapes: P passes, L MoE layers, R ranks of a stage, C slots a rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moesim.costs.exchange import ExchangeTiming
 from moesim.costs.model import CostModel
 from moesim.costs.provenance import Timing, total
-from moesim.errors import PlanError, describe
+from moesim.costs.traffic import Ports
+from moesim.errors import CostError, PlanError, describe
 from moesim.hardware.cluster import Cluster
+from moesim.model import sizes
 from moesim.model.moe_model import DTYPE_BYTES, MoEModel
 from moesim.plan import Plan
 from moesim.sim.batch import PassShape
+from moesim.sim.build_layer import BatchTimes, Layers, MoeTimes, Site, side_by_side
+from moesim.sim.build_pipeline import Pipeline
+from moesim.sim.build_training import StepEnd
 from moesim.sim.loads import StepLoads
 from moesim.sim.ops import Program
 from moesim.sim.settings import Settings
+from moesim.sim.stages import stages_of
+
+if TYPE_CHECKING:
+    from moesim.sim.recorded import RecordedTimes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,22 +42,8 @@ class Traffic:
     local_P: np.ndarray
     intra_node_P: np.ndarray
     inter_node_P: np.ndarray
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Times:
-    """Operator times of one micro-batch: [P, R], for MoE layers [P, L, R]; None where the operator does not run."""
-
-    embedding: Timing
-    attention: Timing
-    reduce: Timing | None
-    dense: Timing
-    gate: Timing
-    dispatch: ExchangeTiming | None
-    experts: Timing
-    shared: Timing | None
-    combine: ExchangeTiming | None
-    head: Timing
+    port_R: dict[str, np.ndarray] = field(default_factory=dict)
+    """`intra_out`, `intra_in`, `inter_out`, `inter_in` → bytes of every rank of a stage in dispatch and combine, over all passes."""
 
 
 class ProgramBuilder:
@@ -56,28 +52,23 @@ class ProgramBuilder:
     def __init__(self, *, cluster: Cluster, model: MoEModel, plan: Plan, costs: CostModel, settings: Settings) -> None:
         """Check that plan, cluster and settings fit; raises PlanError with the first rule that is broken."""
         self.cluster, self.model, self.plan, self.costs, self.settings = cluster, model, plan, costs, settings
-        ranks = cluster.num_ranks
-        if plan.num_ranks != ranks:
-            raise PlanError(
-                describe(
-                    plan.source,
-                    "num_ranks",
-                    plan.num_ranks,
-                    f"must equal the {ranks} devices of {cluster.name}",
-                    "solve for this hardware, or name the hardware of the plan",
-                )
-            )
-        if plan.parallel.pp != 1 or plan.parallel.expert_tp != 1:
-            raise PlanError(
-                describe(plan.source, "parallel", plan.parallel, "must have pp = expert_tp = 1 to be replayed", "pipeline stages are not replayed yet")
-            )
+        self.recorded: RecordedTimes | None = None
+        """Durations that Programs take instead of the cost model's; see `replay.build_batch`."""
+        if plan.parallel.expert_tp != 1:
+            raise PlanError(describe(plan.source, "parallel.expert_tp", plan.parallel.expert_tp, "must be 1 to be replayed; split experts are not"))
+        self.stages = stages_of(cluster, model, plan, settings)
+        ranks = self.stages.ranks
         self.tp = settings.attention_tp if settings.attention_tp > 1 else plan.parallel.tp
         if ranks % self.tp or model.attention.num_heads % self.tp:
             raise PlanError(
                 describe("--set", "attention_tp", self.tp, f"must divide the {ranks} ranks and the {model.attention.num_heads} heads of {model.name}")
             )
-        self._all = np.zeros(ranks, dtype=np.int64)
-        self._tp_group = np.arange(ranks) // self.tp
+        self._step_end = StepEnd(cluster, model, plan, costs, self.stages, settings.pipeline, tp=self.tp) if settings.pipeline.train else None
+        if self._step_end is not None and costs.strict:
+            raise CostError(f"{cluster.name}: times of the backward pass are derived from the forward's by pipeline.backward_… ratios; --strict refuses them")
+        self._all = np.zeros(cluster.num_ranks, dtype=np.int64)
+        self._tp_group = np.arange(cluster.num_ranks) // self.tp
+        self._masks = [self.stages.mask_R(stage) for stage in range(self.stages.count)]
         per_rank = np.bincount(plan.slot_rank_S, minlength=ranks)
         width = int(per_rank.max())
         self._slot_RC = np.zeros((ranks, width), dtype=np.int64)
@@ -88,55 +79,31 @@ class ProgramBuilder:
     def build(self, parts: Sequence[tuple[PassShape, StepLoads]], is_prefill: bool) -> tuple[Program, Traffic]:
         """Return the Program of P passes and the bytes that it exchanges.
 
-        parts: the micro-batches of the passes, each with P passes. With several, a layer issues the first half (attention to
-        dispatch) of every micro-batch and then the second halves (experts to combine), so that the exchanges of one run
-        beside the computation of another.
+        parts: the micro-batches of the passes, each with P passes. On one stage they run side by side, half a layer in turn, so that the exchanges
+        of one run beside the computation of another; through pipeline stages and in training they follow the schedule.
         """
-        model = self.model
-        program = Program(self.cluster.num_ranks)
+        model, program = self.model, Program(self.cluster.num_ranks)
         passes = parts[0][0].num_passes
         traffic = Traffic(local_P=np.zeros(passes), intra_node_P=np.zeros(passes), inter_node_P=np.zeros(passes))
         batches = [self._times(shape, loads, is_prefill, traffic) for shape, loads in parts]
-        last = [[self._local(program, "embedding", times.embedding, [], -1)] for times in batches]
+        sites = [self._site(program, stage) for stage in range(self.stages.count)]
+        if self.stages.count > 1 or self._step_end is not None:
+            pipeline = Pipeline(program, self.stages, sites, batches, cluster=self.cluster, model=model, settings=self.settings, costs=self.costs)
+            pipeline.run()
+            traffic.intra_node_P[:] += pipeline.sent_P["intra_node"]
+            traffic.inter_node_P[:] += pipeline.sent_P["inter_node"]
+            if self._step_end is not None:
+                self._step_end.add(program, sites)
+            return program, traffic
         row_of = {layer: row for row, layer in enumerate(model.moe_layer_ids)}
-        for layer in range(model.num_layers):
-            row = row_of.get(layer)
-            for index, times in enumerate(batches):
-                last[index] = self._attend(program, times, last[index], layer)
-                last[index] = self._dispatch(program, times, row, last[index], layer) if row is not None else self._dense(program, times, last[index], layer)
-            if row is not None:
-                for index, times in enumerate(batches):
-                    last[index] = self._combine(program, times, row, last[index], layer)
-        for index, times in enumerate(batches):
-            self._local(program, "head", times.head, last[index], model.num_layers)
+        layers = [Layers(sites[0], times, self.settings, row_of) for times in batches]
+        side_by_side([each.forward(range(model.num_layers), [], embed=True, head=model.num_layers) for each in layers])
         return program, traffic
 
-    # --- the halves of a layer -------------------------------------------------------------------
-
-    def _attend(self, program: Program, times: _Times, last: list[int], layer: int) -> list[int]:
-        done = [self._local(program, "attention", times.attention, last, layer)]
-        return done if times.reduce is None else [self._reduce(program, times.reduce, done, layer)]
-
-    def _dense(self, program: Program, times: _Times, last: list[int], layer: int) -> list[int]:
-        done = [self._local(program, "dense_ffn", times.dense, last, layer)]
-        return done if times.reduce is None else [self._reduce(program, times.reduce, done, layer)]
-
-    def _dispatch(self, program: Program, times: _Times, row: int, last: list[int], layer: int) -> list[int]:
-        """Issue gate and dispatch; return [arrived, gate] or [arrived, gate, shared]."""
-        gate = self._local(program, "gate", times.gate, last, layer)
-        arrived = self._exchange(program, "dispatch", times.dispatch, row, [gate], layer)
-        if times.shared is None or self.settings.shared_experts != "beside_dispatch":
-            return [arrived, gate]
-        return [arrived, gate, self._local(program, "shared_experts", times.shared, [gate], layer)]
-
-    def _combine(self, program: Program, times: _Times, row: int, last: list[int], layer: int) -> list[int]:
-        """Issue experts, shared experts unless they have run, and combine; return what the next layer waits for."""
-        arrived, gate, *before = last
-        seconds, provenance = times.experts.seconds[:, row], _row(times.experts.provenance, row, times.experts.seconds.ndim)
-        done = program.local("experts", seconds, deps=[arrived], layer=layer, provenance=provenance)
-        shared = before or ([] if times.shared is None else [self._local(program, "shared_experts", times.shared, [gate], layer)])
-        waits = [done, *shared] if self.settings.shared_experts == "serial" else [done]
-        return [self._exchange(program, "combine", times.combine, row, waits, layer), *shared]
+    def _site(self, program: Program, stage: int) -> Site:
+        port = "scale_out" if self.stages.ranks > self.cluster.devices_per_node else "scale_up"
+        columns, mask_R = self.stages.columns(stage), self._masks[stage]
+        return Site(program, columns=columns, mask_R=mask_R, group_R=self._all, tp_group_R=self._tp_group, port=port)
 
     # --- times -----------------------------------------------------------------------------------
 
@@ -161,54 +128,63 @@ class ProgramBuilder:
         nodes = -(-self.tp // self.cluster.devices_per_node)
         return self.costs.all_reduce(nbytes, ranks=self.tp, nodes=nodes)
 
-    def _reduce(self, program: Program, time: Timing, deps: list[int], layer: int) -> int:
-        zero = np.zeros_like(time.seconds)
-        return program.collective("all_reduce", zero, time.seconds, group_R=self._tp_group, port="scale_up", deps=deps, layer=layer, provenance=time.provenance)
+    def _core_share(self, shape: PassShape) -> np.ndarray:
+        """Return float [P, R]: the share of scores and values in the FLOPs of the attention block."""
+        mean = (shape.prefill_tokens_PR / np.maximum(shape.prefill_seqs_PR, 1.0) - 1.0) / 2.0
+        before = shape.prefill_tokens_PR * np.maximum(shape.prefill_context_PR - mean, 0.0) + shape.decode_seqs_PR * shape.decode_context_PR
+        core = sizes.attention_flops(self.model, 1.0, self.tp) * before
+        return core / np.maximum(core + sizes.projection_flops(self.model, self.tp) * shape.tokens_PR, 1.0)
 
-    def _local(self, program: Program, label: str, time: Timing, deps: list[int], layer: int) -> int:
-        return program.local(label, time.seconds, deps=deps, layer=layer, provenance=time.provenance)
-
-    def _times(self, shape: PassShape, loads: StepLoads, is_prefill: bool, traffic: Traffic) -> _Times:
+    def _times(self, shape: PassShape, loads: StepLoads, is_prefill: bool, traffic: Traffic) -> BatchTimes:
         """Compute all operator times of one micro-batch; those of the MoE layers at once, [P, L, R]."""
-        costs, model, tokens_PR, group = self.costs, self.model, shape.tokens_PR, shape.grouped(self.tp)
-        slot = loads.slot_PLS
+        costs, model, tokens_PR, group, wanted = self.costs, self.model, shape.tokens_PR, shape.grouped(self.tp), self.settings.pipeline
+        moe = self._moe_times(loads, wanted.chunks, is_prefill, traffic)
+        backward: tuple[MoeTimes, ...] = ()
+        if wanted.train:
+            again = wanted.chunks_backward in (0, wanted.chunks)
+            backward = self._moe_times(loads, wanted.chunks if again else wanted.chunks_backward, is_prefill, traffic)
+        return BatchTimes(
+            tokens_PR=tokens_PR,
+            embedding=costs.embedding(tokens_PR),
+            attention=self._attention(group),
+            core_PR=self._core_share(group) if wanted.train else 0.0,
+            reduce=self._attention_reduce(group),
+            dense=costs.dense_ffn(group.tokens_PR, tp=self.tp),
+            gate=costs.gate(tokens_PR),
+            shared=costs.shared_experts(tokens_PR) if model.num_shared_experts else None,
+            head=costs.head(tokens_PR if wanted.train else group.prefill_seqs_PR + group.decode_seqs_PR, tp=self.tp),
+            moe=moe,
+            moe_backward=backward,
+        )
+
+    def _moe_times(self, loads: StepLoads, chunks: int, is_prefill: bool, traffic: Traffic) -> tuple[MoeTimes, ...]:
+        """Return the times of every chunk: whole tokens per slot, and an equal part of the copies on every port."""
+        copies = loads.pairs.ports(self.settings.algorithm(is_prefill)) if self.stages.ranks > 1 else None
+        if chunks == 1:
+            return (self._chunk_times(loads.slot_PLS, copies, is_prefill, traffic),)
+        if copies is not None:
+            copies = Ports(**{item.name: getattr(copies, item.name) / chunks for item in fields(Ports)})
+        turn_S = np.arange(loads.slot_PLS.shape[2])
+        ends = [(loads.slot_PLS * index + turn_S % chunks) // chunks for index in range(chunks + 1)]
+        return tuple(self._chunk_times(after - before, copies, is_prefill, traffic) for before, after in zip(ends, ends[1:], strict=False))
+
+    def _chunk_times(self, slot: np.ndarray, copies: Ports | None, is_prefill: bool, traffic: Traffic) -> MoeTimes:
         if self._even:
             slot_PLRC = slot.reshape(*slot.shape[:2], *self._slot_RC.shape)
         else:
             slot_PLRC = np.where(self._mask_RC, slot[..., self._slot_RC], 0)
         algorithm = self.settings.algorithm(is_prefill)
         exchange: dict[str, ExchangeTiming] = {}
-        if self.cluster.num_ranks > 1:
-            copies = costs.copies(algorithm, assign_RR=loads.assign_PLRR, copy_RR=loads.copy_PLRR, node_RN=loads.node_PLRN)
+        if copies is not None:
             for stage in ("dispatch", "combine"):
-                time = exchange[stage] = costs.exchange(algorithm, stage, copies=copies)
+                time = exchange[stage] = self.costs.exchange(algorithm, stage, copies=copies)
                 traffic.local_P[:] += time.bytes["local"].sum(axis=1)
                 traffic.intra_node_P[:] += time.bytes["intra_node"].sum(axis=1)
                 traffic.inter_node_P[:] += time.bytes["inter_node"].sum(axis=1)
-        return _Times(
-            embedding=costs.embedding(tokens_PR),
-            attention=self._attention(group),
-            reduce=self._attention_reduce(group),
-            dense=costs.dense_ffn(group.tokens_PR, tp=self.tp),
-            gate=costs.gate(tokens_PR),
+                for port, moved in time.port_bytes.items():
+                    traffic.port_R[port] = traffic.port_R.get(port, 0.0) + moved.sum(axis=(0, 1))
+        return MoeTimes(
             dispatch=exchange.get("dispatch"),
-            experts=costs.experts(slot_PLRC, slot_mask=None if self._even else self._mask_RC),
-            shared=costs.shared_experts(tokens_PR) if model.num_shared_experts else None,
+            experts=self.costs.experts(slot_PLRC, slot_mask=None if self._even else self._mask_RC),
             combine=exchange.get("combine"),
-            head=costs.head(group.prefill_seqs_PR + group.decode_seqs_PR, tp=self.tp),
         )
-
-    def _exchange(self, program: Program, stage: str, time: ExchangeTiming | None, row: int, deps: list[int], layer: int) -> int:
-        if time is None:
-            return max(deps)
-        port = "scale_out" if self.cluster.num_nodes > 1 else "scale_up"
-        provenance = _row(time.provenance, row, time.send_s.ndim)
-        return program.collective(stage, time.send_s[:, row], time.recv_s[:, row], group_R=self._all, port=port, deps=deps, layer=layer, provenance=provenance)
-
-
-def _row(provenance: np.ndarray, row: int, ndim: int) -> np.ndarray:
-    """Return the classes of one MoE layer from [P, L, R] classes that may be broadcast."""
-    provenance = np.asarray(provenance)
-    if provenance.ndim < ndim:
-        return provenance
-    return provenance[:, min(row, provenance.shape[1] - 1)]

@@ -131,12 +131,25 @@ class Program:
         layer: int = -1,
         provenance: np.ndarray | int = 0,
         ranks_R: np.ndarray | None = None,
+        sm_share: float = 0.0,
     ) -> int:
         """Append an exchange within groups: `send_s` from a rank's arrival, `recv_s` from its group's."""
         send = Job(port=f"{port}.out", work_s=np.asarray(send_s, dtype=np.float64))
         recv = Job(port=f"{port}.in", work_s=np.asarray(recv_s, dtype=np.float64), side="recv")
         group = np.asarray(group_R)
-        return self.add(Op(label=label, lane=lane, jobs=(send, recv), deps=tuple(deps), group_R=group, layer=layer, provenance=provenance, ranks_R=ranks_R))
+        return self.add(
+            Op(
+                label=label,
+                lane=lane,
+                jobs=(send, recv),
+                deps=tuple(deps),
+                group_R=group,
+                layer=layer,
+                provenance=provenance,
+                ranks_R=ranks_R,
+                sm_share=sm_share,
+            )
+        )
 
 
 def _finite(work_s: np.ndarray) -> bool:
