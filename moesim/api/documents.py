@@ -56,5 +56,11 @@ def read_plan(ref: str | Path | Plan) -> Plan:
 def windows_of(routings: Sequence[RoutingTrace], objective: str) -> np.ndarray:
     """Return float64 [K, L, E]: one window per trace; a single trace under `robust` gives its own windows."""
     if len(routings) == 1 and objective == "robust":
-        return routings[0].counts_WLE().astype(np.float64)
-    return np.stack([routing.counts_WLE("all")[0] for routing in routings]).astype(np.float64)
+        return _of_layers(routings[0], "step").astype(np.float64)
+    return np.concatenate([_of_layers(routing, "all") for routing in routings]).astype(np.float64)
+
+
+def _of_layers(routing: RoutingTrace, window: str) -> np.ndarray:
+    """Return int64 [W, L, E]: counts per layer of the model, whose experts serve all rounds of their layer."""
+    table = routing.counts_WLE(window)
+    return table.reshape(len(table), -1, routing.rounds, routing.shape.num_experts).sum(axis=2)

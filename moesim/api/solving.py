@@ -219,7 +219,7 @@ class Outlook:
         """Return the replay report of a plan."""
         key = plan.sha256
         if key not in self._known:
-            builder = builder_of(self._cluster, self._model, plan, self._costs, Settings())
+            builder = builder_of(self._cluster, self._model, plan, self._costs, Settings(rounds=self._routing.rounds))
             self._known[key] = simulate(self._passes, builder, self._routing, self._tokens, None, 0.0).report
         return self._known[key]
 
