@@ -12,6 +12,7 @@ import pytest
 
 from moesim import api
 from moesim.errors import InputError, TraceError
+from moesim.model import load_model
 from moesim.sim import policies
 from moesim.sim.policies import Policy
 from moesim.sim.routers import Router, router_of
@@ -170,6 +171,29 @@ def test_rebalancing_sees_the_routed_passes() -> None:
     assert found[1]["run"]["total_s"] < found[0]["run"]["total_s"]
 
 
+def test_two_rounds_of_a_layer_carry_the_loads_of_its_rows(plain: api.Replay) -> None:
+    """Chain-of-Experts: same choices and bytes as a layer per row, but half as many attention layers."""
+    trace, model = apply_rules(open_trace(NAME), "rounds:2"), load_model(NAME)
+    chain = dataclasses.replace(model, num_layers=5, moe_layer_ids=model.moe_layer_ids[:4])
+    found = replay(trace, model=chain, settings={"rounds": "2"})
+    np.testing.assert_array_equal(found.load_LE, plain.load_LE)
+    assert found.report["bytes"] == plain.report["bytes"] and found.report["balance"] == plain.report["balance"]
+    both = ("dispatch", "experts", "combine")
+    assert sum(found.report["breakdown_ms"][key] for key in both) == pytest.approx(sum(plain.report["breakdown_ms"][key] for key in both))
+    assert found.report["breakdown_ms"]["attention"] < 0.7 * plain.report["breakdown_ms"]["attention"]
+    assert replay(trace, "top_k:3", model=chain, settings={"rounds": "2"}).load_LE.sum() == plain.load_LE.sum() / 2
+    with pytest.raises(InputError, match="rounds = 1 must be 2, the rounds per layer of"):
+        replay(trace, model=chain)
+    plan = api.solve(trace, model=chain, hardware=ON["hardware"], objective="balance").plan
+    assert plan.num_layers == 4
+
+
+def test_a_plan_may_name_the_router(plain: api.Replay) -> None:
+    plan = dataclasses.replace(plain.plan, policies={"router": "top_k:1"})
+    assert replay(plan=plan).report["routing"]["mean_experts_per_token"] == 1.0
+    assert replay(plan=plan, router="top_k:2").report["routing"]["mean_experts_per_token"] == 2.0
+
+
 # --- policies of users ---------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +225,12 @@ def test_a_policy_of_a_user_acts_by_name_and_beside_rules(registered: Any) -> No
 
 def test_a_policy_sees_the_pass(registered: Any) -> None:
     seen: list[RouterView] = []
-    registered("watch", lambda view: seen.append(view) or view.keep())
+
+    def watch(view: RouterView) -> Decision:
+        seen.append(view)
+        return view.keep()
+
+    registered("watch", watch)
     replay(router="watch", tokens_per_step=512)
     assert [view.step for view in seen] == [0, 1, 2]
     view = seen[0]

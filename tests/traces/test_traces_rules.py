@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesim.cli.main import main
 from moesim.errors import InputError, TraceError
 from moesim.traces.in_memory import from_batches, from_counts
 from moesim.traces.open import check_fits, open_trace
@@ -531,6 +533,18 @@ def test_a_written_result_says_what_was_done(tmp_path: Path) -> None:
     assert again.routing == "recorded, routed anew by top_p:0.4,6+capacity:1.25"
     assert again.provenance["derived_from"] == open_trace(FLAME).fingerprint and again.provenance["transforms"] == ["rule(top_p:0.4,6+capacity:1.25)"]
     assert "73728 choices in" in again.provenance["notes"][-1]
+
+
+def test_the_command_writes_the_trace_and_says_what_was_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["trace", "transform", FLAME, "--max-tokens", "400", "--rule", "top_k:2+capacity:1", "-o", str(tmp_path / "t"), "--json"])
+    node = json.loads(capsys.readouterr().out)
+    found = open_trace(str(tmp_path / "t"))
+    assert node["rows"] == 400 and node["top_k"] == 2 and node["routing"] == "recorded, routed anew by top_k:2+capacity:1"
+    assert node["notes"][-1] == note_of(found) and dropped(found) > 0 and found.counts_WLE("all").max() <= math.ceil(400 * 2 / 64)
+    with pytest.raises(SystemExit, match="2"):
+        main(["trace", "transform", FLAME, "--rule", "top_k:7", "-o", str(tmp_path / "u")])
+    assert "candidates per token = 6 must be >= 7" in capsys.readouterr().err and not (tmp_path / "u").exists()
 
 
 def test_dummies_do_not_take_places() -> None:
