@@ -1,8 +1,9 @@
 """Recording what was routed: every rank spools rows to a file of its own; a finished prefix becomes a `moetrace/1` folder.
 
-A spool is two append-only files of fixed-size records per rank: tokens (step, request, position, phase, routes) and
-steps (step, epoch, tokens by phase, begin, end). Whole steps only, so any common number of steps of all ranks is a
-consistent trace. Expert ids are logical: what the router chose, before any placement.
+A spool is three append-only files of fixed-size records per rank: tokens (step, request, position, phase, routes), kernels
+(step, layer, stage, begin, duration, bytes, tokens) and steps (step, epoch, tokens by phase, begin, end; written last), and
+one plan per epoch. Whole steps only, so any common number of steps of all ranks is a consistent trace. Expert ids are logical:
+what the router chose, before any placement. A rank's files are bounded; stage times end first, at `MAX_KERNEL_ROWS`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,22 @@ from typing import Any
 import numpy as np
 
 from moesim.errors import InputError
+from moesim.files import read_json
+from moesim.plan import Plan
 from moesim.traces.archive import FILE_NAME, MANIFEST
+from moesim.traces.manifest import KERNELS_SPEC
 from moesim.traces.routing_trace import TokenBatch, TraceShape
 from moesim.traces.writer import TraceWriter
 
 STEP = np.dtype([("step", "<u4"), ("epoch", "<u4"), ("prefill", "<u4"), ("decode", "<u4"), ("start_ns", "<i8"), ("end_ns", "<i8")])
+ROW = np.dtype([(name, kind) for name, kind in KERNELS_SPEC.items() if name != "rank"])
+"""One stage of one step on one rank."""
 MAX_SPOOL_BYTES = 1 << 30
 """Per rank; recording ends there, serving goes on, and the manifest says so."""
+MAX_KERNEL_ROWS = 1 << 21
+"""Of all ranks together, because publishing holds them in memory: 80 MB. Later steps have routes, but no stage times."""
+MAX_EPOCHS = 256
+"""Maps that a trace names."""
 
 
 def token_dtype(shape: TraceShape) -> np.dtype:
@@ -33,17 +43,21 @@ def token_dtype(shape: TraceShape) -> np.dtype:
 class Spool:
     """Appends one rank's rows to its files."""
 
-    def __init__(self, folder: Path, rank: int, shape: TraceShape) -> None:
+    def __init__(self, folder: Path, rank: int, shape: TraceShape, *, ranks: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.shape, self._dtype = shape, token_dtype(shape)
+        self.shape, self._dtype, self._folder, self._rank = shape, token_dtype(shape), folder, rank
         self._tokens = (folder / f"tokens-{rank}").open("wb")
+        self._kernels = (folder / f"kernels-{rank}").open("wb")
         self._steps = (folder / f"steps-{rank}").open("wb")
+        self._kernel_rows, self._timed = MAX_KERNEL_ROWS // ranks, True
+        self._epoch = -1
         self.full = False
 
     def add(
-        self, *, step: int, epoch: int, phase: int, requests: np.ndarray, positions: np.ndarray, experts_LNk: Sequence[Any], start_ns: int, end_ns: int
-    ) -> None:
-        """Append one step; `experts_LNk` holds per layer the ids [N, k] that the router chose."""
+        self, *, step: int, epoch: int, phase: int, requests: np.ndarray, positions: np.ndarray, experts_LNk: Sequence[Any], start_ns: int, end_ns: int,
+        plan: Plan | None = None, stages: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """Append one step; `experts_LNk` holds per layer the ids [N, k] that the router chose; plan: the map in force; stages: rows of `ROW`."""
         if self.full:
             return
         rows = np.empty(len(requests), self._dtype)
@@ -53,6 +67,14 @@ class Spool:
         prefill = len(rows) if phase == 0 else 0
         self._tokens.write(rows.tobytes())
         self._tokens.flush()
+        self._kernel_rows -= 0 if stages is None else len(stages)
+        self._timed = self._timed and stages is not None and self._kernel_rows >= 0
+        if self._timed and stages is not None:
+            self._kernels.write(stages.tobytes())
+            self._kernels.flush()
+        if plan is not None and self._rank == 0 and epoch != self._epoch:
+            plan.write(self._folder / f"plan-{epoch}")
+            self._epoch = epoch
         self._steps.write(np.array([(step, epoch, prefill, len(rows) - prefill, start_ns, end_ns)], STEP).tobytes())
         self._steps.flush()
         self.full = self._tokens.tell() > MAX_SPOOL_BYTES
@@ -60,6 +82,7 @@ class Spool:
     def close(self) -> None:
         """Close the files."""
         self._tokens.close()
+        self._kernels.close()
         self._steps.close()
 
 
@@ -79,7 +102,8 @@ def publish(folder: Path, ranks: int, shape: TraceShape, target: Path, provenanc
     # Bounded, because behind the last whole step a rank may be in the middle of writing a row.
     tokens = [np.memmap(folder / f"tokens-{rank}", token_dtype(shape), mode="r", shape=(int(starts[rank][-1]),)) for rank in range(ranks)]
     try:
-        facts = {"parallel": {"ep": ranks, "dp": ranks, "tp": 1}, "clock": "CLOCK_MONOTONIC"}
+        plans = _plans(folder, steps[0]["epoch"])
+        facts = {"parallel": {"ep": ranks, "dp": ranks, "tp": 1, **({"plans": plans} if plans else {})}, "clock": "CLOCK_MONOTONIC"}
         with TraceWriter(fresh, shape, provenance={**provenance, "steps": count}, facts=facts) as writer:
             for index in range(count):
                 for rank in range(ranks):
@@ -95,10 +119,34 @@ def publish(folder: Path, ranks: int, shape: TraceShape, target: Path, provenanc
                 names = {"step": "step", "map_epoch": "epoch", "n_prefill": "prefill", "n_decode": "decode", "t_start_ns": "start_ns", "t_end_ns": "end_ns"}
                 table = {column: joined[name] for column, name in names.items()}
                 writer.add_table("steps", {**table, "rank": np.tile(np.arange(ranks, dtype=np.uint16), count)})
+            kernels = _kernels(folder, ranks, steps)
+            if kernels is not None:
+                writer.add_table("kernels", kernels)
         _replace(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return int(sum(start[-1] for start in starts))
+
+
+def _plans(folder: Path, epochs: np.ndarray) -> dict[str, Any]:
+    """Return epoch → plan for the maps that steps were served under, the first `MAX_EPOCHS` of them."""
+    paths = {str(epoch): folder / f"plan-{epoch}" for epoch in np.unique(epochs).tolist()[:MAX_EPOCHS]}
+    return {epoch: read_json(path) for epoch, path in paths.items() if path.exists()}
+
+
+def _kernels(folder: Path, ranks: int, steps: Sequence[np.ndarray]) -> dict[str, np.ndarray] | None:
+    """Return the columns of the kernel table, sorted by step, rank and time; None if no stage was timed."""
+    parts = []
+    for rank in range(ranks):
+        path = folder / f"kernels-{rank}"
+        rows = np.fromfile(path, ROW) if path.exists() else np.empty(0, ROW)
+        parts.append(rows[np.isin(rows["step"], steps[rank]["step"])])
+    joined = np.concatenate(parts)
+    if not len(joined):
+        return None
+    rank_K = np.repeat(np.arange(ranks, dtype=np.uint16), [len(rows) for rows in parts])
+    order = np.lexsort((joined["t_ns"], rank_K, joined["step"]))
+    return {"rank": rank_K[order], **{name: joined[name][order] for name in ROW.names or ()}}
 
 
 def check_target(target: Path) -> None:

@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 
 from moesim.errors import ModelError, MoesimError, describe
 from moesim.runtime.slot_map import SlotMap
+from moesim.runtime.stages import StageClock
 
 WEIGHTS = ("down_proj", "gate_up_proj")
 BIASES = ("down_proj_bias", "gate_up_proj_bias")
@@ -84,6 +85,8 @@ class ExpertParallelExperts(nn.Module):
         for name in self.tensor_names:
             delattr(template, name)
         self.template = template
+        self.stages: tuple[StageClock, int] | None = None
+        """Who times the stages of this layer, and its index in the model; None: nobody."""
         self.use(slot_map)
 
     # --- placement and weights --------------------------------------------------------------------
@@ -171,10 +174,20 @@ class ExpertParallelExperts(nn.Module):
 
         return project("down_proj", self.template._apply_gate(project("gate_up_proj", rows)))
 
+    def _enter(self, stage: str) -> None:
+        if self.stages is not None:
+            clock, layer = self.stages
+            clock.enter(layer, stage)
+
+    def _note(self, rows: torch.Tensor, sent: int, handled: int) -> None:
+        if self.stages is not None:
+            self.stages[0].note(sent * rows.shape[1] * rows.element_size(), handled)
+
     def forward(self, hidden_NH: torch.Tensor, expert_Nk: torch.Tensor, weight_Nk: torch.Tensor) -> torch.Tensor:
         """Return [N, H]: the weighted sum of the chosen experts for every token."""
         tokens, choices = expert_Nk.shape
         self.captured = expert_Nk
+        self._enter("dispatch")
         slot = self.slot_map.choose(expert_Nk, self.rank)
         order = torch.argsort(slot, stable=True)
         counts_S = torch.bincount(slot, minlength=self.slot_map.num_slots)
@@ -188,18 +201,23 @@ class ExpertParallelExperts(nn.Module):
             from_RQ = self._headers(counts_S)
             send = [int(counts_S[first:last].sum()) for first, last in self._bounds_R]
             receive = from_RQ.sum(1).tolist()
+            self._note(rows, sum(send) - send[self.rank], sum(send))
             rows = _AllToAll.apply(rows, send, receive, self.group)
             source_slot = torch.arange(from_RQ.shape[1]).repeat(from_RQ.shape[0]).repeat_interleave(from_RQ.reshape(-1))
             regroup = torch.argsort(source_slot, stable=True)
             back = torch.empty_like(regroup)
             back[regroup] = torch.arange(regroup.numel())
             rows, per_slot = rows[regroup], from_RQ.sum(0)
+        self._enter("experts")
+        self._note(rows, 0, rows.shape[0])
         begin = time.perf_counter()
         parts = [self._one_expert(part, local) for local, part in enumerate(rows.split(per_slot.tolist())) if part.shape[0]]
         rows = torch.cat(parts) if parts else rows
         self.compute_s += time.perf_counter() - begin
         self.received_Q += per_slot.numpy()
+        self._enter("combine")
         if back is not None:
+            self._note(rows, sum(receive) - receive[self.rank], sum(receive))
             rows = _AllToAll.apply(rows[back], receive, send, self.group)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.numel())

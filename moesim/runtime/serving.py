@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from moesim.runtime.agent import Agent
+from moesim.runtime.stages import StageClock
 
 PREFILL, DECODE = 0, 1
 KEEP_WAVES = 1024
@@ -69,9 +70,11 @@ def request_id(numbers: np.ndarray) -> np.ndarray:
 class Server:
     """Serves waves on one rank until the agent says stop."""
 
-    def __init__(self, model: Any, workload: Workload, *, rank: int, record: Callable[..., None] | None = None) -> None:
-        """record: called after every step with what was routed (see `capture.Spool.add`)."""
-        self.model, self.workload, self.rank, self._record = model, workload, rank, record
+    def __init__(
+        self, model: Any, workload: Workload, *, rank: int, record: Callable[..., None] | None = None, stages: StageClock | None = None
+    ) -> None:
+        """record: called after every step with what was routed and when (see `capture.Spool.add`). stages: times the stages of every step."""
+        self.model, self.workload, self.rank, self._record, self._stages = model, workload, rank, record, stages
         self.served, self.waves, self._chain = 0, 0, hashlib.sha256()
         self.digests: deque[tuple[int, str]] = deque(maxlen=KEEP_WAVES)
 
@@ -94,6 +97,8 @@ class Server:
             if not agent.at_step_boundary():
                 return False
             start_ns = time.monotonic_ns()
+            if self._stages is not None:
+                self._stages.start()
             output = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
             positions = np.arange(work.prompt) if index == 0 else np.array([work.prompt + index - 1])
@@ -101,6 +106,7 @@ class Server:
             captured = [layer.captured for layer in agent.layers]
             tokens = output.logits[:, -1].argmax(-1, keepdim=True)
             answers.append(tokens.numpy())
+            timed = None if self._stages is None else self._stages.take(step)
             rest = work.pace_ms / 1e3 - (time.monotonic_ns() - start_ns) / 1e9
             if rest > 0:
                 time.sleep(rest)
@@ -110,6 +116,7 @@ class Server:
                 self._record(
                     step=step, epoch=epoch, phase=PREFILL if index == 0 else DECODE, requests=np.repeat(request_id(numbers), len(positions)),
                     positions=np.tile(positions, work.batch), experts_LNk=captured, start_ns=start_ns, end_ns=time.monotonic_ns(),
+                    plan=agent.plan, stages=timed,
                 )  # fmt: skip
         content = np.concatenate(answers, axis=1).astype("<i4").tobytes()
         self.digests.append((self.waves, hashlib.sha256(content).hexdigest()[:16]))

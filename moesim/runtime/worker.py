@@ -38,6 +38,7 @@ def serve_rank(rank: int, settings: dict[str, Any]) -> None:
     from moesim.runtime.model import build_distributed, fingerprint
     from moesim.runtime.serving import Server, Workload, make_probe
     from moesim.runtime.spec import ModelSpec
+    from moesim.runtime.stages import StageClock, watch
     from moesim.traces.routing_trace import TraceShape
 
     torch.set_num_threads(1)
@@ -50,8 +51,13 @@ def serve_rank(rank: int, settings: dict[str, Any]) -> None:
     workload = Workload(**settings["workload"])
     spool = None
     if settings["spool"] is not None:
-        spool = Spool(Path(settings["spool"]), rank, TraceShape(**{**settings["shape"], "moe_layer_ids": tuple(settings["shape"]["moe_layer_ids"])}))
-    server = Server(model, workload, rank=rank, record=None if spool is None else spool.add)
+        shape = TraceShape(**{**settings["shape"], "moe_layer_ids": tuple(settings["shape"]["moe_layer_ids"])})
+        spool = Spool(Path(settings["spool"]), rank, shape, ranks=size)
+    clock = None
+    if spool is not None:
+        clock = StageClock()
+        watch(model, layers, clock)
+    server = Server(model, workload, rank=rank, record=None if spool is None else spool.add, stages=clock)
     probe = make_probe(model, rank=rank, vocab=workload.vocab, seed=workload.seed)
     agent = Agent(rank=rank, host=host, port=port, layers=layers, plan=plan, fingerprint=fingerprint(model, spec), probe=probe, metrics=server.metrics)
     agent.start()

@@ -1,21 +1,33 @@
 """The Ledger: what ran where and when; every metric, timeline and conservation check is read from it.
 
-Sums per label and step are kept for all passes; the single intervals only for the first `keep_passes`, so that memory
-is bounded whatever the length of a trace. Seconds and bytes. Shapes: P passes, R ranks.
+Bounded memory whatever the length of a run: when every pass began and how long it took are kept exactly (24 B a pass); sums per label are kept per pass
+up to `MAX_BLOCKS` passes, and beyond per block of 2, 4, 8 … consecutive passes; sums per rank, lane, port and link are totals; single intervals, loads
+and levels of counters are kept for the first `keep_passes`. Seconds and bytes. Shapes: P passes, B blocks, L MoE layers, R ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moesim.costs.provenance import Provenance
 from moesim.sim.evaluate import Times
-from moesim.sim.ops import Program
+from moesim.sim.ops import Op, Program
+
+if TYPE_CHECKING:
+    from moesim.sim.loads import StepLoads
 
 CLASSES = tuple(item.name.lower() for item in Provenance)
+MAX_BLOCKS = 1 << 15
+"""Most rows of sums per label; a power of two."""
+RANK_LOAD, KV_ENTRIES = "rank load: tokens × experts", "KV cache: entries"
+"""Counters of every replay."""
+MAX_LEVELS = 1 << 16
+"""Most levels that a counter keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +41,57 @@ class Interval:
     start_R: np.ndarray
     gate: np.ndarray | None
     end_R: np.ndarray
+    uses: tuple[tuple[str, np.ndarray, np.ndarray], ...] = ()
+    """Port, begin [R] and end [R] of every Job."""
+    source_R: np.ndarray | None = None
+    """The one rank that a rank's receives wait for; None: all of its group, or nobody."""
+    group_R: np.ndarray | None = None
+    """Process group of every rank; None for an Op without receives from a group."""
+
+
+@dataclass(slots=True)
+class Sums:
+    """Sums per label over blocks of passes; a block grows to twice the passes whenever the table would exceed `MAX_BLOCKS` rows."""
+
+    block: int = 1
+    """Passes per row."""
+    passes: int = 0
+    tables: dict[str, np.ndarray] = field(default_factory=dict)
+    """Label → float64 [rows allocated]."""
+
+    @property
+    def rows(self) -> int:
+        """B, blocks begun."""
+        return -(-self.passes // self.block)
+
+    def add(self, values: Mapping[str, np.ndarray], passes: int) -> None:
+        """Add P values per label for the next P passes."""
+        while -(-(self.passes + passes) // self.block) > MAX_BLOCKS:
+            for label, values_B in self.tables.items():
+                folded = np.zeros_like(values_B)
+                folded[: len(values_B) // 2] = values_B[0::2] + values_B[1::2]
+                self.tables[label] = folded
+            self.block *= 2
+        row_P = (self.passes + np.arange(passes)) // self.block
+        size = 64
+        while size <= row_P[-1]:
+            size *= 2
+        for label in set(values) | set(self.tables):
+            table = self.tables.get(label)
+            if table is None:
+                table = self.tables[label] = np.zeros(size)
+            elif len(table) < size:
+                table = self.tables[label] = np.concatenate([table, np.zeros(size - len(table))])
+            if label in values:
+                np.add.at(table, row_P, values[label])
+        self.passes += passes
+
+    def per_pass(self) -> dict[str, np.ndarray]:
+        """Return label → [B] mean value per pass of the block, sorted by label."""
+        counts = np.full(self.rows, self.block)
+        if self.rows:
+            counts[-1] = self.passes - self.block * (self.rows - 1)
+        return {label: self.tables[label][: self.rows] / counts for label in sorted(self.tables)}
 
 
 @dataclass(slots=True)
@@ -37,45 +100,71 @@ class Ledger:
 
     num_ranks: int
     keep_passes: int = 16
-    step: list[int] = field(default_factory=list)
-    start_s: list[float] = field(default_factory=list)
-    duration_s: list[float] = field(default_factory=list)
-    by_label: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    """Label → arrays [P] of mean seconds per rank, one per recorded batch."""
+    step: array[int] = field(default_factory=lambda: array("q"))
+    start_s: array[float] = field(default_factory=lambda: array("d"))
+    duration_s: array[float] = field(default_factory=lambda: array("d"))
+    sums: Sums = field(default_factory=Sums)
+    """Seconds per label, mean over ranks; with `idle` they add up to the pass times where lanes do not overlap."""
+    total_s: dict[str, float] = field(default_factory=dict)
+    """Label → seconds over all passes, mean over ranks."""
     class_s: np.ndarray = field(default_factory=lambda: np.zeros(len(CLASSES)))
     """Rank-seconds of work by provenance class."""
+    label_s: dict[str, np.ndarray] = field(default_factory=dict)
+    """Label → float64 [R]: seconds of every rank."""
+    lane_s: dict[str, np.ndarray] = field(default_factory=dict)
+    """Lane → float64 [R]: seconds in which it was taken; a lane is serial, so never more than the run took."""
+    port_s: dict[str, np.ndarray] = field(default_factory=dict)
+    """Port → float64 [R]: seconds of work at its full rate."""
+    port_bytes: dict[str, np.ndarray] = field(default_factory=dict)
+    """`intra_out`, `intra_in`, `inter_out`, `inter_in` → float64 [R]: bytes that exchanges sent and received."""
+    moe_layer_ids: tuple[int, ...] = ()
+    """Layer of every row of `load_LR`."""
+    load_LR: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+    """int64 [L, R]: (token, expert) pairs that every rank computed."""
+    levels: dict[str, list[tuple[float, np.ndarray]]] = field(default_factory=dict)
+    """Counter → (time, float64 [R]) in order of time: bytes resident in a tier, tokens of a rank."""
     _kept: list[tuple[Program, Times, int, int, float, int]] = field(default_factory=list)
-    _batches: list[int] = field(default_factory=list)
 
     def record(self, program: Program, times: Times, *, steps: list[int], begin_s: float, overhead_s: float = 0.0) -> float:
         """Add P passes that ran one after another from `begin_s`; their Times count from 0. Returns when the last one ended."""
         finish_P = np.atleast_1d(times.finish).astype(np.float64) + overhead_s
-        passes = len(finish_P)
+        passes, ranks = len(finish_P), self.num_ranks
         start_P = begin_s + np.r_[0.0, np.cumsum(finish_P[:-1])]
         sums: dict[str, np.ndarray] = {}
-        ones = np.ones(self.num_ranks)
+        ones = np.ones(ranks)
         for index, op in enumerate(program.ops):
             start, end, gate = times.start[index], times.end[index], times.gate[index]
+            if op.ranks_R is not None:  # -inf on ranks that do not take part
+                start, end = np.where(op.ranks_R, start, 0.0), np.where(op.ranks_R, end, 0.0)
+                gate = None if gate is None else np.where(op.ranks_R, gate, 0.0)
             length = end - start
-            if length.shape != (passes, self.num_ranks):
-                length = np.broadcast_to(length, (passes, self.num_ranks))
+            if length.shape != (passes, ranks):
+                length = np.broadcast_to(length, (passes, ranks))
+            _add(self.lane_s, op.lane, length.sum(axis=0))
             if gate is not None:
                 wait = np.minimum(gate - start, length)
-                sums["straggler_wait"] = sums.get("straggler_wait", 0.0) + wait @ ones
+                if op.source_R is None:  # a message that has not come yet holds nobody up: the rank does other work
+                    sums["straggler_wait"] = sums.get("straggler_wait", 0.0) + wait @ ones
+                    _add(self.label_s, "straggler_wait", wait.sum(axis=0))
                 length = length - wait
             seconds = length @ ones
             sums[op.label] = sums.get(op.label, 0.0) + seconds
+            _add(self.label_s, op.label, length.sum(axis=0))
+            for job in op.jobs:
+                work = job.work_s
+                _add(self.port_s, job.port, work.sum(axis=0) if work.ndim == 2 and len(work) == passes else work.reshape(-1, ranks)[0] * passes)
             self._count_classes(op.provenance, length, float(seconds.sum()))
-        sums["overhead"] = np.full(passes, overhead_s * self.num_ranks)
-        for label in set(sums) | set(self.by_label):
-            history = self.by_label.setdefault(label, [np.zeros(n) for n in self._batches])
-            history.append(np.asarray(sums.get(label, np.zeros(passes))) / self.num_ranks)
-        self._batches.append(passes)
+        sums["overhead"] = np.full(passes, overhead_s * ranks)
+        values = {label: np.asarray(value) / ranks for label, value in sums.items()}
+        values["idle"] = np.maximum(finish_P - np.sum(list(values.values()), axis=0), 0.0)
+        self.sums.add(values, passes)
+        for label, value in values.items():
+            self.total_s[label] = self.total_s.get(label, 0.0) + float(value.sum())
         for row in range(min(passes, max(0, self.keep_passes - len(self.step)))):
             self._kept.append((program, times, row, passes, float(start_P[row]), steps[row]))
-        self.step += steps
-        self.start_s += start_P.tolist()
-        self.duration_s += finish_P.tolist()
+        self.step.extend(steps)
+        self.start_s.frombytes(start_P.astype(np.float64).tobytes())
+        self.duration_s.frombytes(finish_P.tobytes())
         return float(start_P[-1] + finish_P[-1])
 
     def _count_classes(self, provenance: np.ndarray | int, length: np.ndarray, total: float) -> None:
@@ -86,6 +175,36 @@ class Ledger:
         else:
             self.class_s += np.bincount(np.broadcast_to(codes, length.shape).ravel(), weights=length.ravel(), minlength=len(CLASSES))
 
+    def add_loads(self, loads: StepLoads, moe_layer_ids: tuple[int, ...]) -> None:
+        """Add the (token, expert) pairs of the passes recorded last, or of one of their micro-batches."""
+        load_PLR = loads.rank_load_PLR
+        if not self.load_LR.size:
+            rounds = load_PLR.shape[1] // len(moe_layer_ids)  # a layer may have a row for each of its rounds
+            self.moe_layer_ids = tuple(layer for layer in moe_layer_ids for _ in range(rounds))
+            self.load_LR = np.zeros(load_PLR.shape[1:], dtype=np.int64)
+        self.load_LR += load_PLR.sum(axis=0)
+        self.add_levels(RANK_LOAD, load_PLR.sum(axis=1))
+
+    def add_bytes(self, port_bytes: Mapping[str, np.ndarray]) -> None:
+        """Add bytes that the ranks' ports carried; port → [R]."""
+        for port, values in port_bytes.items():
+            _add(self.port_bytes, port, values)
+
+    def add_levels(self, counter: str, value_PR: np.ndarray) -> None:
+        """Note the levels of a counter at the start of the passes recorded last, for those of them that are kept."""
+        first = len(self.step) - len(value_PR)
+        for row in range(min(len(value_PR), max(0, self.keep_passes - first)) if value_PR.shape[1] == self.num_ranks else 0):
+            self.set_level(counter, self.start_s[first + row], value_PR[row])
+
+    def set_level(self, counter: str, at_s: float, value_R: np.ndarray) -> None:
+        """Note that a counter stands at `value_R` on every rank from `at_s` on; values of one moment are added up. Beyond `MAX_LEVELS` nothing is kept."""
+        levels = self.levels.setdefault(counter, [])
+        value = np.asarray(value_R, dtype=np.float64)
+        if levels and levels[-1][0] == at_s:
+            levels[-1] = (at_s, levels[-1][1] + value)
+        elif len(levels) < MAX_LEVELS:
+            levels.append((float(at_s), value))
+
     def intervals(self) -> Iterator[Interval]:
         """Yield the Ops of the kept passes on the run's clock, pass by pass."""
         for program, times, row, passes, offset, step in self._kept:
@@ -93,7 +212,31 @@ class Ledger:
                 gate = times.gate[index]
                 start, end = (np.broadcast_to(value, (passes, self.num_ranks))[row] + offset for value in (times.start[index], times.end[index]))
                 ready = None if gate is None else np.broadcast_to(gate, (passes, self.num_ranks))[row] + offset
-                yield Interval(step, op.layer, op.label, op.lane, start, ready, end)
+                uses = tuple(self._use(times, op, index, position, row, passes, offset, start, ready, end) for position in range(len(op.jobs)))
+                yield Interval(step, op.layer, op.label, op.lane, start, ready, end, uses, op.source_R, op.group_R)
+
+    def _use(
+        self,
+        times: Times,
+        op: Op,
+        index: int,
+        position: int,
+        row: int,
+        passes: int,
+        offset: float,
+        start: np.ndarray,
+        ready: np.ndarray | None,
+        end: np.ndarray,
+    ) -> tuple[str, np.ndarray, np.ndarray]:
+        """Return the port of a Job, and when it was used."""
+        job = op.jobs[position]
+        if times.spans:
+            begin, over = (np.broadcast_to(value, (passes, self.num_ranks))[row] + offset for value in times.spans[index][position])
+            return job.port, begin, over
+        begin = ready if ready is not None and job.side == "recv" else start
+        if op.decide is not None and position == 0:  # a hook has set the work
+            return job.port, begin, end
+        return job.port, begin, np.minimum(begin + np.broadcast_to(job.work_s, (passes, self.num_ranks))[row], end)
 
     # --- metrics ---------------------------------------------------------------------------------
 
@@ -109,14 +252,35 @@ class Ledger:
         return {"mean": float(values.mean()), "p50": float(p50), "p95": float(p95), "p99": float(p99)}
 
     def breakdown_s(self) -> dict[str, np.ndarray]:
-        """Return label → [P] mean seconds per rank; with `idle`, labels sum to the pass time when lanes do not overlap."""
-        labels = {label: np.concatenate(parts) for label, parts in self.by_label.items()}
-        total = np.asarray(self.duration_s)
-        used = np.sum(list(labels.values()), axis=0) if labels else np.zeros_like(total)
-        labels["idle"] = np.maximum(total - used, 0.0)
-        return {label: values for label, values in sorted(labels.items()) if values.any()}
+        """Return label → [B] mean seconds per pass and rank; with `idle`, labels sum to the pass time when lanes do not overlap.
+
+        A block is one pass as long as there are at most `MAX_BLOCKS` of them, else `sums.block` consecutive ones.
+        """
+        return {label: values for label, values in self.sums.per_pass().items() if values.any()}
+
+    def mean_breakdown_s(self) -> dict[str, float]:
+        """Return label → mean seconds per pass and rank over the whole run."""
+        return {label: value / len(self.step) for label, value in sorted(self.total_s.items()) if value}
 
     def provenance(self) -> dict[str, float]:
         """Return class → share of the work's time."""
         total = self.class_s.sum()
         return {name: float(value / total) if total else 0.0 for name, value in zip(CLASSES, self.class_s, strict=True)}
+
+    # --- exports ---------------------------------------------------------------------------------
+
+    def to_pandas(self, table: str = "steps") -> Any:
+        """Return a pandas DataFrame: `steps`, `ranks`, `intervals`, `loads` or `counters` (see `moesim.report.frames`, which needs pandas)."""
+        import importlib  # by name: exports live on a floor above
+
+        return importlib.import_module("moesim.report.frames").frame(self, table)
+
+    def plot(self, kind: str = "breakdown") -> Any:
+        """Return a matplotlib Figure: `breakdown`, `load`, `links` or `timeline` (see `moesim.report.figures`, which needs matplotlib)."""
+        import importlib
+
+        return importlib.import_module("moesim.report.figures").figure(self, kind)
+
+
+def _add(table: dict[str, np.ndarray], key: str, values: np.ndarray) -> None:
+    table[key] = table[key] + values if key in table else np.array(values, dtype=np.float64)

@@ -21,6 +21,8 @@ from moesim.traces.manifest import TABLES, Manifest, Shard, counts_spec, parse_m
 from moesim.traces.routing_trace import GroupInfo, RoutingTrace, TokenBatch, check_batch, check_counts
 
 MAX_MANIFEST_BYTES = 32 << 20
+MAX_TABLE_ROWS = 1 << 24
+"""Of a side table, which is decoded whole."""
 
 
 def open_stored(path: Path) -> RoutingTrace:
@@ -129,6 +131,8 @@ class _Store:
         if name not in TABLES:
             raise TraceError(describe(self.archive.place, "table", name, f"must be one of {list(TABLES)}"))
         shard = next((s for s in self.manifest.shards if s.path == f"{name}.parquet"), None)
+        if shard is not None and shard.rows > MAX_TABLE_ROWS:
+            raise TraceError(describe(self.place(shard), "rows", shard.rows, f"must be <= {MAX_TABLE_ROWS}", "record fewer steps"))
         return None if shard is None else self.whole(shard, TABLES[name])
 
     def counts(self) -> np.ndarray:

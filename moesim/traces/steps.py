@@ -35,6 +35,10 @@ class StepTokens:
     valid_TLK: np.ndarray | None
     num_dummy: int = 0
     """Dummy tokens left out since the step before."""
+    weights_TLK: np.ndarray | None = None
+    """Router weights, where they were recorded."""
+    predicted_TLK: np.ndarray | None = None
+    """Predicted experts, where they were recorded."""
 
 
 def sharding(trace: RoutingTrace, *, num_ranks: int, tokens_per_step: int | None = None) -> str:
@@ -51,13 +55,16 @@ def sharding(trace: RoutingTrace, *, num_ranks: int, tokens_per_step: int | None
     return "tokens"
 
 
-def iter_steps(trace: RoutingTrace, *, num_ranks: int, tokens_per_step: int | None = None, seed: int = 0) -> Iterator[StepTokens]:
+def iter_steps(
+    trace: RoutingTrace, *, num_ranks: int, tokens_per_step: int | None = None, seed: int = 0, as_recorded: bool = False
+) -> Iterator[StepTokens]:
     """Yield the forward passes of a trace on `num_ranks` source ranks.
 
     tokens_per_step: tokens per forward pass over all ranks; None keeps the recorded steps. A counts trace is replayed by
     drawing every token's experts independently (seeded) with inclusion proportional to the counts, Σ counts / (L·k) tokens
-    per window or `tokens_per_step`; a synthetic trace without `tokens=` is generated at `tokens_per_step`.
-    Raises TraceError if a step would exceed 2^24 tokens.
+    per window or `tokens_per_step`; a synthetic trace without `tokens=` is generated at `tokens_per_step`. as_recorded: tokens stay on the rank,
+    and steps keep the number, that the trace recorded.
+    Raises TraceError if a step would exceed 2^24 tokens, or a recorded rank is not below `num_ranks`.
     """
     if num_ranks < 1 or (tokens_per_step is not None and not 1 <= tokens_per_step <= MAX_STEP_TOKENS):
         raise TraceError(describe(trace.source, "tokens_per_step", tokens_per_step, f"must be in 1..{MAX_STEP_TOKENS} (on {num_ranks} ranks)"))
@@ -68,7 +75,13 @@ def iter_steps(trace: RoutingTrace, *, num_ranks: int, tokens_per_step: int | No
         if how is None:
             how = "tokens" if trace.kind == "counts" else _sharding_of(batch, num_ranks)
         tokens = len(batch)
-        if how == "tokens":
+        if as_recorded:
+            rank_T, number = batch.rank_T.astype(np.int32), int(batch.step_T[0])
+            if int(rank_T.max()) >= num_ranks:
+                raise TraceError(describe(trace.source, f"rank in step {number}", int(rank_T.max()), f"must be < {num_ranks}, the number of ranks"))
+            order = np.argsort(rank_T, kind="stable")
+            rank_T, batch = rank_T[order], batch.take(order)
+        elif how == "tokens":
             rank_T = (np.arange(tokens, dtype=np.int64) * num_ranks // tokens).astype(np.int32)
         else:
             rank_T = _deal(batch.request_T, num_ranks, dealt)
@@ -83,6 +96,8 @@ def iter_steps(trace: RoutingTrace, *, num_ranks: int, tokens_per_step: int | No
             experts_TLK=batch.experts_TLK,
             valid_TLK=batch.valid_TLK,
             num_dummy=dummies,
+            weights_TLK=batch.weights_TLK,
+            predicted_TLK=batch.predicted_TLK,
         )
 
 

@@ -72,11 +72,18 @@ def summarise(trace: RoutingTrace) -> dict[str, Any]:
         "bytes": size,
         "bytes_per_token_layer": round(size / cells, 4) if size and cells and trace.kind == "tokens" else None,
         "dropped_rows": trace.facts.get("dropped_rows", 0),
-        "parallel": trace.facts.get("parallel"),
+        "parallel": _degrees(trace.facts.get("parallel")),
         "fingerprint": trace.fingerprint,
         "provenance": dict(trace.provenance),
     }
     return report
+
+
+def _degrees(parallel: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the parallel degrees; of the recorded maps, which are long, only their number."""
+    if not isinstance(parallel, dict) or not isinstance(parallel.get("plans"), dict):
+        return parallel
+    return {**parallel, "plans": len(parallel["plans"])}
 
 
 def _bytes_on_disk(trace: RoutingTrace) -> int | None:
