@@ -54,33 +54,47 @@ class AttentionCost:
 
     def __call__(self, *, phase: str, sequences: np.ndarray, new_tokens: np.ndarray, context: np.ndarray, tp: int) -> Timing:
         """Return the time of one layer's block; see `CostModel.attention`."""
+        tokens = np.maximum(np.asarray(new_tokens, dtype=np.float64), 0.0)
+        parts = (*self._projections(tokens, tp), *self._core_of(phase, sequences, new_tokens, context, tp))
+        return zero_where(total(*parts), tokens <= 0)
+
+    def projections(self, tokens: np.ndarray, tp: int) -> Timing:
+        """Return the part of the block that depends on its tokens alone: the norm and, but for MLA, projections and rotary embedding."""
+        return zero_where(total(*self._projections(tokens, tp)), tokens <= 0)
+
+    def core_of(self, phase: str, sequences: np.ndarray, new_tokens: np.ndarray, context: np.ndarray, tp: int) -> Timing:
+        """Return the part of the block that depends on phase and context: scores and values, for MLA its projections too, whose form differs by phase."""
+        return zero_where(total(*self._core_of(phase, sequences, new_tokens, context, tp)), np.asarray(new_tokens) <= 0)
+
+    def _projections(self, tokens: np.ndarray, tp: int) -> tuple[Timing, ...]:
+        attention, hidden = self._model.attention, self._model.hidden_size
+        if tp < 1 or attention.num_heads % tp:
+            raise CostError(describe("attention", "tp", tp, f"must divide the {attention.num_heads} heads of {self._model.name}"))
+        norm = self._roofline.stream("norm", 3.0 * tokens * hidden * self._bytes)
+        if attention.kind == "mla":
+            return (norm,)
+        heads, kv_heads = attention.num_heads // tp, max(attention.num_kv_heads // tp, 1)
+        width = (heads + 2 * kv_heads) * attention.head_dim
+        return (
+            norm,
+            self._gemm("attention.qkv", tokens, width, hidden, self._dtype),
+            self._roofline.stream("rotary", 2.0 * tokens * width * self._bytes),
+            self._gemm("attention.output", tokens, hidden, heads * attention.head_dim, self._dtype),
+        )
+
+    def _core_of(self, phase: str, sequences: np.ndarray, new_tokens: np.ndarray, context: np.ndarray, tp: int) -> tuple[Timing, ...]:
         if phase not in PHASES:
             raise CostError(describe("attention", "phase", phase, f"must be one of {', '.join(PHASES)}"))
-        if tp < 1 or self._model.attention.num_heads % tp:
-            raise CostError(describe("attention", "tp", tp, f"must divide the {self._model.attention.num_heads} heads of {self._model.name}"))
+        attention = self._model.attention
         arrays = np.broadcast_arrays(*(np.asarray(value, dtype=np.float64) for value in (sequences, new_tokens, context)))
         tokens = np.maximum(arrays[1], 0.0)
         batch = np.clip(arrays[0], 1.0, np.maximum(tokens, 1.0))
         kv_length = np.maximum(arrays[2], tokens / batch)
-        norm = self._roofline.stream("norm", 3.0 * tokens * self._model.hidden_size * self._bytes)
-        if self._model.attention.kind == "mla":
-            block = self._mla(phase, batch, tokens, kv_length, tp)
-        else:
-            block = self._gqa(phase, batch, tokens, kv_length, tp)
-        return zero_where(total(norm, *block), tokens <= 0)
+        if attention.kind == "mla":
+            return self._mla(phase, batch, tokens, kv_length, tp)
+        return (self._layers_mean(phase, batch, tokens, kv_length, attention.num_heads // tp, max(attention.num_kv_heads // tp, 1), attention),)
 
     # --- MHA and GQA ------------------------------------------------------------------------------------------
-
-    def _gqa(self, phase: str, batch: np.ndarray, tokens: np.ndarray, kv_length: np.ndarray, tp: int) -> tuple[Timing, ...]:
-        attention, hidden = self._model.attention, self._model.hidden_size
-        heads, kv_heads = attention.num_heads // tp, max(attention.num_kv_heads // tp, 1)
-        width = (heads + 2 * kv_heads) * attention.head_dim
-        return (
-            self._gemm("attention.qkv", tokens, width, hidden, self._dtype),
-            self._roofline.stream("rotary", 2.0 * tokens * width * self._bytes),
-            self._layers_mean(phase, batch, tokens, kv_length, heads, kv_heads, attention),
-            self._gemm("attention.output", tokens, hidden, heads * attention.head_dim, self._dtype),
-        )
 
     def _layers_mean(self, phase: str, batch: np.ndarray, tokens: np.ndarray, kv_length: np.ndarray, heads: int, kv_heads: int, attention: Attention) -> Timing:
         full = self.core(phase, batch, tokens, kv_length, heads=heads, kv_heads=kv_heads, head_dim=attention.head_dim)

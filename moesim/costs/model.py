@@ -72,6 +72,14 @@ class CostModel:
         """
         return self._attention(phase=phase, sequences=sequences, new_tokens=new_tokens, context=context, tp=tp)
 
+    def attention_projections(self, tokens: np.ndarray, tp: int = 1) -> Timing:
+        """Return the part of `attention` that depends on the tokens alone; a batch of both phases has it once."""
+        return self._attention.projections(_float(tokens), tp)
+
+    def attention_core(self, *, phase: str, sequences: np.ndarray, new_tokens: np.ndarray, context: np.ndarray, tp: int = 1) -> Timing:
+        """Return the rest of `attention`, which depends on phase and context; arguments as there."""
+        return self._attention.core_of(phase, sequences, new_tokens, context, tp)
+
     def gate(self, tokens: np.ndarray) -> Timing:
         """Return the time of norm, router GEMM and top-k for `tokens` [...] tokens."""
         tokens = _float(tokens)

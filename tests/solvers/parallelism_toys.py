@@ -91,6 +91,12 @@ class ToyCosts:
     def attention(self, *, phase: str, sequences: np.ndarray, new_tokens: np.ndarray, context: np.ndarray, tp: int = 1) -> Timing:
         return self._timed("attention" + phase, sequences, new_tokens, context, tp)
 
+    def attention_projections(self, tokens: np.ndarray, tp: int = 1) -> Timing:
+        return self._timed("projections", tokens, tp)
+
+    def attention_core(self, *, phase: str, sequences: np.ndarray, new_tokens: np.ndarray, context: np.ndarray, tp: int = 1) -> Timing:
+        return self._timed("core" + phase, sequences, new_tokens, context, tp)
+
     def gate(self, tokens: np.ndarray) -> Timing:
         return self._timed("gate", tokens)
 

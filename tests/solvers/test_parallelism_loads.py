@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesim.costs.group import Group
+from moesim.costs.group_loads import GroupLoads
 from moesim.costs.traffic import balanced_counts, ports
 from moesim.errors import InputError
 from moesim.solvers.parallelism import Workload, linear_placement, packed_placement
-from moesim.solvers.parallelism.loads import GroupLoads
-from moesim.solvers.parallelism.space import Group
 from tests.solvers.parallelism_toys import tiny
 
 

@@ -7,20 +7,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moesim.costs import footprint
+from moesim.costs.group import Group
 from moesim.hardware import load_cluster
 from moesim.model import load_model, sizes
 from moesim.plan import linear
 from moesim.sim import memory as account
-from moesim.solvers.parallelism import Workload, memory
+from moesim.solvers.parallelism import Workload
 from moesim.solvers.parallelism.points import ROLES, PointModel
-from moesim.solvers.parallelism.space import Group, Space, shapes
+from moesim.solvers.parallelism.space import Space, shapes
 from tests.solvers.parallelism_toys import machine, tiny
 
 
 def test_account_equals_hand_computation() -> None:
     # hidden 32, 4 heads of 8, 2 KV heads, dense FFN 64, experts 16 wide, 8 of them, one shared of 16, vocabulary 100; 2 bytes an element.
     group = Group(tp=2, dp=2, ep=2, expert_tp=2, slots=5)
-    first, second = memory.stage_accounts(tiny(), group, (0, 2, 4), sequences=3, tokens_each=10, pass_tokens=20, staging_experts=2, capacity=1e6)
+    first, second = footprint.stage_accounts(tiny(), group, (0, 2, 4), sequences=3, tokens_each=10, pass_tokens=20, staging_experts=2, capacity=1e6)
     attention = 32 * 16 + 2 * 32 * 8 + 16 * 32  # queries of 2 heads, keys and values of 1, output
     norms = 2 * 32
     dense = 3 * 32 * 32
@@ -37,9 +39,9 @@ def test_account_equals_hand_computation() -> None:
 
 def test_windows_limit_the_cache_and_ties_save_the_head() -> None:
     model = tiny(layers=4, window=6, tied=True)
-    assert memory.kv_L(model, 1, 10).tolist() == [2 * 2 * 8 * 2 * kept for kept in (6, 10, 6, 10)]
-    assert memory.kv_L(model, 1, 10).sum() == sizes.kv_bytes(model, 10)
-    assert memory.ends_bytes(model, 1, 1) == (6400, 64) and memory.ends_bytes(model, 1, 2) == (6400, 6464)
+    assert footprint.kv_L(model, 1, 10).tolist() == [2 * 2 * 8 * 2 * kept for kept in (6, 10, 6, 10)]
+    assert footprint.kv_L(model, 1, 10).sum() == sizes.kv_bytes(model, 10)
+    assert footprint.ends_bytes(model, 1, 1) == (6400, 64) and footprint.ends_bytes(model, 1, 2) == (6400, 6464)
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "qwen3-30b-a3b", "olmoe-1b-7b"])
@@ -51,7 +53,7 @@ def test_one_stage_equals_the_simulators_account_and_the_norms(name: str, tp: in
     group = Group(tp=tp, dp=64 // tp, ep=64, expert_tp=1, slots=model.num_experts // 64)
     plan = linear(model=name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids, num_ranks=64)
     theirs = account.account(cluster, model, plan, attention_tp=tp, kv_entries=5 * 1000, tokens=128)
-    (mine,) = memory.stage_accounts(model, group, (0, model.num_layers), sequences=5, tokens_each=1000, pass_tokens=128, staging_experts=0, capacity=1e15)
+    (mine,) = footprint.stage_accounts(model, group, (0, model.num_layers), sequences=5, tokens_each=1000, pass_tokens=128, staging_experts=0, capacity=1e15)
     assert mine.weights_bytes == pytest.approx(theirs.weights_bytes + sizes.norm_bytes(model), rel=1e-12)
     assert mine.kv_bytes == pytest.approx(theirs.kv_bytes, rel=1e-12)
     if tp == 1:
@@ -62,7 +64,7 @@ def test_all_ranks_together_hold_the_model_once_at_one_way_of_splitting() -> Non
     model = load_model("deepseek-v3")
     group = Group(tp=1, dp=1, ep=1, expert_tp=1, slots=256)
     for bounds in ((0, 61), (0, 20, 61), (0, 3, 30, 61)):
-        accounts = memory.stage_accounts(model, group, bounds, sequences=0, tokens_each=1, pass_tokens=0, staging_experts=0, capacity=1.0)
+        accounts = footprint.stage_accounts(model, group, bounds, sequences=0, tokens_each=1, pass_tokens=0, staging_experts=0, capacity=1.0)
         assert sum(one.weights_bytes for one in accounts) == pytest.approx(sizes.total_weight_bytes(model), rel=1e-12)
 
 

@@ -6,10 +6,11 @@ import itertools
 
 import pytest
 
+from moesim.costs.group import Group
 from moesim.errors import InputError
 from moesim.hardware.cluster import Cluster
 from moesim.model.moe_model import MoEModel
-from moesim.solvers.parallelism.space import Group, Shape, Space, ratios, shapes
+from moesim.solvers.parallelism.space import Shape, Space, ratios, shapes
 from tests.solvers.parallelism_toys import machine, tiny
 
 

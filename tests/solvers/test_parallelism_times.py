@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from moesim.costs import CostModel
+from moesim.costs.group import Group
 from moesim.hardware import load_cluster
 from moesim.model import load_model
 from moesim.plan import linear
 from moesim.sim.batch import PassShape
 from moesim.sim.build import ProgramBuilder
 from moesim.sim.evaluate import evaluate
-from moesim.sim.loads import compile_pass
+from moesim.sim.loads import LoadCompiler
 from moesim.sim.settings import Settings
 from moesim.solvers.parallelism import Workload, packed_placement
-from moesim.solvers.parallelism.space import Group
 from moesim.solvers.parallelism.step_time import StepTimer
 from moesim.traces.sampling import balanced_TK
 from tests.solvers.parallelism_toys import ToyCosts, machine, tiny
@@ -31,7 +31,7 @@ def simulated(name: str, hardware: str, tp: int, phase: str, sequences: int) -> 
     generator = np.random.Generator(np.random.PCG64(0))
     chosen = np.stack([balanced_TK(generator, each * ranks, model.num_experts, model.top_k) for _ in model.moe_layer_ids], axis=1).astype(np.uint16)
     plan = linear(model=name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids, num_ranks=ranks)
-    loads = compile_pass(plan, experts_TLK=chosen, rank_T=np.repeat(np.arange(ranks), each), ranks_per_node=cluster.devices_per_node)
+    loads = LoadCompiler(plan, ranks_per_node=cluster.devices_per_node).compile(experts_TLK=chosen, rank_T=np.repeat(np.arange(ranks), each))
     zero, full = np.zeros((1, ranks)), np.full((1, ranks), float(each))
     seqs = np.full((1, ranks), sequences / tp)
     context = np.full((1, ranks), float(WORK.prompt_tokens) if phase == "prefill" else WORK.decode_context)

@@ -1,6 +1,7 @@
 """How to split a model over a machine: tensor, expert, data and pipeline degrees, redundancy, batches and pools, searched completely."""
 
-from moesim.solvers.parallelism.loads import linear_placement, packed_placement
+from moesim.costs.group_loads import linear_placement
+from moesim.solvers.parallelism.loads import packed_placement
 from moesim.solvers.parallelism.plan import plan_parallelism
 from moesim.solvers.parallelism.result import Deployment, NoDeploymentError, ParallelismResult, Pool
 from moesim.solvers.parallelism.space import Space

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from moesim.costs.footprint import slot_bytes
+from moesim.costs.group import Group
+from moesim.costs.group_loads import GroupLoads
 from moesim.hardware.cluster import Cluster
 from moesim.model import sizes
 from moesim.model.moe_model import MoEModel
-from moesim.solvers.parallelism.loads import GroupLoads
-from moesim.solvers.parallelism.memory import slot_bytes
-from moesim.solvers.parallelism.space import Group
 from moesim.solvers.parallelism.workload import Workload
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from moesim.costs.group_loads import Placement
 from moesim.errors import InputError, describe
 from moesim.hardware.cluster import Cluster
 from moesim.model.moe_model import MoEModel
 from moesim.solvers.parallelism import explain
-from moesim.solvers.parallelism.loads import Placement, packed_placement
+from moesim.solvers.parallelism.loads import packed_placement
 from moesim.solvers.parallelism.result import NoDeploymentError, ParallelismResult, Summary
 from moesim.solvers.parallelism.search import Deadline, Search
 from moesim.solvers.parallelism.space import Space, shapes, total_devices

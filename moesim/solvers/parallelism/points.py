@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moesim.costs import footprint
 from moesim.hardware.cluster import Cluster
 from moesim.model.moe_model import MoEModel
-from moesim.solvers.parallelism import memory
 from moesim.solvers.parallelism.space import Shape, Space, micro_batches
 from moesim.solvers.parallelism.stages import Partition, StageProblem, fits_N, least_overflow, partition
 from moesim.solvers.parallelism.step_time import PassTimes
@@ -65,7 +65,7 @@ class PointModel:
 
     def __init__(self, model: MoEModel, cluster: Cluster, workload: Workload, space: Space) -> None:
         self.model, self.cluster, self.workload, self.space = model, cluster, workload, space
-        self.capacity = memory.capacity_bytes(cluster, space.memory_share)
+        self.capacity = footprint.capacity_bytes(cluster, space.memory_share)
         batches = sorted({batch // micro for batch in space.batch for micro in (*space.micro_batches, 1) if batch % micro == 0})
         self.decode_sizes = np.array(batches, dtype=np.float64)
         """Sequences of a decode micro-batch on a replica, all that occur."""
@@ -94,10 +94,10 @@ class PointModel:
         """Return the bytes of every layer [N, L] and beside the layers of every stage [N, S]."""
         group = shape.group
         held, each, tokens = self._demand(role, points)
-        layers = memory.weights_L(self.model, group) + held[:, None] * memory.kv_L(self.model, group.tp, each)
+        layers = footprint.weights_L(self.model, group) + held[:, None] * footprint.kv_L(self.model, group.tp, each)
         extra = np.zeros((len(points), shape.pp))
-        extra += (memory.activation_bytes(self.model, group, tokens) + memory.staging_bytes(self.model, group, self.space.staging_experts))[:, None]
-        first, last = memory.ends_bytes(self.model, group.tp, shape.pp)
+        extra += (footprint.activation_bytes(self.model, group, tokens) + footprint.staging_bytes(self.model, group, self.space.staging_experts))[:, None]
+        first, last = footprint.ends_bytes(self.model, group.tp, shape.pp)
         extra[:, 0] += first
         extra[:, -1] += last
         return layers, extra
@@ -112,7 +112,7 @@ class PointModel:
         layers, extra = self._bytes(shape, role, points)
         return np.asarray((layers.sum(axis=1) + extra.sum(axis=1)) / shape.pp - self.capacity)
 
-    def missing(self, shape: Shape, role: str, point: Points) -> tuple[float, memory.StageMemory]:
+    def missing(self, shape: Shape, role: str, point: Points) -> tuple[float, footprint.StageMemory]:
         """Return the fewest bytes that one point lacks (<= 0: it fits), and the account of the stage that lacks them."""
         layers, extra = self._bytes(shape, role, point)
         stages = shape.pp
@@ -128,10 +128,10 @@ class PointModel:
         accounts = self.accounts(shape, role, point, found.bounds)
         return lacking, max(accounts, key=lambda one: one.used_bytes)
 
-    def accounts(self, shape: Shape, role: str, point: Points, bounds: tuple[int, ...]) -> tuple[memory.StageMemory, ...]:
+    def accounts(self, shape: Shape, role: str, point: Points, bounds: tuple[int, ...]) -> tuple[footprint.StageMemory, ...]:
         """Return the account of every stage of one point."""
         held, each, tokens = self._demand(role, point)
-        return memory.stage_accounts(
+        return footprint.stage_accounts(
             self.model,
             shape.group,
             bounds,

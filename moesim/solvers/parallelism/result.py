@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from moesim.costs.footprint import StageMemory
 from moesim.errors import InfeasibleError
 from moesim.plan import Parallel
-from moesim.solvers.parallelism.memory import StageMemory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

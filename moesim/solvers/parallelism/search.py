@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from moesim.costs.group import Group
 from moesim.hardware.cluster import Cluster
 from moesim.model.moe_model import MoEModel
 from moesim.solvers.parallelism.front import Front
 from moesim.solvers.parallelism.points import Measure, PointModel, Points
 from moesim.solvers.parallelism.pools import Choice, phases
 from moesim.solvers.parallelism.result import Counts
-from moesim.solvers.parallelism.space import Group, Shape, Space, ratios, shapes, total_devices
+from moesim.solvers.parallelism.space import Shape, Space, ratios, shapes, total_devices
 from moesim.solvers.parallelism.step_time import StepTimer
 from moesim.solvers.parallelism.workload import Workload
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+from moesim.costs.group import Group
 from moesim.errors import InputError, describe
 from moesim.hardware.cluster import Cluster
 from moesim.model.moe_model import MoEModel
@@ -58,23 +59,6 @@ class Space:
             raise InputError(describe("space", "staging_experts", self.staging_experts, "must be an integer in 0..4096"))
         if not 0 < self.memory_share <= 1:
             raise InputError(describe("space", "memory_share", self.memory_share, "must be in (0, 1]"))
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Group:
-    """The degrees of one pipeline stage."""
-
-    tp: int
-    dp: int
-    ep: int
-    expert_tp: int
-    slots: int
-    """Slots per expert-parallel rank and MoE layer; 0 for a dense model."""
-
-    @property
-    def ranks(self) -> int:
-        """Devices of the stage."""
-        return self.tp * self.dp
 
 
 @dataclass(frozen=True, slots=True, order=True)

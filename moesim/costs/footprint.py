@@ -12,10 +12,10 @@ from functools import lru_cache
 
 import numpy as np
 
+from moesim.costs.group import Group
 from moesim.hardware.cluster import Cluster
 from moesim.model import sizes
 from moesim.model.moe_model import DTYPE_BYTES, MoEModel
-from moesim.solvers.parallelism.space import Group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
