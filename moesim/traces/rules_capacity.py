@@ -158,10 +158,22 @@ def _heaviest(view: RouterView, owner_T: np.ndarray, places_RE: np.ndarray) -> n
     for low in range(0, layers, step):
         here = slice(low, low + step)
         key_N = _keys(view.experts_TLK[:, here], owner_T, experts, owners).ravel()
-        rows = np.arange(len(key_N)) if view.valid_TLK is None else np.flatnonzero(view.valid_TLK[:, here])
-        rows = rows[np.argsort(-view.weights_TLK[:, here].ravel()[rows].astype(np.float32), kind="stable")]
+        # The bits of floats >= 0 are ordered as the floats are; heavy ones come first in the complement.
+        bits_N = (view.weights_TLK[:, here].ravel().astype(np.float32) + np.float32(0)).view(np.uint32)
+        packed_N = (key_N.astype(np.uint64) << np.uint64(32)) | ~bits_N
+        left_X = np.tile(places_RE.ravel(), view.experts_TLK[:, here].shape[1])
+        asks = np.arange(len(key_N)) if view.valid_TLK is None else np.flatnonzero(view.valid_TLK[:, here])
+        count_X = np.bincount(key_N[asks], minlength=len(left_X))
+        # An expert takes all that lies before its last place; what weighs as much as that takes what is left, in order of arrival.
+        last_X = np.full(len(left_X), np.iinfo(np.uint64).max)
+        full = np.flatnonzero(count_X > left_X)
+        crowd = np.sort(packed_N[asks[count_X[key_N[asks]] > left_X[key_N[asks]]]])
+        last_X[full] = crowd[np.cumsum(count_X[full]) - count_X[full] + left_X[full] - 1]
+        before = packed_N[asks] < last_X[key_N[asks]]
         found = np.zeros(len(key_N), dtype=bool)
-        found[rows] = _admit(key_N[rows], np.tile(places_RE.ravel(), view.experts_TLK[:, here].shape[1]))
+        found[asks[before]] = True
+        ties = asks[packed_N[asks] == last_X[key_N[asks]]]
+        found[ties] = _admit(key_N[ties], left_X - np.bincount(key_N[asks[before]], minlength=len(left_X)))
         keep[:, here] = found.reshape(keep[:, here].shape)
     return keep
 

@@ -57,7 +57,7 @@ def _reached(view: RouterView, share_TL: np.ndarray | float) -> np.ndarray:
     goal_TL = share_TL * (1 - float(np.finfo(weights.dtype).eps))
     sum_TL = np.zeros(weights.shape[:2])
     for choice in range(weights.shape[2]):
-        keep[..., choice] = sum_TL < goal_TL
+        keep[..., choice] = sum_TL < goal_TL if choice else True
         sum_TL += weights[..., choice] if view.valid_TLK is None else np.where(view.valid_TLK[..., choice], weights[..., choice], 0)
     return keep
 

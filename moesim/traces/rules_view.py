@@ -132,10 +132,14 @@ def first(view: RouterView, width: int, **counts: int) -> Decision:
 
 
 def known_weights(view: RouterView, rule: str) -> np.ndarray:
-    """Return the gate weights; raise TraceError if the trace has none."""
-    if view.weights_TLK is None:
+    """Return the gate weights; raise TraceError if the trace has none, or others than weights >= 0."""
+    weights = view.weights_TLK
+    if weights is None:
         raise TraceError(f"rule {rule}: needs the gate weights of every choice, and the trace holds none; record or import it with weights")
-    return view.weights_TLK
+    if weights.size and not 0 <= float(weights.min()) <= float(weights.max()) < np.inf:
+        found = [float(weights.min()), float(weights.max())]
+        raise TraceError(describe(f"rule {rule}", f"weights of step {view.step}", found, "must be finite and >= 0", "record them after softmax or sigmoid"))
+    return weights
 
 
 def mass_TL(view: RouterView) -> np.ndarray:

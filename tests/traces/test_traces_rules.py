@@ -336,16 +336,21 @@ def test_capacity_equals_serving_one_by_one(seed: int, tokens: int, k: int, fact
     assert f"{kept} ffn out, {tokens * 2 * k - kept} dropped" in note_of(found)
 
 
-def test_capacity_by_weight_keeps_the_heaviest() -> None:
-    base = rows(router_trace(experts=8, stored=2, tokens=50))
-    assert base.weights_TLK is not None
-    found = apply_rules(router_trace(experts=8, stored=2, tokens=50), "capacity:0.8,by=weight")
-    places = math.ceil(Fraction("0.8") * 2 * 50 / 8)
-    picked = sets(found)
+@given(st.integers(0, 999), st.integers(1, 50), st.sampled_from(["0.2", "0.8", "1.5"]), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_capacity_by_weight_keeps_the_heaviest_and_among_equals_the_first(seed: int, tokens: int, factor: str, coarse: bool) -> None:
+    base = router_trace(experts=8, stored=2, tokens=tokens, seed=seed)
+    batch = rows(base)
+    assert batch.weights_TLK is not None
+    if coarse:
+        base = from_batches(base.shape, [replace(batch, weights_TLK=np.ceil(batch.weights_TLK * 4) / np.float32(4))], source="x")
+    batch = rows(base)
+    picked = sets(apply_rules(base, f"capacity:{factor},by=weight"))
+    places = math.ceil(Fraction(factor) * 2 * tokens / 8)
     for layer in range(2):
         for expert in range(8):
-            asks = [(-float(base.weights_TLK[t, layer, c]), t) for t in range(50) for c in range(2) if base.experts_TLK[t, layer, c] == expert]
-            assert {t for _, t in sorted(asks)[:places]} == {t for t in range(50) if expert in picked[t][layer]}
+            asks = [(-float(batch.weights_TLK[t, layer, c]), t) for t in range(tokens) for c in range(2) if batch.experts_TLK[t, layer, c] == expert]  # type: ignore[index]
+            assert {t for _, t in sorted(asks)[:places]} == {t for t in range(tokens) if expert in picked[t][layer]}
 
 
 def dropped(trace: RoutingTrace) -> int:
@@ -614,6 +619,22 @@ def test_a_bad_text_is_refused(text: str, message: str) -> None:
 def test_a_rule_that_the_trace_cannot_carry_is_refused(rule: str, message: str) -> None:
     with pytest.raises(TraceError, match=message):
         apply_rules(FULL, rule)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), -0.1, float("inf")])
+def test_weights_that_are_none_are_refused(weight: float) -> None:
+    base = rows(FULL)
+    assert base.weights_TLK is not None
+    weights = base.weights_TLK.copy()
+    weights[3, 1, 2] = weight
+    trace = from_batches(FULL.shape, [replace(base, weights_TLK=weights)], source="x")
+    for rule in ("top_p:0.5", "share:0.5", "capacity:1,by=weight", "renormalise"):
+        with pytest.raises(TraceError, match="must be finite and >= 0"):
+            apply_rules(trace, rule)
+
+
+def test_a_token_whose_weights_are_all_zero_keeps_its_first_choice() -> None:
+    assert chosen(apply_rules(unit([0.0, 0.0]), "share:0.5"))[0][0] == [0]
 
 
 def test_counts_are_refused() -> None:
