@@ -155,8 +155,8 @@ def view_of(batch: TokenBatch, shape: TraceShape, step: int) -> RouterView:
     return RouterView(**columns, kind_E=np.zeros(shape.num_experts, dtype=np.uint8), moe_layer_ids=shape.moe_layer_ids, step=step)
 
 
-def check(decision: Decision, view: RouterView, name: str) -> None:
-    """Raise InputError unless a decision fits the pass that it is about and names experts that exist."""
+def checked(decision: Decision, view: RouterView, name: str) -> np.ndarray:
+    """Return the experts of a decision; raise InputError unless it fits the pass that it is about and names experts that exist."""
     place, experts, (tokens, layers) = f"policy {name}", decision.experts_TLK, view.experts_TLK.shape[:2]
     is_array = isinstance(experts, np.ndarray) and experts.dtype in (np.uint8, np.uint16)
     if not is_array or experts.ndim != 3 or experts.shape[:2] != (tokens, layers) or experts.shape[2] < 1:
@@ -175,6 +175,8 @@ def check(decision: Decision, view: RouterView, name: str) -> None:
             raise InputError(
                 describe(f"{place}: layer {view.moe_layer_ids[layer]}", "expert", int(experts[token, layer, choice]), rule, "choose experts that exist")
             )
+        return experts * decision.valid_TLK
+    return experts
 
 
 @dataclass(slots=True)
@@ -211,10 +213,10 @@ def run(rules: Sequence[tuple[str, Decide]], view: RouterView, tally: Tally) -> 
         decision = decide(view)
         if not isinstance(decision, Decision):
             raise InputError(describe(f"policy {name}", "decision", type(decision).__name__, "must be a moesim.traces.rules_view.Decision"))
-        check(decision, view, name)
+        experts = checked(decision, view, name)
         tally.counts.update(decision.counts)
         kind_E = view.kind_E if decision.kind_E is None else decision.kind_E
-        cubes: dict[str, Any] = {"experts_TLK": decision.experts_TLK, "weights_TLK": decision.weights_TLK, "valid_TLK": decision.valid_TLK}
+        cubes: dict[str, Any] = {"experts_TLK": experts, "weights_TLK": decision.weights_TLK, "valid_TLK": decision.valid_TLK}
         view = replace(view, **cubes, kind_E=kind_E, is_foretold=view.is_foretold or decision.is_foretold)
     width = view.experts_TLK.shape[2]
     if view.is_foretold:
@@ -223,7 +225,7 @@ def run(rules: Sequence[tuple[str, Decide]], view: RouterView, tally: Tally) -> 
         view = replace(view, predicted_TLK=view.predicted_TLK[..., :width] if view.predicted_TLK.shape[2] >= width else None)
     tally.token_layers += view.experts_TLK.shape[0] * view.experts_TLK.shape[1]
     if view.kind_E.any():
-        kind_TLK = view.kind_E[np.minimum(view.experts_TLK, view.num_experts - 1)]
+        kind_TLK = view.kind_E[view.experts_TLK]
         chosen = kind_TLK.ravel() if view.valid_TLK is None else kind_TLK[view.valid_TLK]
         count = np.bincount(chosen, minlength=len(KINDS))
         tally.kinds.update({kind: int(count[code]) for code, kind in enumerate(KINDS) if code == 0 or (view.kind_E == code).any()})

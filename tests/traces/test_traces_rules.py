@@ -670,5 +670,5 @@ def test_a_decision_that_does_not_fit_is_refused(decision: Any, message: str) ->
 
 def test_an_expert_that_does_not_exist_may_stand_where_no_choice_is() -> None:
     nothing = Decision(experts_TLK=np.full((4, 2, 1), 99, dtype=np.uint8), valid_TLK=np.zeros((4, 2, 1), dtype=bool))
-    left = run([("mine", lambda _: nothing)], view(), Tally())
+    left = run([("mine", lambda _: nothing), *((rule.name, rule.decide) for rule in rules_of("mask:3+zero:9+capacity:1"))], view(), Tally())
     assert (left.experts_TLK == 0).all() and left.valid_TLK is not None and not left.valid_TLK.any()
