@@ -15,7 +15,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 
 from moesim.api import trace_shape
-from moesim.api.rebalancing import planner_for
+from moesim.api.changing import planner_for
 from moesim.costs.model import CostModel
 from moesim.hardware.load import load_cluster
 from moesim.model.hf_config import load_model

@@ -19,8 +19,10 @@ def rebalance(
     hardware: Annotated[str, typer.Option("--hardware", help="hardware name like h100-sxm-8x4, or a YAML file")],
     plan: Annotated[Path | None, typer.Option("--plan", help="plan to start with")] = None,
     placement: Annotated[str, typer.Option("--placement", help="linear, round_robin, random or eplb, where no plan is given")] = "linear",
-    policy: Annotated[str, typer.Option("--policy", help="never, periodic:N, on_drift:T or budgeted:BYTES,N")] = "on_drift:0.9",
-    mode: Annotated[str, typer.Option("--mode", help="background or pause")] = "background",
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="never, periodic:N, on_drift:T or budgeted:BYTES,N; default: change.balancer, else on_drift:0.9")
+    ] = None,
+    mode: Annotated[str | None, typer.Option("--mode", help="background or pause; default: change.mode")] = None,
     periods: Annotated[str, typer.Option("--periods", help="periods to sweep, in passes, like 1,4,16")] = "",
     planner_s: Annotated[float | None, typer.Option("--planner-s", help="time of the planner on the simulated clock, s")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, as for replay")] = None,

@@ -126,6 +126,7 @@ class _Run:
         if self.pending is not None:
             self._abort("end of the run")
         self.out.plan, self.out.alive_R, self.out.total_s = self.plan, self.alive_R, self.engine.now
+        self._room(self.plan, np.zeros(self.cluster.num_ranks))
         return self.out
 
     def install(self, plan: Plan, alive_R: np.ndarray, reason: str) -> None:
@@ -282,9 +283,15 @@ class _Run:
         replay, tp = self.out.replay, self.builder.tp
         held = memory.account(self.cluster, self.model, self.plan, attention_tp=tp, kv_entries=replay.kv_entries_peak * tp, tokens=replay.tokens_peak)
         old_R, new_R = (memory.weight_bytes_R(self.model, plan, attention_tp=tp) for plan in (self.plan, following))
-        free_R = held.capacity_bytes - np.maximum(old_R, new_R) - held.kv_bytes - held.activation_bytes - staging_R
+        weights_R = np.maximum(old_R, new_R)
+        free_R = held.capacity_bytes - weights_R - held.kv_bytes - held.activation_bytes - staging_R
         buffer_R = self.migration.staging_limit_bytes - staging_R
-        return float(np.minimum(free_R, buffer_R)[(staging_R > 0) | (new_R > old_R)].min(initial=np.inf))
+        room = float(np.minimum(free_R, buffer_R)[(staging_R > 0) | (new_R > old_R)].min(initial=np.inf))
+        rank = int(free_R.argmin())
+        uses = {"weights": weights_R[rank], "kv": held.kv_bytes, "activations": held.activation_bytes, "staging": staging_R[rank]}
+        if room >= 0 and sum(uses.values()) > sum(replay.memory.get(held.tier, {}).values()):
+            replay.memory[held.tier] = {use: float(nbytes) for use, nbytes in uses.items()}
+        return room
 
     def _transfer(self, moves: Moves) -> Transfer:
         transfer = Transfer(self.engine, self.cluster, self.migration, self.expert_bytes, moves)

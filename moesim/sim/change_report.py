@@ -125,6 +125,12 @@ class ChangeRun:
             "break_even_passes": cost / saving if saving is not None and saving > 0 else None,
         }
 
+    def as_replay(self) -> ReplayRun:
+        """Return the run in the words of a replay, with its changes."""
+        known = ("steps", "tokens", "tokens_per_s", "balance")
+        self.replay.change = {name: value for name, value in self.report().items() if name not in known}
+        return self.replay
+
     def report(self, window: int = 8) -> dict[str, Any]:
         """Return the figures as one JSON object."""
         names = ("total_s", "decisions", "rebalances", "declined", "refused", "aborted", "planner_s", "moved_bytes", "messages", "staging_peak_bytes")
@@ -143,6 +149,28 @@ class ChangeRun:
         }
 
 
+def break_even(run: ChangeRun, without: ChangeRun) -> dict[str, Any]:
+    """Return what a rebalancing costs, what it saves a pass, and from how many passes between two of them on it pays.
+
+    Pass by pass against the same passes without: the cost is the pause, and what passes lose from the decision to the installation; the
+    saving is what later passes gain until the next decision. `interval_passes` is None where they gain nothing.
+    """
+    gain_P = np.asarray(without.replay.ledger.duration_s) - np.asarray(run.replay.ledger.duration_s)
+    changes = [change for change in run.changes if change.reason == "rebalance"]
+    ends = [*(change.decided_pass for change in changes[1:]), len(gain_P)][: len(changes)]
+    cost = sum(change.pause_s - float(gain_P[change.decided_pass : change.installed_pass].sum()) for change in changes)
+    served = [gain_P[change.installed_pass : max(end, change.installed_pass)] for change, end in zip(changes, ends, strict=True)]
+    passes = sum(len(part) for part in served)
+    cost_s = cost / len(changes) if changes else 0.0
+    saved_s = float(sum(part.sum() for part in served)) / passes if passes else 0.0
+    return {
+        "cost_s": cost_s,
+        "saved_s_per_pass": saved_s,
+        "interval_passes": max(cost_s, 0.0) / saved_s if saved_s > 0 else None,
+        "passes_between": passes / len(changes) if changes else None,
+    }
+
+
 def verdict(run: ChangeRun, without: ChangeRun) -> dict[str, Any]:
     """Say whether rebalancing was worth it on these passes: `run` against the same passes `without` it."""
     saved = without.total_s - run.total_s
@@ -157,6 +185,7 @@ def verdict(run: ChangeRun, without: ChangeRun) -> dict[str, Any]:
         "pause_s": run.pause_s,
         "planner_s": run.planner_s,
         "balance": {"run": run.replay.sums.balance.mean_over_max, "without": without.replay.sums.balance.mean_over_max},
+        "break_even": break_even(run, without),
     }
 
 

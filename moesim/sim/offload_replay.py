@@ -71,10 +71,9 @@ def run_offload(
 class _Run:
     def __init__(self, passes: Iterable[Pass], builder: ProgramBuilder, compiler: LoadCompiler, seed: int, keep_passes: int) -> None:
         self.builder, self.settings, self.seed = builder, builder.settings.offload, seed
-        for name in ("micro_batches", "rounds"):
-            if getattr(builder.settings, name) > 1:
-                rule = "must be 1 with offload.tier; a layer of a pass asks for its experts once"
-                raise InputError(describe("--set", name, getattr(builder.settings, name), rule))
+        if builder.settings.micro_batches > 1:
+            rule = "must be 1 with offload.tier; a layer of a pass asks for its experts once"
+            raise InputError(describe("--set", "micro_batches", builder.settings.micro_batches, rule))
         plan, cluster = builder.plan, builder.cluster
         self.out = ReplayRun.empty(plan, keep_passes=keep_passes)
         self.batches: list[_Batch] = []

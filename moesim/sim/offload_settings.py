@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from moesim.errors import InputError, describe
 from moesim.units import parse
@@ -120,4 +121,5 @@ class OffloadSettings:
         """Return the settings with every policy named: as it is here, else in `policies` (hook → name, of a plan), else the default."""
         if not self.tier:
             return self
-        return replace(self, **{hook: getattr(self, hook) or policies.get(hook, default) for hook, default in POLICIES.items()})
+        chosen: dict[str, Any] = {hook: getattr(self, hook) or policies.get(hook, default) for hook, default in POLICIES.items()}
+        return replace(self, **chosen)

@@ -18,7 +18,7 @@ from moesim.model import sizes
 from moesim.model.moe_model import DTYPE_BYTES
 from moesim.sim.build import ProgramBuilder
 from moesim.sim.cache import CacheSettings
-from moesim.sim.memory import MemoryAccount, account, capacity_bytes, device_tier
+from moesim.sim.memory import MemoryAccount, account, capacity_bytes
 from moesim.sim.offload_case import CopyLink
 from moesim.sim.offload_demand import Demand, Demands, held_RLE
 from moesim.sim.offload_settings import OffloadSettings
@@ -147,8 +147,8 @@ def _frequent(cache: CacheSettings, demand: Demand, whole: float) -> tuple[tuple
     for layer in range(layers):
         values, counts = np.unique(demand.experts_TLW[:, layer], return_counts=True)
         used.update({(layer, expert): count for expert, count in zip(values.tolist(), counts.tolist(), strict=True) if expert >= 0})
-    slots = cache.slots if isinstance(cache.slots, tuple) else (cache.slots if cache.slots is not None else int(np.max(cache.capacity_bytes) // whole),)
-    left = list(slots if cache.scope == "global" or len(slots) == layers else slots * layers)
+    slots = int(np.max(cache.capacity_bytes or 0.0) // whole) if cache.slots is None else cache.slots
+    left = list(slots) if isinstance(slots, tuple) else [slots] * layers
     chosen = []
     for place, _ in sorted(used.items(), key=lambda item: (-item[1], item[0])):
         pool = 0 if cache.scope == "global" else place[0]

@@ -1,0 +1,44 @@
+"""Runs whose plan changes: the settings `change.…` with the planner that a balancer on this machine is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from moesim.hardware.cluster import Cluster
+from moesim.plan import Plan
+from moesim.sim.build import ProgramBuilder
+from moesim.sim.change_replay import run_change
+from moesim.sim.change_report import ChangeRun
+from moesim.sim.replay import Pass
+
+
+def change_run(
+    passes: Iterable[Pass], builder: ProgramBuilder, rebuild: Callable[[Plan], ProgramBuilder], progress: Callable[[int], None] | None = None
+) -> ChangeRun:
+    """Replay `passes` from the plan of `builder` on, as its settings change it; rebuild: the builder of another plan."""
+    return run_change(
+        passes, plan=builder.plan, settings=builder.settings.change, builder_factory=rebuild, planner=planner_for(builder.cluster), progress=progress
+    )
+
+
+def planner_for(cluster: Cluster) -> Callable[[np.ndarray, Plan, int | None], Plan]:
+    """Return the planner that a balancer on `cluster` is handed: a repair within a budget, else a fresh plan laid over the running one."""
+    from moesim.solvers.problem import PlacementProblem
+    from moesim.solvers.registry import solve
+
+    def planner(load_KLE: np.ndarray, plan: Plan, budget_slots: int | None) -> Plan:
+        problem = PlacementProblem(
+            load_KLE=load_KLE.sum(axis=0),
+            num_ranks=plan.num_ranks,
+            slots_per_rank_R=np.bincount(plan.slot_rank_S, minlength=plan.num_ranks),
+            ranks_per_node=cluster.devices_per_node,
+            previous=plan.slot_to_expert_LS,
+            move_budget_slots=budget_slots,
+        )
+        result = solve(problem, "greedy" if budget_slots is None else "repair")
+        return replace(plan, slot_to_expert_LS=result.slot_to_expert_LS, share_LS=None, result={"solver": result.solver}, source="balancer")
+
+    return planner
