@@ -43,7 +43,7 @@ class Traffic:
     intra_node_P: np.ndarray
     inter_node_P: np.ndarray
     port_R: dict[str, np.ndarray] = field(default_factory=dict)
-    """`intra_out`, `intra_in`, `inter_out`, `inter_in` → bytes of every rank of a stage in dispatch and combine, over all passes."""
+    """`intra_out`, `intra_in`, `inter_out`, `inter_in` → bytes of every rank in dispatch and combine, over all passes."""
 
 
 class ProgramBuilder:
@@ -85,7 +85,7 @@ class ProgramBuilder:
         model, program = self.model, Program(self.cluster.num_ranks)
         passes = parts[0][0].num_passes
         traffic = Traffic(local_P=np.zeros(passes), intra_node_P=np.zeros(passes), inter_node_P=np.zeros(passes))
-        batches = [self._times(shape, loads, is_prefill, traffic) for shape, loads in parts]
+        batches = [self._times(shape, loads, is_prefill, traffic, micro) for micro, (shape, loads) in enumerate(parts)]
         sites = [self._site(program, stage) for stage in range(self.stages.count)]
         if self.stages.count > 1 or self._step_end is not None:
             pipeline = Pipeline(program, self.stages, sites, batches, cluster=self.cluster, model=model, settings=self.settings, costs=self.costs)
@@ -99,6 +99,11 @@ class ProgramBuilder:
         layers = [Layers(sites[0], times, self.settings, row_of) for times in batches]
         side_by_side([each.forward(range(model.num_layers), [], embed=True, head=model.num_layers) for each in layers])
         return program, traffic
+
+    def _stage_of_rows(self, micro: int) -> np.ndarray:
+        """Return int [L]: the stage that runs a micro-batch in every MoE layer and round."""
+        of_layer = np.concatenate([np.full(len(layers), self.stages.order.stage_of(chunk, micro)) for chunk, layers in enumerate(self.stages.layers)])
+        return np.repeat(of_layer[list(self.model.moe_layer_ids)], self.settings.rounds)
 
     def _site(self, program: Program, stage: int) -> Site:
         port = "scale_out" if self.stages.ranks > self.cluster.devices_per_node else "scale_up"
@@ -135,14 +140,14 @@ class ProgramBuilder:
         core = sizes.attention_flops(self.model, 1.0, self.tp) * before
         return core / np.maximum(core + sizes.projection_flops(self.model, self.tp) * shape.tokens_PR, 1.0)
 
-    def _times(self, shape: PassShape, loads: StepLoads, is_prefill: bool, traffic: Traffic) -> BatchTimes:
+    def _times(self, shape: PassShape, loads: StepLoads, is_prefill: bool, traffic: Traffic, micro: int) -> BatchTimes:
         """Compute all operator times of one micro-batch; those of the MoE layers at once, [P, L, R]."""
         costs, model, tokens_PR, group, wanted = self.costs, self.model, shape.tokens_PR, shape.grouped(self.tp), self.settings.pipeline
-        moe = self._moe_times(loads, wanted.chunks, is_prefill, traffic)
+        moe = self._moe_times(loads, wanted.chunks, is_prefill, traffic, micro)
         backward: tuple[MoeTimes, ...] = ()
         if wanted.train:
             again = wanted.chunks_backward in (0, wanted.chunks)
-            backward = self._moe_times(loads, wanted.chunks if again else wanted.chunks_backward, is_prefill, traffic)
+            backward = self._moe_times(loads, wanted.chunks if again else wanted.chunks_backward, is_prefill, traffic, micro)
         return BatchTimes(
             tokens_PR=tokens_PR,
             embedding=costs.embedding(tokens_PR),
@@ -157,18 +162,18 @@ class ProgramBuilder:
             moe_backward=backward,
         )
 
-    def _moe_times(self, loads: StepLoads, chunks: int, is_prefill: bool, traffic: Traffic) -> tuple[MoeTimes, ...]:
+    def _moe_times(self, loads: StepLoads, chunks: int, is_prefill: bool, traffic: Traffic, micro: int) -> tuple[MoeTimes, ...]:
         """Return the times of every chunk: whole tokens per slot, and an equal part of the copies on every port."""
         copies = loads.pairs.ports(self.settings.algorithm(is_prefill)) if self.stages.ranks > 1 else None
         if chunks == 1:
-            return (self._chunk_times(loads.slot_PLS, copies, is_prefill, traffic),)
+            return (self._chunk_times(loads.slot_PLS, copies, is_prefill, traffic, micro),)
         if copies is not None:
             copies = Ports(**{item.name: getattr(copies, item.name) / chunks for item in fields(Ports)})
         turn_S = np.arange(loads.slot_PLS.shape[2])
         ends = [(loads.slot_PLS * index + turn_S % chunks) // chunks for index in range(chunks + 1)]
-        return tuple(self._chunk_times(after - before, copies, is_prefill, traffic) for before, after in zip(ends, ends[1:], strict=False))
+        return tuple(self._chunk_times(after - before, copies, is_prefill, traffic, micro) for before, after in zip(ends, ends[1:], strict=False))
 
-    def _chunk_times(self, slot: np.ndarray, copies: Ports | None, is_prefill: bool, traffic: Traffic) -> MoeTimes:
+    def _chunk_times(self, slot: np.ndarray, copies: Ports | None, is_prefill: bool, traffic: Traffic, micro: int) -> MoeTimes:
         if self._even:
             slot_PLRC = slot.reshape(*slot.shape[:2], *self._slot_RC.shape)
         else:
@@ -182,7 +187,8 @@ class ProgramBuilder:
                 traffic.intra_node_P[:] += time.bytes["intra_node"].sum(axis=1)
                 traffic.inter_node_P[:] += time.bytes["inter_node"].sum(axis=1)
                 for port, moved in time.port_bytes.items():
-                    traffic.port_R[port] = traffic.port_R.get(port, 0.0) + moved.sum(axis=(0, 1))
+                    by_stage = traffic.port_R.setdefault(port, np.zeros(self.cluster.num_ranks)).reshape(self.stages.count, -1)
+                    np.add.at(by_stage, self._stage_of_rows(micro), moved.sum(axis=0))
         return MoeTimes(
             dispatch=exchange.get("dispatch"),
             experts=self.costs.experts(slot_PLRC, slot_mask=None if self._even else self._mask_RC),

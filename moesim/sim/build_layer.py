@@ -114,13 +114,15 @@ class Layers:
                 if runs_shared and self.settings.shared_experts == "beside_dispatch":
                     shared = [self._shared([gate], layer)]
                 yield
-                done = [self._experts("experts", part.experts, row, [there], layer) for part, there in zip(times.moe, arrived, strict=True)]
+                for number, (part, there) in enumerate(zip(times.moe, arrived, strict=True)):
+                    waits = [self._experts("experts", part.experts, row, [there], layer)]
+                    if runs_shared and self.settings.shared_experts == "serial" and number == len(arrived) - 1:
+                        shared = [self._shared([gate], layer)]
+                        waits += shared
+                    last = [self._exchange("combine", part.combine, row, waits, layer)]
                 if runs_shared and not shared:
                     shared = [self._shared([gate], layer)]
-                serial = shared if self.settings.shared_experts == "serial" else []
-                for number, (part, ready) in enumerate(zip(times.moe, done, strict=True)):
-                    waits = [ready, *serial] if number == len(done) - 1 else [ready]
-                    last = [self._exchange("combine", part.combine, row, waits, layer), *shared]
+                last += shared
                 yield
         return last if head is None else [site.timed("head", times.head, last, head)]
 

@@ -95,10 +95,13 @@ def evaluate(
     if before is not None:
         for row, index in enumerate(holding):
             slow.hold(row, before.start[index], before.end[index])
-    # Causality makes this end: every round settles at least the next change of speed, and what lies before it is final. In order of issue two rounds do.
-    for _ in range(2 * len(program.ops) + 8):
+    # Causality makes this end: every round settles at least the next change of speed, and what lies before it is final. One round does if no Op takes
+    # SMs while one that was issued before it computes.
+    for turn in range(2 * len(program.ops) + 8):
         begin, end = slow.begin.copy(), slow.end.copy()
         times = _sweep(program, start, rates, decided, ask, spans, slow, before, keep)
+        if before is None and turn == 0 and not slow.too_late:
+            return times
         if np.allclose(begin, slow.begin, rtol=_ROUNDING, atol=0.0) and np.allclose(end, slow.end, rtol=_ROUNDING, atol=0.0):
             return times
     raise SimulationError("program: times do not settle while communication slows computation; this is a bug")
@@ -118,7 +121,11 @@ def _beside(program: Program) -> np.ndarray:
             waits.append(mask)
             lanes[op.lane] = lanes.get(op.lane, 0) | 1 << index | (mask if op.ranks_R is None else 0)
         holding = [index for index, op in enumerate(program.ops) if op.sm_share > 0]
-        found = program.cache[key] = np.array([[not waits[k] >> index & 1 for k in holding] for index in range(len(program.ops))], dtype=bool)
+        size = len(program.ops)
+        found = program.cache[key] = np.ones((size, len(holding)), dtype=bool)
+        for row, k in enumerate(holding):
+            bits = np.frombuffer(waits[k].to_bytes(-(-size // 8), "little"), dtype=np.uint8)
+            found[:, row] = np.unpackbits(bits, count=size, bitorder="little") == 0
     return found
 
 
@@ -129,7 +136,7 @@ def _slowdown(program: Program, holding: list[int], rates: RateTimeline | None, 
         op = program.ops[index]
         most[op.lane] = max(most.get(op.lane, 0.0), op.sm_share)
     floor = float(np.prod([1.0 - share for share in most.values()]))
-    return Slowdown(shape, [program.ops[index].sm_share for index in holding], floor, rates, start)
+    return Slowdown(shape, [program.ops[index].sm_share for index in holding], floor, rates, start, serial=len(most) == 1)
 
 
 def _ended_before(before: Times, since: float) -> np.ndarray:

@@ -112,8 +112,13 @@ class RateTimeline:
 class Slowdown:
     """How fast the port `sm` serves every rank while Ops with an `sm_share` hold a part of its SMs; shares beside each other multiply."""
 
-    def __init__(self, shape: tuple[int, ...], share_K: Sequence[float], floor: float, rates: RateTimeline | None, start: float) -> None:
-        """Take K Ops that as yet hold nothing; shape: of times, [R] or [P, R]; floor: the least speed that all of them together leave."""
+    def __init__(
+        self, shape: tuple[int, ...], share_K: Sequence[float], floor: float, rates: RateTimeline | None, start: float, *, serial: bool = False
+    ) -> None:
+        """Take K Ops that as yet hold nothing; shape: of times, [R] or [P, R]; floor: the least speed that all of them together leave.
+
+        serial: they follow each other on one lane, so that a rank has one of them at a time, in their order.
+        """
         self.begin = np.full((len(share_K), *shape), start)
         """float64 [K, ..., R]: when they take their SMs; `end`: when they give them back."""
         self.end = self.begin.copy()
@@ -123,15 +128,25 @@ class Slowdown:
         self._changes = np.array(changes[1:])
         self._left = np.stack(left) if len(changes) > 1 or (left and bool((left[0] < 1).any())) else None
         self._floor = floor if self._left is None else floor * float(self._left.min())
+        self._serial = serial and self._left is None
+        self._computed: np.ndarray | float = start
+        self.too_late = False
+        """Whether an Op has taken its SMs before the end of one that had been worked out without it."""
 
     def hold(self, row: int, begin: np.ndarray, end: np.ndarray) -> None:
         """Let Op `row` hold its SMs from `begin` to `end`, -inf where it does not take part."""
         self.begin[row] = np.maximum(begin, self._start)
         self.end[row] = np.maximum(end, self.begin[row])
+        self.too_late = self.too_late or bool(((self.begin[row] < self._computed) & (self.end[row] > self.begin[row])).any())
         self._first[row], self._last[row] = self.begin[row].min(), self.end[row].max()
 
     def finish(self, begin: np.ndarray, work_s: np.ndarray, beside_K: np.ndarray) -> np.ndarray:
         """Return when work begun at `begin` ends, both [..., R]; beside_K: bool, which of the K Ops can run beside it at all."""
+        end = self._finish(begin, work_s, beside_K)
+        self._computed = np.maximum(self._computed, end)
+        return end
+
+    def _finish(self, begin: np.ndarray, work_s: np.ndarray, beside_K: np.ndarray) -> np.ndarray:
         real = np.isfinite(begin)
         if not real.any():
             return begin + work_s
@@ -140,6 +155,8 @@ class Slowdown:
         rows = np.flatnonzero(beside_K & (self._last > low) & (self._first < high))
         if not len(rows) and self._left is None:
             return begin + work_s
+        if self._serial and high < np.inf and float(self._last[rows].max()) < np.inf and begin.max() < np.inf:
+            return self._one_after_another(begin, work_s, rows)
         shape = np.broadcast_shapes(begin.shape, work_s.shape, self.begin.shape[1:])
         changes = self._changes[(self._changes > low) & (self._changes < high)] if self._left is not None else self._changes[:0]
         fixed = np.append(low, changes)
@@ -161,6 +178,17 @@ class Slowdown:
         done = _pick(work, here) + _pick(speed, here) * (now - _pick(knots, here)) + work_s
         there = _last_not_after(work, done)
         return np.where(real, _pick(knots, there) + (done - _pick(work, there)) / _pick(speed, there), begin)
+
+
+    def _one_after_another(self, begin: np.ndarray, work_s: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return when work ends beside Ops of one lane: up to each, then beside it, as long as work is left."""
+        now, left = begin, work_s
+        for row in rows.tolist():
+            alone = np.minimum(np.maximum(self.begin[row] - now, 0.0), left)
+            now, left = now + alone, left - alone
+            slowed = np.minimum(np.maximum(self.end[row] - now, 0.0) * self._factor[row], left)
+            now, left = now + slowed / self._factor[row], left - slowed
+        return now + left
 
 
 def _last_not_after(keys: np.ndarray, point: np.ndarray) -> np.ndarray:
