@@ -25,10 +25,12 @@ from moesim.traces.transform import subset
 UNITS = {
     "balance": "time of the slowest rank over a perfect spread, summed over layers",
     "activated": "experts that a batch activates on the slowest rank, summed over layers",
-    "latency": "seconds of routed experts on the slowest rank, summed over layers",
+    "latency": "predicted seconds of dispatch, experts and combine on the slowest rank, summed over layers",
     "traffic": "ranks (and nodes) that a token reaches in a layer",
     "hops": "share of transitions that leave the rank (and the node)",
 }
+CURVE_POINTS = 64
+"""Loads at which the exchange is priced; between them it is interpolated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +82,7 @@ def asked_for(text: str, routings: list[RoutingTrace], *, model: MoEModel, clust
             raise TraceError(f"{routings[0].source}: holds no decode steps, so the tokens of a step are not known for {text!r}; {remedy}")
         decode = Decode(tokens=tokens, top_k=model.top_k)
         if "latency" in terms:
-            seconds = expected_seconds(CostModel(cluster, model), decode)
+            seconds = expected_seconds(CostModel(cluster, model), decode, low_latency=phase == "decode")
     if {"traffic", "hops"} & terms:
         if len(routings) > 1:
             raise InputError(f"solve: objective {text!r} takes one trace; it counts what the tokens of that trace reach")
@@ -105,12 +107,13 @@ def _steps_of(trace: RoutingTrace) -> tuple[int | None, str | None]:
     return (max(1, round(sum(steps.values()) / len(steps))) if steps else None), "decode" if decode else "prefill"
 
 
-def expected_seconds(costs: CostModel, decode: Decode) -> ExpertSeconds:
-    """Return the predicted time of every rank from the expected tokens of its slots.
+def expected_seconds(costs: CostModel, decode: Decode, *, low_latency: bool) -> ExpertSeconds:
+    """Return the predicted time of every rank from the expected tokens of its slots: its experts, and its end of dispatch and combine.
 
     A batch activates about Σ a slots of a rank; the busiest so many are given all of its tokens, and the time is interpolated between the
-    whole numbers around Σ a, because the cost model knows whole slots and whole tokens only.
+    whole numbers around Σ a, because the cost model knows whole slots and whole tokens only. low_latency: the exchange of decode.
     """
+    arrivals, ends_s = _exchange_curve(costs, decode, low_latency)
 
     def seconds(tokens_LRC: np.ndarray, mask_LRC: np.ndarray) -> np.ndarray:
         tokens = np.where(mask_LRC, tokens_LRC, 0.0)
@@ -119,13 +122,37 @@ def expected_seconds(costs: CostModel, decode: Decode) -> ExpertSeconds:
         order = np.argsort(np.where(mask_LRC, -tokens, 1.0), axis=2, kind="stable")
         tokens, mask = np.take_along_axis(tokens, order, axis=2), np.take_along_axis(np.broadcast_to(mask_LRC, tokens.shape), order, axis=2)
         total, sums = tokens.sum(axis=2), np.cumsum(tokens, axis=2)
-        low = np.minimum(np.floor(active_LR), (tokens > 0).sum(axis=2)).astype(np.int64)
+        some = (tokens > 0).sum(axis=2)
+        low = np.minimum(np.floor(active_LR), some).astype(np.int64)
         times = []
-        for count in (low, np.minimum(low + 1, (tokens > 0).sum(axis=2))):
+        for count in (low, np.minimum(low + 1, some)):
             held = np.take_along_axis(sums, np.maximum(count - 1, 0)[..., None], axis=2)[..., 0]
             stretch = np.divide(total, held, out=np.zeros_like(total), where=(held > 0) & (count > 0))
             part = np.where(np.arange(tokens.shape[2]) < count[..., None], tokens * stretch[..., None], 0.0)
             times.append(costs.experts(part, slot_mask=mask).seconds)
-        return np.asarray(times[0] + np.clip(active_LR - low, 0.0, 1.0) * (times[1] - times[0]))
+        experts = times[0] + np.clip(active_LR - low, 0.0, 1.0) * (times[1] - times[0])
+        return np.asarray(experts + np.interp(total, arrivals, ends_s))
 
     return seconds
+
+
+def _exchange_curve(costs: CostModel, decode: Decode, low_latency: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return assignments that arrive at a rank and the seconds to receive them and to send the answers, if all sources send alike."""
+    ranks, top_k = costs.cluster.num_ranks, decode.top_k
+    nodes = max(1, ranks // costs.cluster.devices_per_node)
+    arrivals = np.concatenate(([0.0], np.geomspace(1.0, decode.tokens * top_k + 1.0, CURVE_POINTS)))
+    own = arrivals[:, None, None] / ranks
+    if low_latency:
+        copies = costs.copies("low_latency", assign_RR=np.broadcast_to(own, (len(arrivals), ranks, ranks)))
+        algorithm = "low_latency"
+    else:
+        # a token goes once to every rank and node that holds some of its choices
+        tokens = own * ranks / top_k
+        copies = costs.copies(
+            "normal",
+            copy_RR=np.broadcast_to(tokens * (1 - (1 - 1 / ranks) ** top_k), (len(arrivals), ranks, ranks)),
+            node_RN=np.broadcast_to(tokens * (1 - (1 - 1 / nodes) ** top_k), (len(arrivals), ranks, nodes)),
+        )
+        algorithm = "normal"
+    ends = costs.exchange(algorithm, "dispatch", copies=copies).recv_s + costs.exchange(algorithm, "combine", copies=copies).send_s
+    return arrivals, np.maximum.accumulate(ends.max(axis=1))

@@ -74,6 +74,7 @@ def solve(
     from moesim.api.objectives import asked_for
     from moesim.solvers.objective import BALANCE
     from moesim.solvers.problem import PlacementProblem
+    from moesim.solvers.recount import recount
     from moesim.solvers.registry import default_solver, to_plan
     from moesim.solvers.registry import solve as run_solver
     from moesim.solvers.result import ObjectiveResult
@@ -150,6 +151,7 @@ def solve(
         else {
             "value": cost,
             "bound": result.cost_bound if isinstance(result, ObjectiveResult) else None,
+            "balanced": None,
             "unit": asked.unit,
             "batch_tokens": asked.batch_tokens,
             "phase": asked.phase,
@@ -173,13 +175,15 @@ def solve(
         "frontier": None,
         "break_even_steps": None,
     }
+    others = {} if old is None else {"running": old}
+    if isinstance(result, ObjectiveResult) and result.objective != "balance":
+        # what the other objective is worth: the balanced plan of the same slots
+        balanced = run_solver(replace(problem, objective=BALANCE), "greedy", seed=seed, deadline=limit).slot_to_expert_LS
+        report["cost"]["balanced"] = recount(problem, balanced.tolist())
+        others["balanced"] = replace(plan, slot_to_expert_LS=balanced, share_LS=None)
     # the simulated devices are equal: unequal speeds have no prediction
     outlook = Outlook(asked.routings[0], moe_model, cluster, batch, seed) if predict and speeds is None else None
     if outlook is not None:
-        others = {} if old is None else {"running": old}
-        if isinstance(result, ObjectiveResult) and result.objective != "balance":
-            balanced = run_solver(replace(problem, objective=BALANCE), "greedy", seed=seed, deadline=limit)
-            others["balanced"] = replace(plan, slot_to_expert_LS=balanced.slot_to_expert_LS, share_LS=None)
         outlook.add_to(report, plan, others)
     if old is not None:
         migration = migration_cost(old, plan, cluster, expert_bytes)

@@ -124,6 +124,8 @@ def print_solution(report: dict[str, Any]) -> None:
         cost = report["cost"]
         least = "" if cost["bound"] is None else f", no placement below {cost['bound']:.6g}"
         rows.append(("cost", f"{cost['value']:.6g}{least}"))
+        if cost["balanced"] is not None:
+            rows.append(("cost of the balanced plan", f"{cost['balanced']:.6g}"))
         note(f"cost: {cost['unit']}" + (f"; {cost['batch_tokens']} tokens per step" if cost["batch_tokens"] else ""))
     if report["moved"]["slots"] is not None:
         migration = report["migration"]

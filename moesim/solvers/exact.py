@@ -1,7 +1,7 @@
 """Exact solvers for small problems: one integer program per layer, proven or honestly not.
 
-Both minimise a layer's cost Σ_k weight·(time of the slowest rank) over copies and placement. Binary n[e, c]: expert e has
-c copies; y[e, c, r]: of which y sit on rank r. Symmetry: ranks with equal slots and speed are ordered by load. The
+Both minimise a layer's cost Σ_k weight·(time of the slowest rank) over copies and placement, a copy's time being load / c for `balance`
+and the chance that a batch activates it for `activated`. Binary n[e, c]: expert e has c copies; y[e, c, r]: of which y sit on rank r. Symmetry: ranks with equal slots and speed are ordered by load. The
 greedy solution is the warm start and caps the size of a copy. Loads are scaled so that a perfectly balanced layer
 costs 1. Only the mean risk over windows separates by layer; `worst` and `cvar` are for the solver greedy.
 """
@@ -9,7 +9,7 @@ costs 1. Only the mean risk over windows separates by layer; `worst` and `cvar` 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,12 @@ from moesim.errors import InputError, describe
 from moesim.solvers import metrics
 from moesim.solvers.bounds import layer_bound_KL
 from moesim.solvers.greedy import search_table_LRC
-from moesim.solvers.packing import to_slots_LS
+from moesim.solvers.objectives import score, solve_descent
+from moesim.solvers.packing import from_slots_LRC, to_slots_LS
 from moesim.solvers.problem import PlacementProblem
 from moesim.solvers.result import OPTIMAL_GAP, PlacementResult, cost_weight_KL, make_result
 from moesim.solvers.search import Deadline
-from moesim.solvers.state import SearchState
+from moesim.solvers.terms import Terms
 
 MAX_VARIABLES = 200_000
 """Variables of one layer beyond which an exact solver cannot be expected to help."""
@@ -32,8 +33,8 @@ MAX_VARIABLES = 200_000
 class LayerModel:
     """One layer as an integer program."""
 
-    load_KE: np.ndarray
-    """float64 [K, E], scaled: a perfectly balanced window takes time 1."""
+    size_KEN: np.ndarray
+    """float64 [K, E, N]: load of one copy of an expert that has n + 1, scaled: a perfectly balanced window takes time 1."""
     weight_K: np.ndarray
     """float64 [K], summing to 1."""
     fill_R: np.ndarray
@@ -47,6 +48,12 @@ class LayerModel:
     hint_RC: np.ndarray
     """Known placement, ranks of a kind by falling load."""
     hint_cost: float
+
+    def sizes_KE(self, table_RC: np.ndarray) -> np.ndarray:
+        """Return float64 [K, E]: load of a copy of every expert in a placement."""
+        experts = self.size_KEN.shape[1]
+        copies = np.maximum(np.bincount(table_RC[table_RC >= 0], minlength=experts), 1)
+        return np.asarray(self.size_KEN[:, np.arange(experts), copies - 1])
 
     def rank_kinds(self) -> list[tuple[int, int]]:
         """Return pairs of consecutive equal ranks, the first of which is to carry at least the load of the second."""
@@ -76,11 +83,16 @@ LayerSolver = Callable[[LayerModel, float | None], LayerAnswer]
 
 def solve_layers(problem: PlacementProblem, name: str, deadline: Deadline, solve_layer: LayerSolver) -> PlacementResult:
     """Solve layer by layer, dividing the time that is left equally among the layers that are left."""
-    weight_KL = cost_weight_KL(problem, problem.weight_K)
-    table, _, _, bound_KL = search_table_LRC(problem, {}, deadline, layer_bound_KL(problem))
-    ideal_KL = metrics.ideal_KL(problem.load_KLE, problem.speed_R)
-    state = SearchState.of(problem.load_KLE, weight_KL, table, problem.speed_R, allow_duplicates=problem.allow_duplicates_on_rank)
-    cost, floor = state.cost_L(), (bound_KL * weight_KL).sum(axis=0)
+    terms = Terms(problem)
+    if problem.objective.alone == "activated":
+        weight_KL = np.repeat(problem.weight_K[:, None], problem.num_layers, axis=1)
+        start = solve_descent(replace(problem, previous=None), deadline=deadline).slot_to_expert_LS
+        table, bound_KL, ideal_KL = from_slots_LRC(start, problem.slots_per_rank_R), terms.active_bound_KL(), terms.active_KL()
+    else:
+        weight_KL = cost_weight_KL(problem, problem.weight_K)
+        table, _, _, bound_KL = search_table_LRC(problem, {}, deadline, layer_bound_KL(problem))
+        ideal_KL = metrics.ideal_KL(problem.load_KLE, problem.speed_R)
+    cost, floor = terms.cost_L(to_slots_LS(table, problem.slots_per_rank_R)), (bound_KL * weight_KL).sum(axis=0)
     proven_cost = floor.copy()
     cut, steps = False, 0
     for layer in range(problem.num_layers):
@@ -91,7 +103,7 @@ def solve_layers(problem: PlacementProblem, name: str, deadline: Deadline, solve
         if left is not None and left <= 0:
             cut = True
             break
-        model = _layer_model(problem, layer, table[layer], bound_KL, weight_KL, ideal_KL, float(cost[layer]) / scale)
+        model = _layer_model(terms, layer, table[layer], bound_KL, weight_KL, ideal_KL, float(cost[layer]) / scale)
         answer = solve_layer(model, left)
         steps += answer.steps
         cut |= not answer.proven
@@ -105,26 +117,29 @@ def solve_layers(problem: PlacementProblem, name: str, deadline: Deadline, solve
         from moesim.solvers.assignment import relabel_LS
 
         slots = relabel_LS(problem, slots)
+    if problem.objective.alone == "activated":
+        return score(terms, slots, solver=name, status=status, iterations=steps, bound_L=proven_cost)
     return make_result(problem, slots, solver=name, status=status, iterations=steps, bound_KL=bound_KL, cost_bound_L=proven_cost)
 
 
 def _layer_model(
-    problem: PlacementProblem, layer: int, hint_RC: np.ndarray, bound_KL: np.ndarray, weight_KL: np.ndarray, ideal_KL: np.ndarray, hint_cost: float
+    terms: Terms, layer: int, hint_RC: np.ndarray, bound_KL: np.ndarray, weight_KL: np.ndarray, ideal_KL: np.ndarray, hint_cost: float
 ) -> LayerModel:
+    problem = terms.problem
     loaded = (ideal_KL[:, layer] > 0) & (weight_KL[:, layer] > 0)
     ideal = ideal_KL[loaded, layer]
-    load = problem.load_KLE[loaded, layer] / ideal[:, None]
     weight = weight_KL[loaded, layer] * ideal
     weight = weight / weight.sum()
     fill, speed = problem.fill_R, problem.speed_R
     extra = int(fill.sum()) - problem.num_experts
     most = extra + 1 if problem.allow_duplicates_on_rank else min(extra + 1, int((fill > 0).sum()))
+    size = terms.copy_size_KEN(layer, most)[loaded] / ideal[:, None, None]
     fewest = np.ones(problem.num_experts, dtype=np.int64)
     for k, share in enumerate(weight):
         # no copy may by itself make a window slower than what the hint leaves room for
         others = float(weight @ (bound_KL[loaded, layer] / ideal)) - share * float(bound_KL[loaded, layer][k] / ideal[k])
         room = (hint_cost - others) / share * float(speed.max()) * (1 + 1e-9)
-        fewest = np.maximum(fewest, np.ceil(load[k] / room - 1e-9).astype(np.int64))
+        fewest = np.maximum(fewest, 1 + (size[k] > room * (1 + 1e-9)).sum(axis=1))
     copies = tuple(range(int(low), max(most, int(low)) + 1) for low in np.minimum(fewest, most))
     if sum(len(one) for one in copies) * (problem.num_ranks + 1) > MAX_VARIABLES:
         raise InputError(
@@ -137,13 +152,13 @@ def _layer_model(
             )
         )
     order = np.arange(problem.num_ranks)
-    size = (load * weight[:, None]) / np.bincount(hint_RC[hint_RC >= 0], minlength=problem.num_experts)
-    rank_load = np.where(hint_RC >= 0, size.sum(axis=0)[np.maximum(hint_RC, 0)], 0.0).sum(axis=1)
+    held = size[:, np.arange(problem.num_experts), np.bincount(hint_RC[hint_RC >= 0], minlength=problem.num_experts) - 1]
+    rank_load = np.where(hint_RC >= 0, (weight @ held)[np.maximum(hint_RC, 0)], 0.0).sum(axis=1)
     for kind in {(int(slots), float(pace)) for slots, pace in zip(fill, speed, strict=True)}:
         members = np.flatnonzero((fill == kind[0]) & (speed == kind[1]))
         order[members] = members[np.argsort(-rank_load[members], kind="stable")]
     return LayerModel(
-        load_KE=load,
+        size_KEN=size,
         weight_K=weight,
         fill_R=fill,
         speed_R=speed,
@@ -156,8 +171,7 @@ def _layer_model(
 
 
 def _cost(model: LayerModel, table_RC: np.ndarray) -> float:
-    size = model.load_KE / np.maximum(np.bincount(table_RC[table_RC >= 0], minlength=model.load_KE.shape[1]), 1)
-    time = np.where(table_RC >= 0, size[:, np.maximum(table_RC, 0)], 0.0).sum(axis=2) / model.speed_R
+    time = np.where(table_RC >= 0, model.sizes_KE(table_RC)[:, np.maximum(table_RC, 0)], 0.0).sum(axis=2) / model.speed_R
     return float(model.weight_K @ time.max(axis=1))
 
 

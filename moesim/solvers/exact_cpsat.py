@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moesim.errors import InfeasibleError, InputError
+from moesim.errors import InfeasibleError
 from moesim.solvers.exact import LayerAnswer, LayerModel, LayerSolver, solve_layers, table_of, threads_of
 from moesim.solvers.greedy import int_option
 from moesim.solvers.problem import PlacementProblem
@@ -30,15 +30,21 @@ def solve_cpsat(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline 
 
 
 def layer_solver(*, seed: int, threads: int, max_effort: int) -> LayerSolver:
-    """Return a solver of layer programs; raise InputError if OR-Tools is not installed."""
+    """Return a solver of layer programs; raise InfeasibleError if OR-Tools is not installed."""
     try:
         from ortools.sat.python import cp_model
     except ImportError:
-        raise InputError('solver cp-sat: OR-Tools is not installed; pip install "moesim[solvers]", or use the solver greedy') from None
+        raise InfeasibleError(
+            'solver cp-sat: OR-Tools is not installed; pip install "moesim[solvers]", or use the solver greedy',
+            requirement="an installed solver",
+            where="solver cp-sat",
+            missing="ortools",
+            relaxation="--solver greedy",
+        ) from None
 
     def solve(model: LayerModel, seconds: float | None) -> LayerAnswer:
         program = cp_model.CpModel()
-        windows, experts = model.load_KE.shape
+        windows, experts, _ = model.size_KEN.shape
         ranks = range(len(model.fill_R))
         held = np.stack([np.bincount(row[row >= 0], minlength=experts) for row in model.hint_RC])
         load: list[list[list]] = [[[] for _ in ranks] for _ in range(windows)]
@@ -58,9 +64,10 @@ def layer_solver(*, seed: int, threads: int, max_effort: int) -> LayerSolver:
                     program.add_hint(placed[copies, rank], int(held[rank, expert]) if hinted else 0)
                     for k in range(windows):
                         # floor: the relaxed side
-                        load[k][rank].append(int(model.load_KE[k, expert] / copies / model.speed_R[rank] * UNITS) * placed[copies, rank])
+                        load[k][rank].append(int(model.size_KEN[k, expert, copies - 1] / model.speed_R[rank] * UNITS) * placed[copies, rank])
             on.append(placed)
-        top = int(4 * max(float(model.load_KE.sum(axis=1).max()), 1.0) / float(model.speed_R.min()) * UNITS)
+        whole_KE = (model.size_KEN * np.arange(1, model.size_KEN.shape[2] + 1)).max(axis=2)
+        top = int(4 * max(float(whole_KE.sum(axis=1).max()), 1.0) / float(model.speed_R.min()) * UNITS)
         time = [program.new_int_var(int(model.floor_K[k] * UNITS * (1 - 1e-9)), top, f"z_{k}") for k in range(windows)]
         for rank in ranks:
             program.add(sum(variable for placed in on for (_, where), variable in placed.items() if where == rank) == int(model.fill_R[rank]))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moesim.errors import InfeasibleError, InputError
+from moesim.errors import InfeasibleError
 from moesim.solvers.exact import LayerAnswer, LayerModel, LayerSolver, solve_layers, table_of, threads_of
 from moesim.solvers.greedy import int_option
 from moesim.solvers.problem import PlacementProblem
@@ -30,12 +30,18 @@ def solve_milp(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline =
 
 
 def layer_solver(*, seed: int, threads: int, max_nodes: int) -> LayerSolver:
-    """Return a solver of layer programs; raise InputError if PuLP or HiGHS is not installed."""
+    """Return a solver of layer programs; raise InfeasibleError if PuLP or HiGHS is not installed."""
     try:
         import highspy
         import pulp
     except ImportError:
-        raise InputError('solver milp: PuLP and HiGHS are not installed; pip install "moesim[solvers]", or use the solver greedy') from None
+        raise InfeasibleError(
+            'solver milp: PuLP and HiGHS are not installed; pip install "moesim[solvers]", or use the solver greedy',
+            requirement="an installed solver",
+            where="solver milp",
+            missing="pulp, highspy",
+            relaxation="--solver greedy",
+        ) from None
 
     class WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
         """PuLP's HiGHS with a start solution."""
@@ -101,7 +107,7 @@ def _table(model: LayerModel, copies_on: list[dict[tuple[int, int], Any]]) -> np
 
 def _program(pulp: Any, model: LayerModel) -> tuple[Any, dict[str, float], list[dict[tuple[int, int], Any]]]:
     """Return the program, the start value of every variable, and the y variables of every expert by (copies, rank)."""
-    windows, experts = model.load_KE.shape
+    windows, experts, _ = model.size_KEN.shape
     ranks = range(len(model.fill_R))
     program = pulp.LpProblem("layer", pulp.LpMinimize)
     # PuLP 3.3 moved the making of variables from a class to the problem, and warns about the old way
@@ -127,7 +133,7 @@ def _program(pulp: Any, model: LayerModel) -> tuple[Any, dict[str, float], list[
                 program += placed[copies, rank] <= min(copies, model.most_per_rank) * chosen
                 start[placed[copies, rank].name] = float(held[rank, expert]) * start[chosen.name]
                 for k in range(windows):
-                    load[k][rank].append(float(model.load_KE[k, expert] / copies) * placed[copies, rank])
+                    load[k][rank].append(float(model.size_KEN[k, expert, copies - 1]) * placed[copies, rank])
         on.append(placed)
     for rank in ranks:
         program += pulp.lpSum(variable for placed in on for (_, where), variable in placed.items() if where == rank) == int(model.fill_R[rank])
@@ -136,7 +142,7 @@ def _program(pulp: Any, model: LayerModel) -> tuple[Any, dict[str, float], list[
     for first, second in model.rank_kinds():
         total = [pulp.lpSum(float(weight) * pulp.lpSum(load[k][rank]) for k, weight in enumerate(model.weight_K)) for rank in (first, second)]
         program += total[0] >= total[1]
-    size = model.load_KE / np.maximum(held.sum(axis=0), 1)
+    size = model.sizes_KE(model.hint_RC)
     for k in range(windows):
         start[time[k].name] = float(max(((held * size[k]).sum(axis=1) / model.speed_R).max(), model.floor_K[k]))
     return program, start, on

@@ -2,7 +2,8 @@
 
 Swaps are searched on loads c·a(c), exact while the counts of copies c stay, and on rank loads; for a term that swaps cannot see (a
 predicted time, traffic) candidates come from several mixtures of the two, and from traffic planned under several caps on the load.
-Every layer keeps the cheapest candidate, the balanced placement of `greedy` among them. Shapes: L layers, E experts, S slots.
+Every layer keeps the cheapest candidate, the balanced placement of `greedy` among them; random swaps and reassigned slots then
+lower the cost itself, whatever it is, but for traffic. Shapes: L layers, E experts, S slots, N trial placements.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ MIXTURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SLACKS = (0.02, 0.1, 0.4, None)
 """Caps on the busiest rank, over a balanced plan's, under which traffic is planned."""
 ROUNDS = 1000
+TRIAL_CELLS, PREDICTED_CELLS = 1_000_000, 200_000
+"""Slots, over layers, windows and trials, of a round of random moves; fewer where a time is predicted."""
+MAX_TRIALS = 128
+TRIAL_ROUNDS = 60
+PATIENCE = 6
+"""Rounds without a better placement in any layer after which random moves end."""
 FEW_ROUNDS = 8
 """Swap rounds between two looks at the cost, where the swaps do not see all of it."""
 
@@ -46,6 +53,9 @@ def solve_descent(problem: PlacementProblem, *, seed: int = 0, deadline: Deadlin
         other_L = terms.cost_L(table)
         wins = other_L < cost_L * (1 - 1e-12)
         best[wins], cost_L[wins] = table[wins], other_L[wins]
+    if "traffic" not in terms.weights:
+        made, cut = _try_moves(terms, best, cost_L, seed, deadline)
+        moves, late = moves + made, late or cut
     if problem.previous is not None:
         # ranks of different nodes are not interchangeable where tokens count the nodes that they reach
         same = problem.objective.weight("traffic") == 0 or problem.num_nodes == 1
@@ -53,9 +63,9 @@ def solve_descent(problem: PlacementProblem, *, seed: int = 0, deadline: Deadlin
     return score(terms, best, solver="descent", status="TIME_LIMIT" if late else "FEASIBLE", iterations=moves)
 
 
-def score(terms: Terms, table_LS: np.ndarray, *, solver: str, status: str, iterations: int = 0) -> ObjectiveResult:
-    """Return a placement with its cost, its proof and the honest name of its status."""
-    cost_L, bound_L = terms.cost_L(table_LS), terms.bound_L()
+def score(terms: Terms, table_LS: np.ndarray, *, solver: str, status: str, iterations: int = 0, bound_L: np.ndarray | None = None) -> ObjectiveResult:
+    """Return a placement with its cost, its proof and the honest name of its status. bound_L: a proven cost [L] above that of `terms`, if there is one."""
+    cost_L, bound_L = terms.cost_L(table_LS), terms.bound_L() if bound_L is None else bound_L
     if (bound_L > cost_L * (1 + 1e-7) + 1e-300).any():
         assert "latency" in terms.weights, f"bound {bound_L} is above the cost {cost_L}"
         raise InputError("solve: expert_seconds gave a rank less time for more tokens or slots; it must not fall")
@@ -140,6 +150,50 @@ def _fanouts(problem: PlacementProblem, start_LS: np.ndarray, deadline: Deadline
         )
         found = solve_fanout(asked, deadline=deadline)
         yield found.slot_to_expert_LS, found.iterations, found.status == "TIME_LIMIT"
+
+
+def _try_moves(terms: Terms, best_LS: np.ndarray, cost_L: np.ndarray, seed: int, deadline: Deadline) -> tuple[int, bool]:
+    """Lower the cost in place by the best of many random moves per layer and round; return the moves made and whether time ran out."""
+    layers, slots = best_LS.shape
+    cells = PREDICTED_CELLS if "latency" in terms.weights else TRIAL_CELLS
+    trials = int(np.clip(cells // (layers * slots * terms.problem.num_windows), 1, MAX_TRIALS))
+    many, row = terms.repeated(trials), np.arange(layers)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    made = idle = 0
+    for _ in range(TRIAL_ROUNDS):
+        if idle == PATIENCE:
+            break
+        if expired(deadline):
+            return made, True
+        tables = _neighbours(terms, np.repeat(best_LS, trials, axis=0), generator)
+        # every second trial is a pair of moves: where no single one helps, two may
+        tables[1::2] = _neighbours(terms, tables[1::2], generator)
+        cost = many.cost_L(tables).reshape(layers, trials)
+        at = cost.argmin(axis=1)
+        wins = cost[row, at] < cost_L * (1 - 1e-9)
+        best_LS[wins], cost_L[wins] = tables.reshape(layers, trials, slots)[row, at][wins], cost[row, at][wins]
+        made, idle = made + int(wins.sum()), 0 if wins.any() else idle + 1
+    return made, False
+
+
+def _neighbours(terms: Terms, table_NS: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Return every placement after a random swap of two slots, or with a replica's slot given to another expert; unchanged where that is not legal."""
+    problem = terms.problem
+    row, rank_S = np.arange(len(table_NS)), problem.slot_rank_S
+    one, other = generator.integers(table_NS.shape[1], size=(2, len(table_NS)))
+    mine, theirs = table_NS[row, one], table_NS[row, other]
+    copies = copies_LE(problem, table_NS)
+    give = (generator.random(len(table_NS)) < 0.5) & (copies[row, mine] > 1) & (copies[row, theirs] < terms.most_copies)
+
+    def lacks(slot: np.ndarray, expert: np.ndarray) -> np.ndarray:
+        return ~((rank_S == rank_S[slot][:, None]) & (table_NS == expert[:, None])).any(axis=1) | problem.allow_duplicates_on_rank
+
+    legal = (mine >= 0) & (theirs >= 0) & (mine != theirs) & lacks(one, theirs) & (give | lacks(other, mine))
+    result = table_NS.copy()
+    result[row[legal], one[legal]] = theirs[legal]
+    swapped = legal & ~give
+    result[row[swapped], other[swapped]] = mine[swapped]
+    return result
 
 
 def _cold_copies_LE(terms: Terms) -> np.ndarray:

@@ -132,8 +132,8 @@ register("descent", solve_descent, terms=("balance", "activated", "latency", "tr
 register("affinity", solve_affinity, terms=("traffic", "hops"), options=("load_slack",))
 register("repair", solve_repair, keeps_budget=True, options=("risk", "frontier", "fits"))
 register("robust", solve_robust, options=("risk", "validation", "modes"))
-register("milp", solve_milp, options=("threads", "max_nodes"))
-register("cp-sat", solve_cpsat, options=("threads", "max_effort"))
+register("milp", solve_milp, options=("threads", "max_nodes"), terms=("balance", "activated"))
+register("cp-sat", solve_cpsat, options=("threads", "max_effort"), terms=("balance", "activated"))
 for _name, _solver in (("eplb", solve_eplb), ("eplb-global", solve_eplb_global), ("eplb-zigzag", solve_eplb_zigzag)):
     register(_name, _solver, may_duplicate=True, baseline=True)
 for _name, _solver in (("linear", solve_linear), ("round_robin", solve_round_robin), ("random", solve_random)):

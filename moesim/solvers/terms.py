@@ -7,6 +7,8 @@ copies as there may be. Shapes: K windows, L layers, E experts, S slots, R ranks
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from moesim.solvers import metrics
@@ -33,6 +35,7 @@ class Terms:
         self.decode = Decode(tokens=1, top_k=1) if decode is None else decode
         self.pick_KLE = self.decode.pick_KLE(problem.load_KLE)
         self.most_copies = int(problem.fill_R.sum()) if problem.allow_duplicates_on_rank else int((problem.fill_R > 0).sum())
+        self._ideal_K = self._load_KL().sum(axis=1)
         self._ideal = {term: self._ideal_of(term) for term in self.weights}
 
     def cost_L(self, table_LS: np.ndarray) -> np.ndarray:
@@ -54,23 +57,39 @@ class Terms:
             return 1.0
         return self.weights[term] / self._ideal[term] if self._ideal[term] > 0 else 0.0
 
+    def repeated(self, times: int) -> Terms:
+        """Return the same with every layer standing `times` in a row, so that so many placements of it are priced at once (not for traffic)."""
+        problem = replace(self.problem, load_KLE=np.repeat(self.problem.load_KLE, times, axis=1), previous=None)
+        result = Terms(problem)
+        result._ideal = self._ideal
+        result._ideal_K = self._ideal_K
+        return result
+
     # --- loads that swaps are searched on -------------------------------------------------------
 
     def proxy_KLE(self, copies: np.ndarray) -> np.ndarray:
         """Return c·a(c): loads that, split among the copies, are the activations of the slots."""
         return copies * self.decode.active(self.pick_KLE / np.maximum(copies, 1))
 
+    def copy_size_KEN(self, layer: int, most: int) -> np.ndarray:
+        """Return float64 [K, E, N]: what one copy of an expert with n + 1 copies (up to `most`) adds to its rank under the only term."""
+        copies = np.arange(1, most + 1)
+        if "activated" in self.weights:
+            return self.decode.active(self.pick_KLE[:, layer, :, None] / copies)
+        return np.asarray(self.problem.load_KLE[:, layer, :, None] / copies)
+
     def proxy_weights(self, balance: float) -> tuple[np.ndarray, np.ndarray]:
         """Return the weights [K] of rank loads and of activations in a search that gives balance this part of the weight."""
-        share, ideal_K = self.problem.weight_K, self._load_KL().sum(axis=1)
+        share, ideal_K = self.problem.weight_K, self._ideal_K
         loads = np.divide(balance * share, ideal_K, out=np.zeros(len(share)), where=ideal_K > 0)
-        active = float(share @ self._active_KL().sum(axis=1))
+        active = float(share @ self.active_KL().sum(axis=1))
         return loads, share * ((1 - balance) / active if active > 0 else 0.0)
 
     def _load_KL(self) -> np.ndarray:
         return metrics.ideal_KL(self.problem.load_KLE, self.problem.speed_R)
 
-    def _active_KL(self) -> np.ndarray:
+    def active_KL(self) -> np.ndarray:
+        """Return float64 [K, L]: activations of a rank if one copy of every expert were spread in proportion to speed."""
         return np.asarray(self.decode.active(self.pick_KLE).sum(axis=2) / self.problem.speed_R.sum())
 
     # --- the terms ------------------------------------------------------------------------------
@@ -80,7 +99,7 @@ class Terms:
         if term == "balance":
             return float(problem.weight_K[self._load_KL().sum(axis=1) > 0].sum())
         if term == "activated":
-            return float(problem.weight_K @ self._active_KL().sum(axis=1))
+            return float(problem.weight_K @ self.active_KL().sum(axis=1))
         if term == "traffic":
             routes, experts = objective.routes, problem.num_experts
             assert routes is not None
@@ -104,9 +123,12 @@ class Terms:
         proxy = self.proxy_KLE(copies_LE(problem, table_LS))
         return np.asarray(problem.weight_K @ metrics.rank_time_KLR(table_LS, problem.slot_rank_S, proxy, problem.speed_R).max(axis=2))
 
+    def active_bound_KL(self) -> np.ndarray:
+        """Return float64 [K, L]: activations that the slowest rank cannot get below."""
+        return np.maximum(self.active_KL(), self.decode.active(self.pick_KLE.max(axis=2) / self.most_copies) / self._fastest)
+
     def _activated_bound_L(self) -> np.ndarray:
-        hottest = self.decode.active(self.pick_KLE.max(axis=2) / self.most_copies) / self._fastest
-        return np.asarray(self.problem.weight_K @ np.maximum(self._active_KL(), hottest))
+        return np.asarray(self.problem.weight_K @ self.active_bound_KL())
 
     def _latency_L(self, table_LS: np.ndarray) -> np.ndarray:
         problem = self.problem
@@ -120,13 +142,13 @@ class Terms:
         return seconds
 
     def _latency_bound_L(self) -> np.ndarray:
-        problem = self.problem
-        shape = (problem.num_layers, problem.num_ranks, 1)
-        tokens_KL = self.decode.tokens * self.pick_KLE.max(axis=2) / self.most_copies
-        expert_seconds = problem.objective.expert_seconds
+        expert_seconds, filled = self.problem.objective.expert_seconds, self._filled_LRC()
         assert expert_seconds is not None
-        lone = [np.asarray(expert_seconds(np.broadcast_to(one[:, None, None], shape).copy(), np.ones(shape, dtype=bool))).min(axis=1) for one in tokens_KL]
-        return np.asarray(problem.weight_K @ np.stack(lone)) / self._fastest
+        first = filled & (np.arange(filled.shape[2]) == 0)
+        tokens_KL = self.decode.tokens * self.pick_KLE.max(axis=2) / self.most_copies
+        # the hottest expert's copies sit on some rank; whatever else that rank holds is given no tokens
+        lone = [np.asarray(expert_seconds(first * one[:, None, None], filled))[:, self.problem.fill_R > 0].min(axis=1) for one in tokens_KL]
+        return np.asarray(self.problem.weight_K @ np.stack(lone)) / self._fastest
 
     def _traffic_L(self, table_LS: np.ndarray) -> np.ndarray:
         from moesim.solvers.affinity.scores import distinct_L

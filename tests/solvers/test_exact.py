@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesim.errors import InputError
+from moesim.errors import InfeasibleError, InputError
 from moesim.solvers.problem import PlacementProblem
 from moesim.solvers.registry import solve
 from moesim.solvers.result import OPTIMAL_GAP
@@ -96,5 +96,6 @@ def test_a_missing_library_names_the_remedy(solver: str, module: str, monkeypatc
 
     monkeypatch.setattr(builtins, "__import__", without)
     problem = PlacementProblem(load_KLE=lognormal(1, 6), num_ranks=2, slots_per_rank_R=np.array(4))
-    with pytest.raises(InputError, match=r'pip install "moesim\[solvers\]"'):
+    with pytest.raises(InfeasibleError, match=r'pip install "moesim\[solvers\]"') as caught:
         solve(problem, solver)
+    assert caught.value.missing is not None and module in str(caught.value.missing) and caught.value.relaxation == "--solver greedy"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from moesim.errors import InputError
 from moesim.solvers.activation import Decode, activated_L, serve_once_LS
+from moesim.solvers.affinity.routes import TokenRoutes
 from moesim.solvers.objective import ExpertSeconds, Objective
 from moesim.solvers.problem import PlacementProblem
 from moesim.solvers.recount import recount
@@ -168,6 +171,111 @@ def test_unknown_or_incomplete_objectives_are_refused(objective: str) -> None:
     with pytest.raises(InputError):
         solve_for(problem_of(np.ones((1, 8)), slots_per_rank_R=np.array(2)), objective, DECODE)
     with pytest.raises(InputError, match="must not fall"):
-        solve_for(problem_of(zipf(1, 32, 1.0)), "latency", DECODE, expert_seconds=lambda tokens, mask: 9.0 / mask.sum(axis=2))
+        solve_for(problem_of(zipf(1, 32, 1.0)), "latency", DECODE, expert_seconds=lambda tokens, mask: 9.0 / (1 + tokens.sum(axis=2)))
     with pytest.raises(InputError, match="top_k"):
         Decode(tokens=1, top_k=0)
+
+
+def every_table(problem: PlacementProblem) -> Iterator[list[int]]:
+    """Yield every placement of a single layer: every choice of experts on every rank that leaves none out."""
+    choices = [list(itertools.combinations(range(problem.num_experts), int(fill))) for fill in problem.fill_R]
+    for sets in itertools.product(*choices):
+        if len(set(itertools.chain(*sets))) == problem.num_experts:
+            yield [expert for held in sets for expert in held]
+
+
+@pytest.mark.parametrize("slots", [[3, 3], [4, 3], [2, 2, 2], [3, 2, 2]])
+@pytest.mark.parametrize("text", ["activated", "balance+activated:0.4", "latency"])
+def test_no_placement_of_a_small_problem_beats_the_bound_and_few_the_search(slots: list[int], text: str) -> None:
+    objective = Objective.parse(text, decode=Decode(tokens=8, top_k=2), expert_seconds=seconds)
+    problem = PlacementProblem(load_KLE=lognormal(1, 6, seed=3, sigma=1.0), num_ranks=len(slots), slots_per_rank_R=np.array(slots), objective=objective)
+    result = solve(problem)
+    assert isinstance(result, ObjectiveResult)
+    least = min(recount(problem, [row]) for row in every_table(problem))
+    assert result.cost_bound <= least * (1 + 1e-9) and least <= result.cost * (1 + 1e-9)
+    assert result.cost <= 1.03 * least
+
+
+@pytest.mark.parametrize("solver", ["milp", "cp-sat"])
+def test_exact_solvers_find_the_fewest_activations(solver: str) -> None:
+    objective = Objective.parse("activated", decode=Decode(tokens=8, top_k=2))
+    for seed, slots in ((1, [3, 3, 2]), (2, [4, 4]), (3, [3, 3, 3])):
+        problem = PlacementProblem(load_KLE=lognormal(1, 6, seed=seed, sigma=1.2), num_ranks=len(slots), slots_per_rank_R=np.array(slots), objective=objective)
+        result = solve(problem, solver)
+        assert isinstance(result, ObjectiveResult) and result.status == "OPTIMAL"
+        assert result.cost == pytest.approx(min(recount(problem, [row]) for row in every_table(problem)), rel=1e-6)
+        assert result.cost <= solve_for(problem, "activated", Decode(tokens=8, top_k=2)).cost * (1 + 1e-9)
+
+
+def routed(tokens: int = 400, experts: int = 16, layers: int = 2, width: int = 3, seed: int = 0) -> TokenRoutes:
+    """Return tokens of one of four topics: choices mostly come from the topic's experts, which are spread over the ids."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    topic = generator.integers(0, 4, (tokens, 1, 1))
+    score = generator.random((tokens, layers, experts)) + 0.7 * (np.arange(experts) % 4 == topic)
+    chosen = np.argsort(-score, axis=2)[:, :, :width].astype(np.uint8)
+    return TokenRoutes(experts_TLK=chosen, request_T=np.arange(tokens, dtype=np.uint64), home_T=np.zeros(tokens, dtype=np.int64), num_experts=experts)
+
+
+def traffic_problem(text: str, ranks_per_node: int = 4, valid: bool = False) -> PlacementProblem:
+    routes = routed()
+    if valid:
+        routes = routes.with_experts(routes.experts_TLK, np.arange(3)[None, None, :] < 1 + np.arange(400)[:, None, None] % 3 + np.zeros((1, 2, 1), dtype=int))
+    load = np.stack([np.bincount(routes.experts_TLK[:, layer].ravel(), minlength=16) for layer in range(2)]).astype(float)
+    objective = Objective.parse(text, routes=routes, decode=DECODE, expert_seconds=seconds)
+    return PlacementProblem(load_KLE=load, num_ranks=4, slots_per_rank_R=np.array(4), ranks_per_node=ranks_per_node, objective=objective)
+
+
+@pytest.mark.parametrize("text", ["traffic", "hops", "balance+traffic:0.5", "balance:0.2+latency:0.2+activated:0.1+traffic"])
+@pytest.mark.parametrize("ranks_per_node", [2, 4])
+@pytest.mark.parametrize("valid", [False, True])
+def test_traffic_through_the_registry_is_recounted(text: str, ranks_per_node: int, valid: bool) -> None:
+    problem = traffic_problem(text, ranks_per_node, valid)
+    result: Any = solve(problem)
+    assert default_solver(problem) == ("affinity" if text in ("traffic", "hops") else "descent")
+    assert result.cost == pytest.approx(recount(problem, result.slot_to_expert_LS.tolist()))
+    with pytest.raises(CheckError, match="cost"):
+        validate(problem, replace(result, cost=result.cost * 1.01))
+    if text != "hops":
+        linear: Any = solve(problem, "linear")
+        assert linear.status == "BASELINE" and result.cost < linear.cost
+
+
+def test_weights_trade_balance_for_traffic() -> None:
+    costs = []
+    for weight in (0.0, 0.5, 1.0):
+        rows = solve(traffic_problem(f"balance+traffic:{weight}")).slot_to_expert_LS.tolist()
+        costs.append((recount(traffic_problem("balance"), rows), recount(traffic_problem("traffic"), rows)))
+    assert costs[0][0] <= costs[1][0] <= costs[2][0] and costs[0][1] > costs[1][1] >= costs[2][1]
+
+
+def test_traffic_needs_one_slot_per_expert_and_tokens_of_the_same_layers() -> None:
+    with pytest.raises(InputError, match="one slot per expert"):
+        replace(traffic_problem("traffic"), slots_per_rank_R=np.array(5))
+    with pytest.raises(InputError, match="routes"):
+        replace(traffic_problem("traffic"), load_KLE=np.ones((3, 16)))
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_every_solver_plans_for_an_objective_scores_it_or_refuses_it(solver: str) -> None:
+    problem = replace(problem_of(zipf(1, 12, 1.0), slots_per_rank_R=np.array(4)), objective=Objective.parse("activated", decode=DECODE))
+    if solver in ("greedy", "robust", "repair", "affinity"):
+        with pytest.raises(InputError, match=r"does not plan for activated.*use the solver"):
+            solve(problem, solver)
+        return
+    result = solve(problem, solver)
+    assert isinstance(result, ObjectiveResult) and result.objective == "activated"
+
+
+LIES: list[tuple[dict[str, float], str]] = [
+    ({"cost": 1.0}, "cost"),
+    ({"cost_bound": 1e9}, "bound of the cost"),
+    ({"bound": 0.99}, "bound"),
+    ({"gap": 0.5}, "gap"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), LIES)
+def test_a_lie_about_a_cost_is_refused(change: dict[str, float], words: str) -> None:
+    problem = replace(problem_of(zipf(2, 32, 1.0)), objective=Objective.parse("activated", decode=DECODE))
+    with pytest.raises(CheckError, match=words):
+        validate(problem, replace(solve(problem), **change))
