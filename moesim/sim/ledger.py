@@ -114,7 +114,7 @@ class Ledger:
     lane_s: dict[str, np.ndarray] = field(default_factory=dict)
     """Lane → float64 [R]: seconds in which it was taken; a lane is serial, so never more than the run took."""
     port_s: dict[str, np.ndarray] = field(default_factory=dict)
-    """Port → float64 [R]: seconds of work at its full rate."""
+    """Port → float64 [R]: seconds in which it was used; in exchanges, seconds of work at its full rate."""
     port_bytes: dict[str, np.ndarray] = field(default_factory=dict)
     """`intra_out`, `intra_in`, `inter_out`, `inter_in` → float64 [R]: bytes that exchanges sent and received."""
     moe_layer_ids: tuple[int, ...] = ()
@@ -130,8 +130,7 @@ class Ledger:
         finish_P = np.atleast_1d(times.finish).astype(np.float64) + overhead_s
         passes, ranks = len(finish_P), self.num_ranks
         start_P = begin_s + np.r_[0.0, np.cumsum(finish_P[:-1])]
-        sums: dict[str, np.ndarray] = {}
-        ones = np.ones(ranks)
+        parts: dict[tuple[str, str, str, int], np.ndarray] = {}
         for index, op in enumerate(program.ops):
             start, end, gate = times.start[index], times.end[index], times.gate[index]
             if op.ranks_R is not None:  # -inf on ranks that do not take part
@@ -140,20 +139,27 @@ class Ledger:
             length = end - start
             if length.shape != (passes, ranks):
                 length = np.broadcast_to(length, (passes, ranks))
-            _add(self.lane_s, op.lane, length.sum(axis=0))
             if gate is not None:
                 wait = np.minimum(gate - start, length)
                 if op.source_R is None:  # a message that has not come yet holds nobody up: the rank does other work
-                    sums["straggler_wait"] = sums.get("straggler_wait", 0.0) + wait @ ones
-                    _add(self.label_s, "straggler_wait", wait.sum(axis=0))
+                    _add(parts, ("straggler_wait", op.lane, "", -1), wait)
                 length = length - wait
-            seconds = length @ ones
-            sums[op.label] = sums.get(op.label, 0.0) + seconds
-            _add(self.label_s, op.label, length.sum(axis=0))
-            for job in op.jobs:
-                work = job.work_s
-                _add(self.port_s, job.port, work.sum(axis=0) if work.ndim == 2 and len(work) == passes else work.reshape(-1, ranks)[0] * passes)
-            self._count_classes(op.provenance, length, float(seconds.sum()))
+            code = self._class_of(op.provenance, length)
+            _add(parts, (op.label, op.lane, op.jobs[0].port if len(op.jobs) == 1 else "", code), length)
+            for job in op.jobs if len(op.jobs) > 1 else ():
+                _add(parts, ("", "", job.port, -1), np.broadcast_to(job.work_s, (passes, ranks)))
+        sums: dict[str, np.ndarray] = {}
+        ones, every = np.ones(ranks), np.ones(passes)
+        for (label, lane, port, code), total_PR in parts.items():
+            total_R = every @ total_PR
+            if port:
+                _add(self.port_s, port, total_R)
+            if label:
+                _add(sums, label, total_PR @ ones)
+                _add(self.label_s, label, total_R)
+                _add(self.lane_s, lane, total_R)
+            if code >= 0:
+                self.class_s[code] += total_R.sum()
         sums["overhead"] = np.full(passes, overhead_s * ranks)
         values = {label: np.asarray(value) / ranks for label, value in sums.items()}
         values["idle"] = np.maximum(finish_P - np.sum(list(values.values()), axis=0), 0.0)
@@ -167,13 +173,14 @@ class Ledger:
         self.duration_s.frombytes(finish_P.tobytes())
         return float(start_P[-1] + finish_P[-1])
 
-    def _count_classes(self, provenance: np.ndarray | int, length: np.ndarray, total: float) -> None:
+    def _class_of(self, provenance: np.ndarray | int, length: np.ndarray) -> int:
+        """Return the class of an Op's time, or -1 if it has several; then they are counted here."""
         codes = np.asarray(provenance)
         first = int(codes.flat[0])
         if codes.size == 1 or bool((codes == first).all()):
-            self.class_s[first] += total
-        else:
-            self.class_s += np.bincount(np.broadcast_to(codes, length.shape).ravel(), weights=length.ravel(), minlength=len(CLASSES))
+            return first
+        self.class_s += np.bincount(np.broadcast_to(codes, length.shape).ravel(), weights=length.ravel(), minlength=len(CLASSES))
+        return -1
 
     def add_loads(self, loads: StepLoads, moe_layer_ids: tuple[int, ...]) -> None:
         """Add the (token, expert) pairs of the passes recorded last, or of one of their micro-batches."""
@@ -282,5 +289,8 @@ class Ledger:
         return importlib.import_module("moesim.report.figures").figure(self, kind)
 
 
-def _add(table: dict[str, np.ndarray], key: str, values: np.ndarray) -> None:
-    table[key] = table[key] + values if key in table else np.array(values, dtype=np.float64)
+def _add(table: dict[Any, np.ndarray], key: Any, values: np.ndarray) -> None:
+    if key in table:
+        table[key] += values
+    else:
+        table[key] = np.array(values, dtype=np.float64)
