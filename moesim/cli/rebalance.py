@@ -71,6 +71,7 @@ def print_rebalance(report: dict[str, Any]) -> None:
     found = report["verdict"]
     note(f"{report['model']} on {report['hardware']}, policy {report['policy']}, migration in {report['mode']}")
     note(f"rebalancing {'pays' if found['worth_it'] else 'does not pay'} on this trace: {found['gain']:+.1%}")
+    even = found["break_even"]
     rows = [
         ("time without / with", f"{format_time(found['without_s'])} / {format_time(found['total_s'])}"),
         ("balance without / with", f"{found['balance']['without']:.3f} / {found['balance']['run']:.3f}"),
@@ -78,10 +79,24 @@ def print_rebalance(report: dict[str, Any]) -> None:
         ("moved", format_bytes(found["moved_bytes"])),
         ("pause / planner", f"{format_time(found['pause_s'])} / {format_time(found['planner_s'])}"),
     ]
+    if found["rebalances"]:
+        rows.append(("a rebalancing costs / saves per pass", f"{format_time(even['cost_s'])} / {format_time(even['saved_s_per_pass'])}"))
+        interval = "never: passes do not get faster" if even["interval_passes"] is None else f"after {even['interval_passes']:.1f} passes"
+        rows.append(("it has paid for itself", interval))
     table("", ["", "value"], rows)
-    if report["sweep"] is not None:
-        sweep = report["sweep"]
+    sweep = report["sweep"]
+    if sweep is not None:
         lines = [(f"every {row['period']}", f"{row['gain']:+.1%}", f"{row['rebalances']}", format_bytes(row["moved_bytes"])) for row in sweep["rows"]]
         table("\nperiod in passes", ["", "gain", "rebalances", "moved"], lines)
-        period = sweep["break_even_period"]
-        note("no period of the sweep pays" if period is None else f"rebalancing pays from a period of {period} passes on")
+        note(crossover(sweep))
+
+
+def crossover(sweep: dict[str, Any]) -> str:
+    """Return in words from which period on rebalancing pays."""
+    first, below, last = sweep["break_even_period"], sweep["loses_up_to"], sweep["pays_up_to"]
+    if first is None:
+        return "no period of the sweep pays"
+    losing = "" if below is None else f"; every {below} passes is too often"
+    longest = max(row["period"] for row in sweep["rows"])
+    late = f"; every {longest} passes is too late" if last < longest else ""
+    return f"rebalancing pays from every {first} passes on{losing}{late}; best of the sweep: every {sweep['best_period']}"

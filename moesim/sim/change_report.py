@@ -192,12 +192,19 @@ def verdict(run: ChangeRun, without: ChangeRun) -> dict[str, Any]:
 def sweep_periods(periods: Sequence[int], run: Callable[[int], ChangeRun], without: ChangeRun) -> dict[str, Any]:
     """Run with every period and find where rebalancing begins to pay.
 
-    run: replays the same passes with a rebalancing every so many passes. `break_even_period` is the shortest period of the sweep from which
-    on every period that rebalanced at all pays; None if there is none.
+    run: replays the same passes with a rebalancing every so many passes. `break_even_period` is the crossover: the shortest period of the
+    sweep that rebalanced and paid (None if none did); `loses_up_to` the longest one below it that lost, `pays_up_to` the longest that paid.
     """
     rows = [{"period": period, **verdict(run(period), without)} for period in sorted(periods)]
     acted = [row for row in rows if row["rebalances"]]
-    losing = [row["period"] for row in acted if not row["worth_it"]]
-    paying = [row["period"] for row in acted if row["worth_it"] and not any(row["period"] < worse for worse in losing)]
+    paying = [row["period"] for row in acted if row["worth_it"]]
+    first = min(paying, default=None)
     best = min(rows, key=lambda row: row["total_s"], default=None)
-    return {"without_s": without.total_s, "rows": rows, "break_even_period": min(paying, default=None), "best_period": best and best["period"]}
+    return {
+        "without_s": without.total_s,
+        "rows": rows,
+        "break_even_period": first,
+        "loses_up_to": max((row["period"] for row in acted if not row["worth_it"] and (first is None or row["period"] < first)), default=None),
+        "pays_up_to": max(paying, default=None),
+        "best_period": best and best["period"],
+    }
