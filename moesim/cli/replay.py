@@ -37,9 +37,11 @@ def replay(
         int | None, typer.Option("--tokens-per-step", help="tokens per forward pass over all ranks; default: the recorded steps")
     ] = None,
     map_layers: Annotated[str | None, typer.Option("--map-layers", help="cycle, or trace:model pairs, where the layers differ")] = None,
+    times: Annotated[str, typer.Option("--times", help="model, or trace: the kernel durations that the trace recorded")] = "model",
     strict: Annotated[bool, typer.Option("--strict", help="refuse extrapolated and roofline times")] = False,
     seed: Annotated[int, typer.Option("--seed", help="seed of synthetic or sampled routing")] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="folder for metrics.json, steps.csv and timeline.json")] = None,
+    plots: Annotated[bool, typer.Option("--plots", help="also draw figures (SVG) to --out")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Run a routing trace on a cluster with expert parallelism and report where the time goes."""
@@ -49,6 +51,8 @@ def replay(
 
     if plan is not None and placement != "linear":
         raise InputError("replay: --plan and --placement exclude each other; give one")
+    if plots and out is None:
+        raise InputError("replay: --plots needs --out, the folder for the figures")
     with counting("forward passes") as progress:
         result = api.replay(
             trace,
@@ -59,11 +63,12 @@ def replay(
             settings=parse_settings(settings or []),
             tokens_per_step=tokens_per_step,
             map_layers=map_layers,
+            times=times,
             strict=strict,
             seed=seed,
             progress=progress,
         )
-    files = result.write(out) if out is not None else []
+    files = result.write(out, plots=plots) if out is not None else []
     if as_json:
         emit_json(result.report)
     else:
@@ -83,14 +88,21 @@ def print_replay(report: dict[str, Any]) -> None:
         note(f"routing is synthetic: {routing['synthetic']}")
     if routing["sampled_from_counts"]:
         note("routing is sampled independently from expert counts; correlations between layers are lost")
+    recorded = report.get("times")
+    if recorded is not None:
+        shares = ", ".join(f"{share:.1%} {name}" for name, share in recorded["work_share"].items())
+        note(f"recorded times drive the replay ({shares}; waits {recorded['waits']}, map {recorded['map']})")
     rows: list[tuple[str, str]] = [
         ("steps / tokens", f"{report['steps']} / {report['tokens']}"),
         ("step time mean / p99", f"{step['mean']:.3f} / {step['p99']:.3f} ms"),
-        ("throughput", f"{report['tokens_per_s']:,.0f} tokens/s"),
+        *([("recorded step time mean", f"{recorded['recorded_step_ms']['mean']:.3f} ms")] if recorded is not None else []),
+        ("throughput", f"{report['tokens_per_s']:,.{0 if report['tokens_per_s'] >= 100 else 2}f} tokens/s"),
         ("balance (mean / max load)", f"{report['balance']['mean_over_max']:.3f}, worst layer {report['balance']['worst_layer']:.3f}"),
         ("remote ranks per token and layer", f"{report['traffic']['distinct_remote_ranks']:.2f}"),
         ("bytes local / node / network", " / ".join(format_bytes(report["bytes"][key]) for key in ("local", "intra_node", "inter_node"))),
-        *((f"memory ({tier})", format_bytes(peak)) for tier, peak in report["memory"].items()),
+        *((f"memory ({tier})", f"{format_bytes(peak)}: {uses(report['memory_by_use'][tier])}") for tier, peak in report["memory"].items()),
+        *offload_rows(report),
+        *change_rows(report["change"]),
     ]
     table("", ["", "value"], rows)
     total = step["mean"] or 1.0
@@ -98,3 +110,47 @@ def print_replay(report: dict[str, Any]) -> None:
     table("\nwhere a step's time goes (mean over ranks)", ["part", "ms", "share"], [(name, f"{value:.4f}", f"{value / total:.1%}") for name, value in parts])
     shares = ", ".join(f"{name} {share:.1%}" for name, share in report["provenance"].items() if share > 0)
     note(f"\ntimes are {shares}")
+
+
+def uses(held: dict[str, float]) -> str:
+    """Return what memory holds, the largest first."""
+    from moesim.units import format_bytes
+
+    return ", ".join(f"{use} {format_bytes(nbytes)}" for use, nbytes in sorted(held.items(), key=lambda item: -item[1]) if nbytes > 0)
+
+
+def offload_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what caches and links did, if experts lay in another tier."""
+    from moesim.units import format_bytes, format_time
+
+    cache = report["cache"]
+    if cache["hit_rate"] is None:
+        return []
+    links = {name: nbytes for name, nbytes in report["bytes"].items() if name not in ("local", "intra_node", "inter_node")}
+    waits = [(cause, seconds) for cause, seconds in report["stall_s"].items() if cause != "straggler" and seconds > 0]
+    special = [(name, cache[name]) for name in ("computed", "low_precision", "skipped") if cache[name]]
+    rows = [
+        ("experts: hits / late hits / misses", f"{cache['hits']} / {cache['late_hits']} / {cache['misses']}, hit rate {cache['hit_rate']:.1%}"),
+        *([("misses not loaded whole", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in special))] if special else []),
+        *([("prefetches / useless", f"{cache['prefetches']} / {cache['useless_prefetches']}")] if cache["prefetches"] else []),
+        ("experts copied", ", ".join(f"{format_bytes(nbytes)} over {name}" for name, nbytes in links.items())),
+    ]
+    return rows + ([("waited for", ", ".join(f"{cause.replace('_', ' ')} {format_time(seconds)}" for cause, seconds in waits))] if waits else [])
+
+
+def change_rows(change: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Return what a balancer and ranks that came and went did."""
+    from moesim.units import format_bytes, format_time
+
+    if change is None:
+        return []
+    refused = {name: change[name] for name in ("declined", "refused", "aborted") if change[name]}
+    rows = [
+        ("rebalances", f"{change['rebalances']} of {change['decisions']} decisions" + "".join(f", {count} {name}" for name, count in refused.items())),
+        ("ranks that serve", " → ".join(f"{epoch['ranks']}" for epoch in change["epochs"] if epoch["reason"] != "rebalance")),
+        ("moved / staged at most", f"{format_bytes(change['moved_bytes'])} / {format_bytes(change['staging_peak_bytes'])}"),
+        ("pause / downtime", f"{format_time(change['pause_s'])} / {format_time(change['downtime_s'])}"),
+    ]
+    if change["downtime_s"] or change["experts_lost"]:
+        rows.append(("lost experts / tokens run again", f"{change['experts_lost']} / {change['tokens_retried']}"))
+    return rows

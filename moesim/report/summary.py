@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from moesim.sim.build import ProgramBuilder
 from moesim.sim.replay import ReplayRun
 from moesim.traces.routing_trace import RoutingTrace
@@ -18,8 +16,8 @@ def replay_report(
     """Return the report of a replay; its keys are stable."""
     model, cluster, plan, settings = builder.model, builder.cluster, builder.plan, builder.settings
     ledger = run.ledger
-    breakdown = {label: float(values.mean() * 1e3) for label, values in ledger.breakdown_s().items()}
-    wait_s = float(ledger.breakdown_s().get("straggler_wait", np.zeros(1)).sum())
+    breakdown = {label: seconds * 1e3 for label, seconds in ledger.mean_breakdown_s().items()}
+    wait_s = ledger.total_s.get("straggler_wait", 0.0)
     simulated = ledger.simulated_s
     remote = run.sums.copies_remote / run.sums.token_layers if run.sums.token_layers else 0.0
     return {
@@ -49,7 +47,7 @@ def replay_report(
             "kind": routing.kind,
             "synthetic": routing.synthetic,
             "sampled_from_counts": routing.kind == "counts",
-            "sharding": sharding(routing, num_ranks=cluster.num_ranks, tokens_per_step=tokens_per_step),
+            "sharding": sharding(routing, num_ranks=plan.num_ranks, tokens_per_step=tokens_per_step),
             "tokens_per_step": tokens_per_step,
         },
         "provenance": ledger.provenance(),

@@ -61,6 +61,12 @@ def weight_bytes_R(model: MoEModel, plan: Plan, *, attention_tp: int, stages: St
     return np.concatenate([each.dense_bytes + each.slots_R * one for each in held(model, plan, attention_tp=attention_tp, stages=stages)])
 
 
+def kv_bytes_R(model: MoEModel, plan: Plan, *, attention_tp: int, stages: Stages | None = None) -> np.ndarray:
+    """Return float64 [R]: bytes of KV cache that one token takes on every rank of all stages."""
+    layers = [each.layers for each in held(model, plan, attention_tp=attention_tp, stages=stages)]
+    return np.repeat(layers, plan.num_ranks) * sizes.kv_bytes_per_token_layer(model, attention_tp)
+
+
 def training_bytes_R(model: MoEModel, plan: Plan, *, attention_tp: int, stages: Stages, settings: PipelineSettings) -> np.ndarray:
     """Return float64 [R]: bytes of gradients and optimizer state on every rank of all stages."""
     shards = stages.ranks // attention_tp if settings.shard_optimizer else 1
@@ -86,14 +92,15 @@ def account(
     """Return the account of the fullest device; `kv_entries` and `tokens` are the largest per rank and pass.
 
     stages: pipeline stages, where there are some; training: the settings of a training step, which has gradients, optimizer state and the
-    activations of all micro-batches in flight (nothing is computed again), and no KV cache; experts: are the routed ones there? Raises PlanError if it exceeds the tier's capacity.
+    activations of all micro-batches in flight (nothing is computed again), and no KV cache; experts: are the routed ones there?
+    Raises PlanError if it exceeds the tier's capacity.
     """
     name = device_tier(cluster)
     capacity = capacity_bytes(cluster, name)
     weights_R = weight_bytes_R(model, plan, attention_tp=attention_tp, stages=stages, experts=experts)
-    layers_R = np.repeat([model.num_layers] if stages is None else [len(stages.layers_of(stage)) for stage in range(stages.count)], plan.num_ranks)
+    layers_R = np.repeat([each.layers for each in held(model, plan, attention_tp=attention_tp, stages=stages)], plan.num_ranks)
     width = 2 * model.hidden_size + max(model.dense_ffn_size, model.top_k * model.expert_ffn_size + model.shared_ffn_size)
-    kv_R = kv_entries * layers_R * sizes.kv_bytes_per_token_layer(model, attention_tp)
+    kv_R = kv_entries * kv_bytes_R(model, plan, attention_tp=attention_tp, stages=stages)
     activations_R = np.full(len(weights_R), tokens * width * DTYPE_BYTES[model.dtype])
     state_R = np.zeros(len(weights_R))
     if training is not None and stages is not None:
@@ -115,7 +122,7 @@ def account(
         need = result.peak_bytes - capacity
         remedy = "use more devices, fewer redundant slots or fewer tokens per step"
         dense = float(weight_bytes_R(model, plan, attention_tp=attention_tp, stages=stages, experts=False)[rank])
-        if experts and stages is None and result.peak_bytes - result.weights_bytes + dense < capacity:
+        if experts and (stages is None or stages.count == 1) and result.peak_bytes - result.weights_bytes + dense < capacity:
             remedy += ", or keep experts in another tier with --set offload.tier=…"
         state = f"gradients and optimizer {format_bytes(result.training_bytes)}, " if result.training_bytes else ""
         raise PlanError(

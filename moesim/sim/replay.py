@@ -18,8 +18,8 @@ from moesim.sim.batch import PassShape, stack
 from moesim.sim.build import ProgramBuilder, Traffic
 from moesim.sim.engine import Engine
 from moesim.sim.evaluate import Times
-from moesim.sim.ledger import Ledger
-from moesim.sim.loads import LoadCompiler, StepLoads
+from moesim.sim.ledger import KV_ENTRIES, Ledger
+from moesim.sim.loads import SPARSE, LoadCompiler, StepLoads
 from moesim.sim.ops import Program
 
 MAX_PASSES = 64
@@ -35,6 +35,10 @@ class Part:
     experts_TLK: np.ndarray
     rank_T: np.ndarray
     valid_TLK: np.ndarray | None
+    weights_TLK: np.ndarray | None = None
+    """Router weights, where they were recorded; decisions about missing experts look at them."""
+    predicted_TLK: np.ndarray | None = None
+    """Predicted experts, where they were recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +80,9 @@ class LoadSums:
         self.ratio_count += int(loaded.sum())
         self.routed += int(loads.routed_PLR.sum())
         self.token_layers += int(loads.tokens_PR.sum()) * load_PLR.shape[1]
-        home = np.arange(loads.copy_PLRR.shape[2])
-        self.copies_remote += int(loads.copy_PLRR.sum()) - int(loads.copy_PLRR[:, :, home, home].sum())
-        self.copies_remote_node += int(loads.node_PLRN.sum()) - int(loads.node_PLRN[:, :, home, home // devices_per_node].sum())
+        to_ranks, to_nodes = loads.pairs.remote()
+        self.copies_remote += to_ranks
+        self.copies_remote_node += to_nodes
         slot_LS = loads.slot_PLS.sum(axis=0)
         layer, slot = np.nonzero(slot_to_expert_LS >= 0)
         np.add.at(self.expert_LE, (layer, slot_to_expert_LS[layer, slot]), slot_LS[layer, slot])
@@ -110,13 +114,23 @@ class ReplayRun:
     inter_node_bytes: float = 0.0
     kv_entries_peak: float = 0.0
     tokens_peak: float = 0.0
+    link_bytes: dict[str, float] = field(default_factory=dict)
+    """Link to a memory tier → bytes of experts that crossed it."""
+    cache: dict[str, float] | None = None
+    """What caches of experts did; None: every expert was in device memory."""
+    stall_s: dict[str, float] = field(default_factory=dict)
+    """Cause → seconds in which a rank, on average, waited for experts."""
+    memory: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Tier → use → most bytes in any one of them."""
+    change: dict[str, Any] | None = None
+    """What changed during the run; None: nothing was to."""
 
     @classmethod
     def empty(cls, plan: Plan, *, keep_passes: int) -> ReplayRun:
         """Return the record of a run under `plan` that has not begun."""
         layers = plan.num_layers
         sums = LoadSums(mean_L=np.zeros(layers), max_L=np.zeros(layers), expert_LE=np.zeros((layers, plan.num_experts), dtype=np.int64))
-        return cls(ledger=Ledger(plan.num_ranks, keep_passes=keep_passes), sums=sums)
+        return cls(ledger=Ledger(plan.num_ranks * plan.parallel.pp, keep_passes=keep_passes), sums=sums)
 
     def book(
         self, batch: Sequence[Pass], parts: Sequence[StepLoads], traffic: Traffic, plan: Plan, devices_per_node: int, alive_R: np.ndarray | None = None
@@ -125,7 +139,10 @@ class ReplayRun:
         for loads in parts:
             self.sums.add(loads, plan.slot_to_expert_LS, devices_per_node, alive_R)
             self.tokens += int(loads.tokens_PR.sum())
+            self.ledger.add_loads(loads, plan.moe_layer_ids)
+        self.ledger.add_bytes(traffic.port_R)
         shape = stack([item.shape for item in batch])
+        self.ledger.add_levels(KV_ENTRIES, np.tile(shape.kv_entries_PR, plan.parallel.pp))
         self.steps += len(batch)
         self.local_bytes += float(traffic.local_P.sum())
         self.intra_node_bytes += float(traffic.intra_node_P.sum())
@@ -136,15 +153,19 @@ class ReplayRun:
 
 def chunks(passes: Iterable[Pass], *, num_layers: int, num_ranks: int) -> Iterator[list[Pass]]:
     """Group consecutive passes of one phase as far as memory allows."""
-    limit = max(1, min(MAX_PASSES, int(MAX_PAIR_BYTES // (40 * num_layers * num_ranks**2))))
     batch: list[Pass] = []
-    tokens = 0
+    tokens, nbytes = 0, 0
     for item in passes:
-        if batch and (len(batch) >= limit or tokens + item.num_tokens > MAX_TOKENS or item.shape.is_prefill_P[0] != batch[0].shape.is_prefill_P[0]):
+        # Counts of rank pairs, or where these are few the choices themselves; and the Ops of further micro-batches.
+        choices = item.num_tokens * item.parts[0].experts_TLK.shape[2]
+        size = 40 * num_layers * min(num_ranks**2, SPARSE * choices) + 1000 * num_layers * num_ranks * (len(item.parts) - 1)
+        full = len(batch) >= MAX_PASSES or tokens + item.num_tokens > MAX_TOKENS or nbytes + size > MAX_PAIR_BYTES
+        if batch and (full or item.shape.is_prefill_P[0] != batch[0].shape.is_prefill_P[0]):
             yield batch
-            batch, tokens = [], 0
+            batch, tokens, nbytes = [], 0, 0
         batch.append(item)
         tokens += item.num_tokens
+        nbytes += size
     if batch:
         yield batch
 
@@ -158,7 +179,7 @@ def run_passes(
     progress: Callable[[int], None] | None = None,
 ) -> ReplayRun:
     """Replay `passes` in order on an empty cluster and return what happened; `progress` is called with the passes done."""
-    plan, cluster = builder.plan, builder.cluster
+    plan, cluster = compiler.plan, builder.cluster
     run = ReplayRun.empty(plan, keep_passes=keep_passes)
     engine = Engine(cluster.num_ranks)
 
@@ -180,18 +201,39 @@ def run_passes(
     return run
 
 
+def compiler_of(builder: ProgramBuilder) -> LoadCompiler:
+    """Return the compiler for the plan of `builder`, with a row for every round of a layer."""
+    plan, rounds = builder.plan, builder.settings.rounds
+    if rounds > 1:
+        share = None if plan.share_LS is None else np.repeat(plan.share_LS, rounds, axis=0)
+        table = np.repeat(plan.slot_to_expert_LS, rounds, axis=0)
+        plan = replace(plan, slot_to_expert_LS=table, share_LS=share, moe_layer_ids=tuple(range(len(table))))
+    return LoadCompiler(plan, ranks_per_node=builder.cluster.devices_per_node)
+
+
 def build_batch(batch: Sequence[Pass], *, builder: ProgramBuilder, compiler: LoadCompiler) -> tuple[Program, Traffic, list[StepLoads]]:
     """Compile the routing of passes of one phase and build their Program; return it, its bytes, and the loads of every micro-batch."""
     columns = list(zip(*(item.parts for item in batch), strict=True))
     parts = [(stack([part.shape for part in column]), compile_batch(compiler, column)) for column in columns]
     program, traffic = builder.build(parts, bool(batch[0].shape.is_prefill_P[0]))
+    if builder.recorded is not None:
+        program = builder.recorded.drive(program, batch, parts[0][1].rank_load_PLR)
     return program, traffic, [loads for _, loads in parts]
 
 
-def one_pass(program: Program) -> Program:
-    """Return a Program of one pass with work of shape [R], which can run beside Flows."""
-    ops = [replace(op, jobs=tuple(replace(job, work_s=job.work_s[0]) if job.work_s.ndim == 2 else job for job in op.jobs)) for op in program.ops]
-    return Program(program.num_ranks, ops)
+def one_pass(program: Program, row: int = 0) -> Program:
+    """Return a Program of one of the passes with work of shape [R], which can run beside Flows."""
+
+    def mine(value: np.ndarray) -> np.ndarray:
+        return value[min(row, len(value) - 1)] if value.ndim == 2 else value
+
+    return Program(
+        program.num_ranks,
+        [
+            replace(op, provenance=mine(np.asarray(op.provenance)), jobs=tuple(replace(job, work_s=mine(job.work_s)) if job.work_s.ndim == 2 else job for job in op.jobs))
+            for op in program.ops
+        ],
+    )
 
 
 def since(times: Times, begin_s: float) -> Times:
