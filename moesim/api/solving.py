@@ -203,7 +203,7 @@ def _check_budget(old: Plan | None, budget_bytes: float | None, budget_s: float 
     if budget_bytes is not None and budget_s is not None:
         raise InputError("solve: --move-budget is bytes or time, not both")
     for key, value in (("move_budget", budget_bytes), ("move_budget", budget_s), ("time_limit", time_limit_s)):
-        if value is not None and not (0 <= value and math.isfinite(value)):
+        if value is not None and not (value >= 0 and math.isfinite(value)):
             raise InputError(describe("solve", key, value, "must be finite and >= 0"))
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moesim.api.documents import cluster_of, model_of, trace_of
-from moesim.errors import InputError, describe
+from moesim.api.documents import cluster_of, model_of, trace_shape
+from moesim.errors import InputError, TraceError, describe
 from moesim.hardware.cluster import Cluster
 from moesim.model.moe_model import MoEModel
 from moesim.solvers.affinity.routes import read_routes
 from moesim.solvers.problem import PlacementProblem
 from moesim.solvers.registry import solve
 from moesim.solvers.statistics import AffinityStatistics, Drift, LoadCurves, SlotValue, coactivation, drift, inter_layer_affinity, load_curves, slot_value
+from moesim.traces.open import check_fits, open_trace
 from moesim.traces.routing_trace import RoutingTrace
 
 MAX_WINDOWS = 8
@@ -79,8 +80,11 @@ def trace_statistics(
         raise InputError(describe("trace stats", "max_tokens", max_tokens, "must be >= 1"))
     moe_model = model_of(model)
     ranks = None if hardware is None else cluster_of(hardware).num_ranks
-    routings = [trace_of(item, moe_model, seed, map_layers) for item in listed]
+    routings = [_opened(item, moe_model, map_layers, seed) for item in listed]
+    if len({item.shape.moe_layer_ids for item in routings}) > 1:
+        raise TraceError("trace stats: the traces are of different layers; give --map-layers, or one at a time")
     names, load_KLE = _windows(routings)
+    layer_ids = routings[0].shape.moe_layer_ids
     total = load_KLE.sum(axis=0)
     curves = load_curves(total)
     moved = drift(load_KLE, planner=None if ranks is None else _planner(ranks), names=names) if len(load_KLE) > 1 else None
@@ -101,14 +105,14 @@ def trace_statistics(
         "synthetic": any(item.is_synthetic for item in routings),
         "num_experts": moe_model.num_experts,
         "top_k": moe_model.top_k,
-        "moe_layer_ids": list(moe_model.moe_layer_ids),
+        "moe_layer_ids": list(layer_ids),
         "ranks": ranks,
         "tokens": float(total.sum() / (len(total) * moe_model.top_k)),
         "load": {
             "max_over_mean": float(curves.max_over_mean_L.mean()),
             "cv": float(curves.cv_L.mean()),
             "gini": float(curves.gini_L.mean()),
-            "layers": [{**row, "layer": moe_model.moe_layer_ids[index]} for index, row in enumerate(curves.rows())],
+            "layers": [{**row, "layer": layer_ids[index]} for index, row in enumerate(curves.rows())],
             "unused_experts": int((total == 0).sum()),
         },
         "drift": None
@@ -127,6 +131,14 @@ def trace_statistics(
         else [{**row, "balance_reached": float(one)} for row, one in zip(value.rows(), reached, strict=True)],
     }
     return TraceStatistics(report=report, curves=curves, drift=moved, inter_layer=hops, coactivation=company, slots=value, reached_N=reached)
+
+
+def _opened(ref: str | RoutingTrace, model: MoEModel, map_layers: str | None, seed: int) -> RoutingTrace:
+    """Return a trace of some layers of the model, or of all of them if `map_layers` says which stand for which."""
+    shape = trace_shape(model)
+    routing = ref if isinstance(ref, RoutingTrace) else open_trace(ref, shape=shape, seed=seed)
+    inside = set(routing.shape.moe_layer_ids) <= set(shape.moe_layer_ids) and map_layers is None
+    return check_fits(routing, replace(shape, moe_layer_ids=routing.shape.moe_layer_ids) if inside else shape, map_layers)
 
 
 def _windows(routings: Sequence[RoutingTrace]) -> tuple[tuple[str, ...], np.ndarray]:

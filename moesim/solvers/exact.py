@@ -1,9 +1,10 @@
 """Exact solvers for small problems: one integer program per layer, proven or honestly not.
 
-Both minimise a layer's cost Σ_k weight·(time of the slowest rank) over copies and placement, a copy's time being load / c for `balance`
-and the chance that a batch activates it for `activated`. Binary n[e, c]: expert e has c copies; y[e, c, r]: of which y sit on rank r. Symmetry: ranks with equal slots and speed are ordered by load. The
-greedy solution is the warm start and caps the size of a copy. Loads are scaled so that a perfectly balanced layer
-costs 1. Only the mean risk over windows separates by layer; `worst` and `cvar` are for the solver greedy.
+Both minimise a layer's cost Σ_k weight·(time of the slowest rank) over copies and placement, a copy's time being load / c for
+`balance` and the chance that a batch activates it for `activated`. Binary n[e, c]: expert e has c copies; y[e, c, r]: of which y sit
+on rank r. Symmetry: ranks with equal slots and speed are ordered by load. The heuristic solution is the warm start and caps the size
+of a copy. Costs are scaled so that a perfectly balanced layer costs 1. Only the mean risk over windows separates by layer; `worst`
+and `cvar` are for the solver greedy.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 
 from moesim import api
 from moesim.balance import balance_of
-from moesim.errors import InputError, PlanError
+from moesim.errors import InfeasibleError, InputError
 from moesim.traces.open import open_trace
 
 FLAME: dict[str, Any] = {"model": "flame-moe-290m", "hardware": "h100-sxm-8"}
@@ -99,5 +99,5 @@ def test_what_cannot_be_is_refused() -> None:
         api.solve("flame-moe-290m", **FLAME, solver="gredy")
     with pytest.raises(InputError, match="redundant"):
         api.solve("flame-moe-290m", **FLAME, redundant=-1)
-    with pytest.raises(PlanError, match="are missing: use more devices"):
+    with pytest.raises(InfeasibleError, match="26 slots per rank fit: use at least 10 devices"):
         api.solve("synthetic:balanced,tokens=64", model="deepseek-v3", hardware="h100-sxm-8")

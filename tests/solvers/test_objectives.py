@@ -266,7 +266,7 @@ def test_every_solver_plans_for_an_objective_scores_it_or_refuses_it(solver: str
     assert isinstance(result, ObjectiveResult) and result.objective == "activated"
 
 
-LIES: list[tuple[dict[str, float], str]] = [
+LIES: list[tuple[dict[str, Any], str]] = [
     ({"cost": 1.0}, "cost"),
     ({"cost_bound": 1e9}, "bound of the cost"),
     ({"bound": 0.99}, "bound"),
@@ -275,7 +275,7 @@ LIES: list[tuple[dict[str, float], str]] = [
 
 
 @pytest.mark.parametrize(("change", "words"), LIES)
-def test_a_lie_about_a_cost_is_refused(change: dict[str, float], words: str) -> None:
+def test_a_lie_about_a_cost_is_refused(change: dict[str, Any], words: str) -> None:
     problem = replace(problem_of(zipf(2, 32, 1.0)), objective=Objective.parse("activated", decode=DECODE))
     with pytest.raises(CheckError, match=words):
         validate(problem, replace(solve(problem), **change))
