@@ -1,0 +1,178 @@
+"""Step times of one kind of instance as look-ups: what the step model says, tabulated once, read in microseconds.
+
+A step of an attention replica is: what follows from its tokens (exact at every whole number up to 16,384, rounded up to a step of equal width above),
+scores of the decoding sequences (exact in their number, linear in their mean context between 8 points an octave), scores of the prompt chunks (as so many
+equal chunks with the same tokens and pairs; linear between 4 points an octave), and the head. MoE layers couple the replicas: routed experts follow from all
+tokens of the group, exchanges from the tokens of its busiest replica; both are linear between 8 points an octave. Where routing is random, the time of the
+experts is a mean over sampled loads.
+Shapes: t tokens of a replica, n sequences, c context. Seconds.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+import numpy as np
+
+from moesim.costs.group import Group
+from moesim.costs.step import StepModel
+from moesim.sim.serving.replica import Work
+
+MAX_EXACT = 16384
+"""Most points of a table by tokens."""
+MAX_ROWS = 1024
+"""Most rows of a table by decoding sequences."""
+
+
+def octaves(low: float, high: float, per_octave: int) -> np.ndarray:
+    """Return a growing float64 [points] from low to at least high, `per_octave` to an octave."""
+    steps = int(np.ceil(np.log2(max(high / low, 1.0)) * per_octave)) + 1
+    return np.asarray(low * 2.0 ** (np.arange(steps + 1) / per_octave))
+
+
+class Line:
+    """A piecewise linear function of one number; constant below its first point, linear beyond its last."""
+
+    __slots__ = ("keys", "values", "last")
+
+    def __init__(self, keys: np.ndarray, values: np.ndarray) -> None:
+        self.keys, self.values = keys.tolist(), values.tolist()
+        self.last = len(self.keys) - 2
+
+    def __call__(self, x: float) -> float:
+        keys, values = self.keys, self.values
+        at = bisect_right(keys, x) - 1
+        if at < 0:
+            return values[0]
+        at = min(at, self.last)
+        share = (x - keys[at]) / (keys[at + 1] - keys[at])
+        return values[at] + share * (values[at + 1] - values[at])
+
+
+class StepCurves:
+    """Times of the steps of one kind of instance."""
+
+    def __init__(self, steps: StepModel, group: Group, *, pp: int, max_tokens: int, max_seqs: int, max_context: int, verify: int = 1) -> None:
+        """Tabulate. max_tokens: of a step of a replica; verify: tokens per decoding sequence of a step."""
+        self.steps, self.group, self.pp, self.verify = steps, group, pp, verify
+        self._model = steps.model
+        layers, moe = self._model.num_layers, len(self._model.moe_layer_ids)
+        self.coupled = bool(moe) and group.dp > 1
+        self._layers = layers
+        self._width = -(-max(max_tokens, 1) // MAX_EXACT)
+        tokens = np.arange(0, max_tokens // self._width + 2, dtype=np.float64) * self._width
+        by = steps.by_tokens(group, tokens)
+        projections = np.asarray(steps.costs.attention_projections(tokens, group.tp).seconds)
+        body = layers * (projections + by.reduce_n) + (layers - moe) * (by.dense_n + (by.reduce_n if moe < layers else 0.0)) + moe * (by.gate_n + by.shared_n)
+        self._body: list[float] = body.tolist()
+        self._embed: list[float] = by.embedding_n.tolist()
+        self._head: list[float] = steps.head(tokens, group.tp).tolist()
+        near, far = steps.hops(group.tp, tokens)
+        spans = steps.cluster.num_nodes > 1 and group.ranks >= steps.cluster.devices_per_node
+        self._hop: list[float] = (far if spans else near).tolist() if pp > 1 else []
+        self.share = [len(part) / layers for part in np.array_split(np.arange(layers), pp)]
+        """Share of the layers on every stage."""
+        self._decode_rows(max_seqs, max_context)
+        self._max_context = max_context
+        self._chunks: dict[int, tuple[list[float], list[float], list[list[float]]]] = {}
+        self._news = octaves(1, max(max_tokens, 2), 4)
+        self._prefixes = np.concatenate([[0.0], octaves(16, max(max_context, 32), 4)])
+        self._moe = {phase: self._moe_lines(phase, max_tokens) for phase in ("prefill", "decode")} if moe else {}
+
+    def _decode_rows(self, max_seqs: int, max_context: int) -> None:
+        self._row_width = -(-max_seqs // MAX_ROWS)
+        seqs = np.arange(1, max_seqs // self._row_width + 2, dtype=np.float64) * self._row_width
+        self._contexts = octaves(1, max(max_context, 2), 8)
+        batch, context = np.broadcast_arrays(seqs[:, None], self._contexts[None, :])
+        timed = self.steps.costs.attention_core(phase="decode", sequences=batch, new_tokens=batch, context=context, tp=self.group.tp)
+        self._rows: list[list[float]] = (self._layers * np.asarray(timed.seconds)).tolist()
+        self._context_keys: list[float] = self._contexts.tolist()
+
+    def _moe_lines(self, phase: str, max_tokens: int) -> tuple[Line, Line]:
+        """Return the times of exchanges and of routed experts, all layers, against the tokens of a replica."""
+        whole = np.arange(0.0, 17.0)
+        tokens = np.unique(np.concatenate([whole, np.round(octaves(16, max(max_tokens, 32), 8))]))
+        found = self.steps.moe(self.group, phase, tokens)
+        count = len(self._model.moe_layer_ids)
+        lines = []
+        for parts in (("exchange",), ("experts", "imbalance")):
+            per_layer = np.asarray(sum(found[name] for name in parts))
+            lines.append(Line(tokens, np.maximum(per_layer.mean(axis=1) * count, 0.0)))
+        return lines[0], lines[1]
+
+    # --- look-up --------------------------------------------------------------------------------------------------
+
+    def body(self, tokens: int) -> float:
+        """Return what follows from the tokens of a replica, all layers."""
+        return self._body[-(-tokens // self._width)]
+
+    def decode_core(self, sequences: int, context_sum: float) -> float:
+        """Return the scores of decoding sequences, all layers."""
+        row = self._rows[min(-(-sequences // self._row_width) - 1, len(self._rows) - 1)]
+        context, keys = context_sum / sequences, self._context_keys
+        at = min(max(bisect_right(keys, context) - 1, 0), len(keys) - 2)
+        return row[at] + (context - keys[at]) / (keys[at + 1] - keys[at]) * (row[at + 1] - row[at])
+
+    def prefill_core(self, chunks: list[tuple[int, int]]) -> float:
+        """Return the scores of prompt chunks (new tokens, KV length at the end), all layers."""
+        count = len(chunks)
+        new = sum(chunk[0] for chunk in chunks)
+        pairs = sum(chunk[0] * (chunk[1] - 0.5 * chunk[0]) for chunk in chunks)
+        each = new / count
+        prefix = max(pairs / new - 0.5 * each, 0.0)
+        news, prefixes, rows = self._table(count)
+        i = min(max(bisect_right(news, each) - 1, 0), len(news) - 2)
+        j = min(bisect_right(prefixes, prefix) - 1, len(prefixes) - 2)
+        down, across = (each - news[i]) / (news[i + 1] - news[i]), (prefix - prefixes[j]) / (prefixes[j + 1] - prefixes[j])
+        low, high = rows[i], rows[i + 1]
+        first = low[j] + across * (low[j + 1] - low[j])
+        return first + down * (high[j] + across * (high[j + 1] - high[j]) - first)
+
+    def _table(self, count: int) -> tuple[list[float], list[float], list[list[float]]]:
+        if count not in self._chunks:
+            new, prefix = np.broadcast_arrays(self._news[:, None], self._prefixes[None, :])
+            timed = self.steps.costs.attention_core(
+                phase="prefill", sequences=np.full(new.shape, float(count)), new_tokens=new * count, context=new + prefix, tp=self.group.tp
+            )
+            self._chunks[count] = (self._news.tolist(), self._prefixes.tolist(), (self._layers * np.asarray(timed.seconds)).tolist())
+        return self._chunks[count]
+
+    def tokens_of(self, work: Work) -> int:
+        """Return the new tokens of a batch."""
+        return work.decodes * self.verify + sum(chunk[0] for chunk in work.chunks)
+
+    def replica(self, work: Work, tokens: int) -> tuple[float, float, float]:
+        """Return the seconds of a replica's batch outside of MoE coupling: all layers, embedding, head."""
+        if not tokens:
+            return 0.0, 0.0, 0.0
+        body = self.body(tokens)
+        if work.decodes:
+            body += self.decode_core(work.decodes, work.contexts)
+        if work.chunks:
+            body += self.prefill_core([chunk[:2] for chunk in work.chunks])
+        positions = work.decodes * self.verify + len(work.chunks)
+        at = -(-tokens // self._width)
+        return body, self._embed[at], self._head[-(-positions // self._width)]
+
+    def moe(self, total: int, busiest: int, prefill: bool) -> float:
+        """Return exchanges and routed experts of all MoE layers: total tokens of the group, tokens of its busiest replica."""
+        if not self._moe:
+            return 0.0
+        exchange, experts = self._moe["prefill" if prefill else "decode"]
+        return exchange(busiest) + experts(total / self.group.dp)
+
+    def stages(self, works: list[Work]) -> tuple[list[float], float, int]:
+        """Return the seconds of a step on every pipeline stage, of handing over between two, and its tokens; `works`: one per replica of the group."""
+        tokens = [self.tokens_of(work) for work in works]
+        body = embed = head = 0.0
+        prefill = False
+        for work, own in zip(works, tokens, strict=True):
+            one, first, last = self.replica(work, own)
+            body, embed, head = max(body, one), max(embed, first), max(head, last)
+            prefill = prefill or bool(work.chunks)
+        busiest, total = max(tokens), sum(tokens)
+        body += self.moe(total, busiest, prefill)
+        times = [share * body for share in self.share]
+        times[0] += embed
+        times[-1] += head
+        return times, self._hop[-(-busiest // self._width)] if self._hop else 0.0, total

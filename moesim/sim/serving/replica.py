@@ -1,0 +1,303 @@
+"""One attention replica: its queue, its KV pool, and the batch that its next step runs.
+
+The rules are those of vLLM's v1 scheduler. A step first takes what already runs: every decoding sequence gets one token (or the drafts that it verifies),
+every partial prompt a chunk, as far as `max_num_batched_tokens` goes. A sequence that lacks KV blocks has the youngest running sequence preempted, at
+worst itself. If nobody was preempted, the queue is served in order of arrival while there is budget, a free sequence slot (`max_num_seqs`), and blocks for
+the chunk. A preempted sequence goes to the head of the queue and computes its prompt and its tokens again, or comes back from the host. `separate`
+batches: while a prompt can run, nothing decodes. A sequence whose last prompt chunk has run has its first token and decodes from the next step on.
+
+Decoding sequences are not visited step by step: a lane (one batch of a pipeline) knows their number and the sum of their contexts, and a calendar says at
+which of its decode steps a sequence needs a block or ends. So a step costs what happens in it, not what runs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from math import ceil
+from typing import Any
+
+from moesim.sim.serving.kv import Holding, KvPool
+from moesim.sim.serving.settings import ServingSettings
+from moesim.traces.requests.document import Request
+
+
+class Sequence:
+    """A request on its way."""
+
+    __slots__ = (
+        "request",
+        "arrival_s",
+        "first_s",
+        "generated",
+        "target",
+        "computed",
+        "held",
+        "context",
+        "since",
+        "epoch",
+        "lane",
+        "swapped",
+        "source",
+        "moving",
+    )
+
+    def __init__(self, request: Request, arrival_s: float) -> None:
+        self.request = request
+        self.arrival_s = arrival_s
+        self.first_s = -1.0
+        self.generated = 0
+        self.target = request.prompt_tokens
+        """Tokens to compute before it decodes (again)."""
+        self.computed = 0
+        self.held = Holding()
+        self.context = 0.0
+        """KV length of its next decode step when it joined its lane."""
+        self.since = 0
+        """Decode steps of the lane when it joined."""
+        self.epoch = 0
+        """Grows when it leaves a lane: entries of the calendar that name an older epoch are void."""
+        self.lane: Lane | None = None
+        self.swapped = False
+        self.source: tuple[Any, Replica, Sequence] | None = None
+        """Prefill instance, replica and sequence there that still hold its KV cache."""
+        self.moving = False
+        """Whether its KV cache is on its way."""
+
+
+class Lane:
+    """The sequences that step together; an instance has one per pipeline stage."""
+
+    __slots__ = ("decoding", "contexts", "steps", "needs", "ends", "running", "partial")
+
+    def __init__(self) -> None:
+        self.decoding = 0
+        self.contexts = 0.0
+        """Sum of the KV lengths of the next decode step."""
+        self.steps = 0
+        """Decode steps so far."""
+        self.needs: dict[int, list[tuple[Sequence, int]]] = {}
+        """Decode step → sequences that need a block before it."""
+        self.ends: dict[int, list[tuple[Sequence, int]]] = {}
+        """Decode step → sequences that end with it."""
+        self.running: dict[Sequence, None] = {}
+        """In order of admission."""
+        self.partial: list[Sequence] = []
+        """Sequences whose prompts are not computed, in order of admission."""
+
+
+class Work:
+    """The batch of one step of a replica."""
+
+    __slots__ = ("chunks", "decodes", "contexts", "swap_tokens", "finished_prompts")
+
+    def __init__(self) -> None:
+        self.chunks: list[tuple[int, int, Sequence]] = []
+        """New tokens, KV length at the end, and sequence of every prompt chunk."""
+        self.decodes = 0
+        self.contexts = 0.0
+        self.swap_tokens = 0
+        """Tokens whose KV entries move between device and host."""
+        self.finished_prompts: list[Sequence] = []
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing runs."""
+        return not self.chunks and not self.decodes
+
+
+class Replica:
+    """Scheduler state of one attention replica."""
+
+    def __init__(self, settings: ServingSettings, *, blocks: int, id_tokens: int, lanes: int) -> None:
+        self.settings = settings
+        self.pool = KvPool(blocks, settings.block_size, id_tokens if settings.prefix_cache else 0)
+        self.lanes = [Lane() for _ in range(lanes)]
+        self.waiting: deque[Sequence] = deque()
+        self.running = 0
+        self.arriving: list[Sequence] = []
+        """Sequences that were given blocks for a KV cache from a prefill instance, and wait for it."""
+        self.preemptions = 0
+        self.recomputed_tokens = 0
+        self._verify = 1 + settings.draft_tokens
+        self._gain = settings.acceptance
+
+    # --- one step -------------------------------------------------------------------------------------------------
+
+    def schedule(self, lane: Lane) -> Work:
+        """Choose the batch of the next step of a lane and give it its blocks."""
+        work, settings, before = Work(), self.settings, self.preemptions
+        budget = settings.max_num_batched_tokens
+        if settings.batches == "separate" and (lane.partial or self.waiting):
+            budget = self._prompts(lane, work, budget)
+            if self.preemptions == before:
+                self._admit(lane, work, budget)
+            if work.chunks:
+                return work
+        if lane.decoding:
+            self._reserve(lane, work)
+            budget -= lane.decoding * self._verify
+        if settings.batches == "mixed":
+            if lane.partial:
+                budget = self._prompts(lane, work, budget)
+            if self.waiting and self.preemptions == before:
+                self._admit(lane, work, budget)
+        work.decodes, work.contexts = lane.decoding, lane.contexts
+        return work
+
+    def _reserve(self, lane: Lane, work: Work) -> None:
+        """Give blocks to the decoding sequences that need one in this step."""
+        due = lane.needs.pop(lane.steps, None)
+        if due is None:
+            return
+        for sequence, epoch in due:
+            # A preemption for one before it may have sent it away.
+            while sequence.epoch == epoch:
+                length = sequence.context + (lane.steps - sequence.since) * self._gain
+                if self.pool.grow(sequence.held, ceil(length - 1e-9) + self.settings.draft_tokens):
+                    self._next_need(lane, sequence)
+                    break
+                self._preempt(lane, work)
+
+    def _next_need(self, lane: Lane, sequence: Sequence) -> None:
+        room = sequence.held.blocks * self.settings.block_size - self.settings.draft_tokens - sequence.context
+        step = sequence.since + int(room / self._gain + 1e-9) + 1
+        lane.needs.setdefault(max(step, lane.steps + 1), []).append((sequence, sequence.epoch))
+
+    def _prompts(self, lane: Lane, work: Work, budget: int) -> int:
+        for sequence in list(lane.partial):
+            if budget <= 0:
+                break
+            if sequence.lane is not lane:
+                continue  # preempted for one before it
+            size = min(sequence.target - sequence.computed, budget)
+            while not self.pool.grow(sequence.held, sequence.computed + size):
+                self._preempt(lane, work)
+                if sequence.lane is not lane:
+                    break
+            if sequence.lane is lane:
+                self._chunk(lane, work, sequence, size)
+                budget -= size
+        return budget
+
+    def _chunk(self, lane: Lane, work: Work, sequence: Sequence, size: int) -> None:
+        sequence.computed += size
+        work.chunks.append((size, sequence.computed, sequence))
+        pool = self.pool
+        if pool.id_tokens and sequence.request.blocks:
+            pool.learn(sequence.held, sequence.request.blocks[len(sequence.held.ids) : sequence.computed // pool.id_tokens])
+        if sequence.computed == sequence.target:
+            lane.partial.remove(sequence)
+            work.finished_prompts.append(sequence)
+
+    def _admit(self, lane: Lane, work: Work, budget: int) -> None:
+        settings, pool, waiting = self.settings, self.pool, self.waiting
+        while waiting and self.running < settings.max_num_seqs:
+            sequence = waiting[0]
+            if sequence.swapped or sequence.source is not None:
+                # Its KV cache is elsewhere: it needs blocks, no computation.
+                if not pool.grow(sequence.held, sequence.computed + 1 + settings.draft_tokens):
+                    return
+                waiting.popleft()
+                self._enter(lane, sequence)
+                if sequence.swapped:
+                    sequence.swapped = False
+                    work.swap_tokens += sequence.computed
+                    self.decode(lane, sequence)
+                else:
+                    sequence.moving = True
+                    self.arriving.append(sequence)
+                continue
+            if budget <= 0:
+                return
+            ids = sequence.request.blocks
+            shared = ids[: pool.match(ids, sequence.target)] if ids and pool.id_tokens else ()
+            left = sequence.target - len(shared) * pool.id_tokens
+            if left > budget and not settings.chunked_prefill and (work.chunks or left <= settings.max_num_batched_tokens):
+                return
+            size = min(left, budget) if settings.chunked_prefill else left
+            if not pool.fits(sequence.held, shared, len(shared) * pool.id_tokens + size):
+                return
+            waiting.popleft()
+            self._enter(lane, sequence)
+            if shared:
+                pool.share(sequence.held, shared)
+                sequence.computed = len(shared) * pool.id_tokens
+            pool.grow(sequence.held, sequence.computed + size)
+            lane.partial.append(sequence)
+            self._chunk(lane, work, sequence, size)
+            budget -= size
+
+    def _enter(self, lane: Lane, sequence: Sequence) -> None:
+        sequence.lane = lane
+        lane.running[sequence] = None
+        self.running += 1
+
+    # --- between steps --------------------------------------------------------------------------------------------
+
+    def decode(self, lane: Lane, sequence: Sequence) -> None:
+        """Let a sequence with its KV cache in place decode from the lane's next decode step on."""
+        sequence.since, sequence.context = lane.steps, float(sequence.computed + 1)
+        lane.decoding += 1
+        lane.contexts += sequence.context
+        steps = ceil((sequence.request.output_tokens - sequence.generated) / self._gain - 1e-9)
+        lane.ends.setdefault(lane.steps + steps - 1, []).append((sequence, sequence.epoch))
+        if sequence.held.blocks * self.settings.block_size >= sequence.context + self.settings.draft_tokens:
+            self._next_need(lane, sequence)
+        else:
+            lane.needs.setdefault(lane.steps, []).append((sequence, sequence.epoch))
+
+    def stepped(self, lane: Lane) -> list[Sequence]:
+        """Book a decode step that has run; return the sequences that end with it."""
+        due = lane.ends.pop(lane.steps, ())
+        lane.steps += 1
+        lane.contexts += lane.decoding * self._gain
+        done = []
+        for sequence, epoch in due:
+            if sequence.epoch == epoch:
+                self._undecode(lane, sequence)
+                self.leave(lane, sequence)
+                done.append(sequence)
+        return done
+
+    def leave(self, lane: Lane, sequence: Sequence) -> None:
+        """Take a sequence out of its lane and its blocks back."""
+        del lane.running[sequence]
+        sequence.lane = None
+        self.running -= 1
+        self.pool.release(sequence.held)
+
+    def _undecode(self, lane: Lane, sequence: Sequence) -> None:
+        lane.decoding -= 1
+        lane.contexts -= sequence.context + (lane.steps - sequence.since) * self._gain
+        sequence.epoch += 1
+
+    def _preempt(self, lane: Lane, work: Work) -> None:
+        """Send the youngest running sequence of the lane back to the head of the queue."""
+        victim = next(one for one in reversed(lane.running) if not one.moving)
+        settings = self.settings
+        decoding = victim.computed == victim.target and victim not in work.finished_prompts
+        if decoding:
+            ran = lane.steps - victim.since
+            self._undecode(lane, victim)
+            victim.generated += int(ran * self._gain + 1e-9)
+            victim.computed = victim.request.prompt_tokens + victim.generated - 1
+        else:
+            victim.epoch += 1
+            if victim in lane.partial:
+                lane.partial.remove(victim)
+            else:
+                work.finished_prompts.remove(victim)
+            for chunk in [one for one in work.chunks if one[2] is victim]:
+                work.chunks.remove(chunk)
+                victim.computed -= chunk[0]
+        self.leave(lane, victim)
+        self.preemptions += 1
+        if decoding and settings.preemption == "swap":
+            victim.swapped = True
+            victim.target = victim.computed
+            work.swap_tokens += victim.computed
+        else:
+            self.recomputed_tokens += victim.computed
+            victim.target = victim.request.prompt_tokens + victim.generated
+            victim.computed = 0
+        self.waiting.appendleft(victim)
