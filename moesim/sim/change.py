@@ -24,7 +24,8 @@ from moesim.sim.engine import Engine
 from moesim.sim.flows import Flow
 from moesim.sim.loads import LoadCompiler
 from moesim.sim.membership import FAIL, JOIN, Event, Membership, alive_of, lost_LE, refill, reshard
-from moesim.sim.migration import CHECKPOINT, MigrationSettings, Moves, Transfer, install_s, mixed, moves_between, path_of
+from moesim.sim.migration import CHECKPOINT, MigrationSettings, Moves, Transfer, install_s, mixed, moves_between, way_of
+from moesim.sim.network import Network
 from moesim.sim.replay import Pass, ReplayRun, build_batch, one_pass, since
 
 Steps = Generator[Any, Any, None]
@@ -358,12 +359,11 @@ class _Run:
 
     def _load_rank(self, rank: int) -> Steps:
         """Load everything but routed experts from the checkpoint."""
-        path, latency = path_of(self.cluster, CHECKPOINT, rank, self.expert_bytes, self.migration)
-        finite = {hop: rate for hop, rate in path.items() if np.isfinite(rate)}
+        way = way_of(Network(self.cluster), CHECKPOINT, rank, self.expert_bytes, self.migration)
         nbytes = float(memory.weight_bytes_R(self.model, self.plan, attention_tp=1)[rank])
-        yield self.env.timeout(latency + self.migration.message_s)
-        if finite:
-            yield self.engine.start_flow(Flow(f"weights of rank {rank}", nbytes, finite, self.migration.discipline))
+        yield self.env.timeout(way.latency_s + self.migration.message_s)
+        if way.path:
+            yield self.engine.start_flow(Flow(f"weights of rank {rank}", nbytes, way.path, self.migration.discipline, ranks=way.ranks))
 
     def _change_ranks(self, kind: str, ranks: tuple[int, ...]) -> None:
         """Plan for ranks that leave or are ready to join."""

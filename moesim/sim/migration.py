@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from moesim.errors import HardwareError, InputError, describe
-from moesim.hardware.cluster import Cluster, Link
+from moesim.hardware.cluster import Cluster
 from moesim.plan import Plan
 from moesim.sim.engine import Engine
-from moesim.sim.flows import Flow
+from moesim.sim.flows import Flow, Hop
+from moesim.sim.network import Network
 
 CHECKPOINT = -1
 """Source of a copy that no live rank holds."""
@@ -61,6 +62,18 @@ class MigrationSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(describe("migration", name, value, "must be > 0"))
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How experts get from one place to another."""
+
+    path: dict[Hop, float]
+    """Ports → the bytes/s that their messages reach there."""
+    latency_s: float
+    """Of one message."""
+    ranks: tuple[int, ...]
+    """Ranks that it needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -134,16 +147,6 @@ def mixed(old: Plan, new: Plan, rows: Sequence[int]) -> Plan:
     return replace(new, slot_to_expert_LS=table, share_LS=share)
 
 
-def link_rate(cluster: Cluster, name: str, message_bytes: float) -> tuple[float, float]:
-    """Return (bytes/s that messages of a size reach on a device's share of a link, its latency); raise HardwareError if there is no such link."""
-    link: Link | None = cluster.links.get(name) or (cluster.links.get("host") if name == "scale_up" else None)
-    if link is None:
-        raise HardwareError(f"{cluster.name}: links.{name} is missing; experts that move between ranks need it")
-    rate = link.bandwidth_Bps / max(link.shared_by, 1) / (max(cluster.fabric_oversubscription, 1.0) if name == "scale_out" else 1.0)
-    curve = link.efficiency
-    return rate * float(np.interp(math.log(max(message_bytes, 1.0)), np.log(curve.size_bytes), curve.efficiency)), link.latency_s
-
-
 def checkpoint_rate(cluster: Cluster, settings: MigrationSettings) -> float:
     """Return the bytes/s at which a node reads the checkpoint."""
     if settings.checkpoint_Bps is not None:
@@ -181,9 +184,11 @@ class Transfer:
     done: Any = field(init=False)
     """simpy event: everything has arrived."""
     cancelled: bool = False
+    network: Network = field(init=False)
 
     def __post_init__(self) -> None:
         self.start_s = self.engine.now
+        self.network = Network(self.cluster)
         pairs: dict[int, list[tuple[int, int]]] = {}
         ranks = self.cluster.num_ranks
         count_XR = np.zeros((ranks + 1, ranks), dtype=np.int64)
@@ -206,29 +211,28 @@ class Transfer:
 
     def _send(self, source: int, targets: list[tuple[int, int]]) -> Generator[Any, Any, None]:
         for target, count in targets:
-            path, latency = path_of(self.cluster, source, target, self.expert_bytes, self.settings)
-            yield self.engine.env.timeout(count * (latency + self.settings.message_s))
+            way = way_of(self.network, source, target, self.expert_bytes, self.settings)
+            yield self.engine.env.timeout(count * (way.latency_s + self.settings.message_s))
             if self.cancelled:
                 yield self.engine.env.event()
             nbytes = count * self.expert_bytes
-            finite = {hop: rate for hop, rate in path.items() if math.isfinite(rate)}
-            if finite:
-                # Under-populated paths: a port without limit takes no time and disturbs nobody.
-                flow = Flow(f"experts {source}->{target}", nbytes, finite, self.settings.discipline)
+            if way.path:
+                flow = Flow(f"experts {source}->{target}", nbytes, way.path, self.settings.discipline, ranks=way.ranks)
                 self.flows.append(flow)
                 yield self.engine.start_flow(flow)
             self.moved_bytes += nbytes
 
 
-def path_of(cluster: Cluster, source: int, target: int, message_bytes: float, settings: MigrationSettings) -> tuple[dict[tuple[str, int], float], float]:
-    """Return the ports on the way with their bandwidths, and the latency of a message."""
+def way_of(network: Network, source: int, target: int, message_bytes: float, settings: MigrationSettings) -> Way:
+    """Return the way of one rank's experts to another, or of the checkpoint's, for messages of a size. Raises SimulationError if there is none."""
+    cluster = network.cluster
     if source == CHECKPOINT:
-        host = cluster.links.get("host")
-        path = {("disk.in", cluster.node_of(target) * cluster.devices_per_node): checkpoint_rate(cluster, settings)}
-        if host is None:
-            return path, 0.0
-        rate, latency = link_rate(cluster, "host", message_bytes)
-        return {**path, ("host.in", target): rate}, latency
-    name = "scale_up" if cluster.node_of(source) == cluster.node_of(target) else "scale_out"
-    rate, latency = link_rate(cluster, name, message_bytes)
-    return {(f"{name}.out", source): rate, (f"{name}.in", target): rate}, latency
+        node, tier = cluster.node_of(target), "disk" if "disk" in cluster.links else "host"
+        path = dict(network.path(tier, target)) if tier in cluster.links else {}
+        ranks, latency = (target,), network.latency(tier, target) if path else 0.0
+        path = {("storage.in", node): checkpoint_rate(cluster, settings), **{hop: rate for hop, rate in path.items() if hop[0] != "storage.in"}}
+    else:
+        path, ranks, latency = dict(network.path(source, target)), (source, target), network.latency(source, target)
+    reached = {hop: rate * network.efficiency(hop, message_bytes) for hop, rate in path.items()}
+    # A port without limit takes no time and disturbs nobody.
+    return Way({hop: rate for hop, rate in reached.items() if math.isfinite(rate)}, latency, ranks)

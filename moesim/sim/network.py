@@ -12,7 +12,10 @@ of each (`direct`), or that of equal index, a rail, and NVLink in the source's (
 
 from __future__ import annotations
 
+import math
 from typing import Literal
+
+import numpy as np
 
 from moesim.errors import SimulationError, describe
 from moesim.hardware.cluster import Cluster, Link
@@ -104,6 +107,14 @@ class Network:
         for name, link in (("scale_up.out", self._up), ("scale_out.out", self._out), ("pcie.up", self._host), ("pcie.down", self._host)):
             total += link.latency_s if name in names and link is not None else 0.0
         return total + (self._disk.latency_s if self._disk is not None and any(name.startswith("storage") for name in names) else 0.0)
+
+    def efficiency(self, hop: Hop, message_bytes: float) -> float:
+        """Return the share of a port's bandwidth that messages of a size reach."""
+        kind = hop[0].partition(".")[0]
+        link = {"scale_up": self._up, "scale_out": self._out, "nic": self._out, "leaf": self._out, "host": self._host, "pcie": self._host}.get(kind, self._disk)
+        if link is None:
+            return 1.0
+        return float(np.interp(math.log(max(message_bytes, 1.0)), np.log(link.efficiency.size_bytes), link.efficiency.efficiency))
 
     def _take(self, *hops: Hop) -> dict[Hop, float]:
         return {hop: self.capacity[hop] for hop in hops if hop in self.capacity}

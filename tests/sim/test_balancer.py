@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from moesim.errors import InputError, SimulationError
 from moesim.hardware.cluster import Cluster, SizeCurve
+from moesim.hardware.load import load_cluster
 from moesim.model import sizes
 from moesim.plan import Plan
 from moesim.sim import policies
@@ -20,7 +21,8 @@ from moesim.sim.balancer import Balancer, Decision, LoadView
 from moesim.sim.change_report import ChangeRun, sweep_periods, verdict
 from moesim.sim.engine import Engine
 from moesim.sim.loads import LoadCompiler
-from moesim.sim.migration import CHECKPOINT, MigrationSettings, Transfer, held_LER, mixed, moves_between
+from moesim.sim.migration import CHECKPOINT, MigrationSettings, Moves, Transfer, held_LER, mixed, moves_between
+from moesim.sim.network import Network
 from moesim.sim.policies import Policy
 from moesim.sim.replay import run_passes
 from tests.sim import changes
@@ -403,3 +405,39 @@ def test_mixed_plans_take_rows_and_shares_from_the_new_one() -> None:
     rows = [int((both.slot_to_expert_LS[row] == new.slot_to_expert_LS[row]).all()) for row in range(old.num_layers)]
     assert rows == [0, 1] and both.share_LS is not None
     assert mixed(old, new, range(old.num_layers)) is new
+
+
+# --- the ways of experts -------------------------------------------------------------------------------------------
+
+
+def transfer_s(cluster: Cluster, pairs: list[tuple[int, int]]) -> float:
+    """Return the time of one expert from every source to its target, on idle links."""
+    source, target = (np.array(side) for side in zip(*pairs, strict=True))
+    moves = Moves(
+        layer_M=np.zeros(len(pairs), dtype=int), expert_M=np.arange(len(pairs)), source_M=source, target_M=target, written_LR=np.zeros((1, cluster.num_ranks))
+    )
+    engine = Engine(cluster.num_ranks)
+    transfer = Transfer(engine, cluster, FREE, 1e9, moves)
+    engine.env.run(until=transfer.done)
+    return engine.now
+
+
+def test_experts_go_the_way_of_the_network() -> None:
+    """Two pairs side by side: as fast as one on NICs of their own, half as fast on one NIC, or on a fabric that carries half."""
+    cluster = load_cluster("h100-sxm-2x2")
+    nic = cluster.links["scale_out"]
+    latency = Network(cluster).latency(0, 2)
+    alone, own = transfer_s(cluster, [(0, 2)]), transfer_s(cluster, [(0, 2), (1, 3)])
+    assert own == pytest.approx(alone)
+    shared = replace(cluster, links={**cluster.links, "scale_out": replace(nic, shared_by=2)})
+    assert transfer_s(shared, [(0, 2)]) == pytest.approx(alone)
+    assert transfer_s(shared, [(0, 2), (1, 3)]) - latency == pytest.approx(2 * (alone - latency))
+    assert transfer_s(replace(cluster, fabric_oversubscription=2.0), [(0, 2), (1, 3)]) - latency == pytest.approx(2 * (alone - latency))
+
+
+def test_ranks_of_a_node_share_its_disk_when_they_load_from_the_checkpoint() -> None:
+    cluster = load_cluster("h100-sxm-2")
+    slow = replace(cluster, links={**cluster.links, "disk": replace(cluster.links["disk"], bandwidth_Bps=1e9, latency_s=0.0)})
+    slow = replace(slow, tiers={**slow.tiers, "nvme": replace(slow.tiers["nvme"], read_Bps=1e9)})
+    one, two = transfer_s(slow, [(CHECKPOINT, 0)]), transfer_s(slow, [(CHECKPOINT, 0), (CHECKPOINT, 1)])
+    assert one == pytest.approx(1.0, rel=1e-3) and two == pytest.approx(2.0, rel=1e-3)
