@@ -1,14 +1,24 @@
-"""Random small scenarios for comparing engines: overlap, stages, misses, collectives in groups, flows mid-pass."""
+"""Random small scenarios for comparing engines: overlap, stages, training, chunks, misses, collectives in groups, flows mid-pass."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 
+from moesim.costs.exchange import ExchangeTiming
+from moesim.costs.provenance import Provenance, Timing, timing
+from moesim.sim.build_layer import BatchTimes, MoeTimes, Site
+from moesim.sim.build_pipeline import Pipeline
 from moesim.sim.flows import Flow
 from moesim.sim.ops import COMM, COMPUTE, COPY, Job, Op, Program
+from moesim.sim.pipeline_settings import PipelineSettings
+from moesim.sim.replay import one_pass
+from moesim.sim.schedules import schedule
+from moesim.sim.settings import Settings
+from moesim.sim.stages import Stages
 
 
 class Decided:
@@ -80,6 +90,56 @@ def pipeline(rng: np.random.Generator, ranks: int, micro_batches: int) -> Progra
         )
         program.local("stage1", rng.uniform(0.1, 1, ranks), deps=[sent], ranks_R=~first)
     return program
+
+
+def random_times(rng: np.random.Generator, ranks: int, rows: int, chunks: int, chunks_backward: int) -> BatchTimes:
+    """Times of one micro-batch of one pass, of which a MoE layer is cut into chunks."""
+
+    def some(*shape: int) -> Timing:
+        return timing(rng.uniform(0.1, 1, (1, *shape, ranks)), Provenance.MEASURED)
+
+    def exchange() -> ExchangeTiming:
+        send, recv = some(rows), some(rows)
+        return ExchangeTiming(send_s=send.seconds, recv_s=recv.seconds, provenance=send.provenance)
+
+    def moe(count: int) -> tuple[MoeTimes, ...]:
+        return tuple(MoeTimes(dispatch=exchange(), experts=some(rows), combine=exchange()) for _ in range(count))
+
+    names = ("embedding", "attention", "dense", "gate", "head")
+    shared, forward = some() if rng.random() < 0.5 else None, moe(chunks)
+    return BatchTimes(
+        tokens_PR=rng.integers(1, 9, (1, ranks)).astype(np.float64),
+        core_PR=rng.uniform(0, 1, (1, ranks)),
+        reduce=some() if rng.random() < 0.3 else None,
+        shared=shared,
+        moe=forward,
+        moe_backward=forward if chunks_backward == chunks else moe(chunks_backward),
+        **{name: some() for name in names},
+    )
+
+
+def staged(rng: np.random.Generator, ranks: int) -> Program:
+    """Two pipeline stages as the builder makes them: inference or training, any schedule, chunks, rounds, interference."""
+    name = str(rng.choice(["forward", "gpipe", "1f1b", "interleaved", "dualpipe"]))
+    micro = {"interleaved": 2, "dualpipe": 4}.get(name, int(rng.integers(1, 4)))
+    chunks, backward, rounds = (int(rng.integers(1, 3)) for _ in range(3))
+    wanted = PipelineSettings(train=name != "forward", schedule=name, chunks=chunks, chunks_backward=backward if name != "forward" else 0)
+    order = schedule(name, stages=2, micro_batches=micro, virtual=2 if name == "interleaved" else 1)
+    share = float(rng.choice([0.0, 0.3]))
+    placement = str(rng.choice(["serial", "beside_dispatch", "beside_combine"]))
+    settings = Settings(pipeline=wanted, rounds=rounds, comm_sm_share=share, shared_experts=placement)
+    half, program = ranks // 2, Program(ranks)
+    stages = Stages(order=order, ranks=half, layers=tuple(range(chunk, chunk + 1) for chunk in range(order.num_chunks)))
+    port = str(rng.choice(["scale_up", "scale_out"]))
+    group_R, tp_R = np.zeros(ranks, dtype=int), np.arange(ranks)
+    sites = [Site(program, columns=stages.columns(s), mask_R=stages.mask_R(s), group_R=group_R, tp_group_R=tp_R, port=port) for s in range(2)]
+    model: Any = SimpleNamespace(num_layers=order.num_chunks, moe_layer_ids=(1, 3)[: order.num_chunks // 2], hidden_size=1, dtype="bfloat16")
+    batches = [random_times(rng, half, rounds * len(model.moe_layer_ids), chunks, backward) for _ in range(micro)]
+    devices = int(rng.choice([half, ranks]))
+    cluster: Any = SimpleNamespace(node_of=lambda rank: rank // devices)
+    costs: Any = SimpleNamespace(p2p=lambda nbytes, nodes: timing(nbytes * 0.05, Provenance.MEASURED))
+    Pipeline(program, stages, sites, batches, cluster=cluster, model=model, settings=settings, costs=costs).run()
+    return one_pass(program)
 
 
 def offload(rng: np.random.Generator, ranks: int, layers: int, *, on_clock: bool = False) -> Program:
@@ -158,7 +218,7 @@ def random_flow(rng: np.random.Generator, name: str, width: dict[tuple[str, int]
 
 
 def scenario(seed: int) -> Scenario:
-    """One case in six: overlap, pipeline, offload, anything, ring; hooks that look at the clock; flows, cancels, failures."""
+    """One case in six: overlap, pipeline stages, offload, anything, ring; hooks that look at the clock; flows, cancels, failures."""
     rng = np.random.Generator(np.random.PCG64(seed))
     ranks = int(rng.choice([2, 4, 6]))
     kind = seed % 6
@@ -167,7 +227,7 @@ def scenario(seed: int) -> Scenario:
         program = two_batch_overlap(rng, ranks, int(rng.integers(1, 4)))
         program = interfering(rng, program) if rng.random() < 0.5 else program
     elif kind == 1:
-        program = pipeline(rng, ranks, int(rng.integers(1, 5)))
+        program = pipeline(rng, ranks, int(rng.integers(1, 5))) if rng.random() < 0.6 else staged(rng, ranks)
     elif kind == 2:
         hooks = "reached" if rng.random() < 0.6 else "ahead"
         program = offload(rng, ranks, int(rng.integers(1, 6)), on_clock=hooks == "reached")
