@@ -167,7 +167,7 @@ class RecordedTimes:
             load_then_PLR[chosen] = load
             for op in under.ops:
                 old.setdefault((op.layer, op.label), np.full(shape, np.nan))[chosen] = _longest(op)
-        self._check_tokens(at, steps, load_then_PLR)
+        self._check_tokens(at, steps, load_then_PLR, np.concatenate([item.shape.tokens_PR for item in batch]))
         row_of = {layer: row for row, layer in enumerate(self.moe_layer_ids)}
         left, ops = dict(self._cells), []
         for op in program.ops:
@@ -212,11 +212,14 @@ class RecordedTimes:
         """Is the reduction over tensor-parallel ranks part of the recorded stage that it follows?"""
         return any((op.layer, OPS.get(program.ops[dep].label, "")) in self._cells for dep in op.deps)
 
-    def _check_tokens(self, at: np.ndarray, steps: Sequence[int], load_PLR: np.ndarray) -> None:
-        """Raise TraceError where the recorded tokens of a rank's experts are not those of the map that was in force; 0 everywhere: not recorded."""
+    def _check_tokens(self, at: np.ndarray, steps: Sequence[int], load_PLR: np.ndarray, home_PR: np.ndarray) -> None:
+        """Raise TraceError where the recorded tokens of a rank's experts are not those of the map that was in force.
+
+        They are (token, expert) pairs; 0 everywhere means not recorded, and a producer may count the rank's own tokens instead.
+        """
         for row, layer in enumerate(self.moe_layer_ids):
             cell = self._cells.get((layer, "experts"))
-            if cell is None or not cell.tokens_SR.any() or not self.exact_tokens:
+            if cell is None or not cell.tokens_SR.any() or not self.exact_tokens or (cell.tokens_SR[at] == home_PR).all():
                 continue
             wrong = np.argwhere(cell.tokens_SR[at] != load_PLR[:, row])
             if wrong.size:

@@ -96,3 +96,25 @@ def test_stage_times_and_maps_reach_the_trace_in_bounded_memory(tmp_path: Path, 
     assert len(steps["step"]) == 10 and sorted(set(kernels["step"].tolist())) == [0, 1, 2, 3], "four steps of three rows fit the bound"
     assert (np.diff(kernels["step"].astype(int)) >= 0).all() and sorted(kernels["dur_ns"].tolist()) == sorted([0, 1, 2, 10, 11, 12] * 4)
     assert [trace.facts["parallel"]["plans"][key]["slot_to_expert"] for key in ("0", "1")] == [plan.slot_to_expert_LS.tolist() for plan in plans]
+
+
+def test_a_live_capture_drives_a_replay_that_takes_the_time_it_took(tmp_path: Path) -> None:
+    """What ranks overlap between steps is lost, hence the tolerance; under another map only its loads' stages change."""
+    import time
+
+    from moesim import api
+    from tests.runtime.live import Live
+
+    live = Live(write_config(tmp_path / "model"), "--trace-out", str(tmp_path / "trace"), ranks=2)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "trace").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert live.close() == 0
+    model: dict[str, Any] = {"model": str(tmp_path / "model"), "hardware": "laptop-2"}
+    run = api.replay(str(tmp_path / "trace"), **model, times="trace", strict=True)
+    facts = run.report["times"]
+    assert facts["map"] == "recorded" and facts["waits"] == "separated" and facts["work_share"]["recorded"] == 1
+    assert facts["recorded_step_ms"]["mean"] * 0.5 < run.report["step_ms"]["mean"] < facts["recorded_step_ms"]["mean"] * 1.2
+    other = api.replay(str(tmp_path / "trace"), **model, times="trace", placement="round_robin")
+    assert other.report["times"]["work_share"]["rescaled"] > 0
+    assert other.report["breakdown_ms"]["attention"] == pytest.approx(run.report["breakdown_ms"]["attention"])

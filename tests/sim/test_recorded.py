@@ -206,6 +206,36 @@ def test_the_recorded_map_is_read_from_the_trace_and_checked_against_recorded_to
         api.replay(trace(with_tokens(table, change=1)), **MODEL, times="trace")
 
 
+def test_every_step_is_rescaled_from_the_map_that_was_in_force() -> None:
+    kind, table = shape(), kernels()
+    plans = [
+        linear(model=kind.model, num_experts=kind.num_experts, moe_layer_ids=kind.moe_layer_ids, num_ranks=RANKS, kind=name) for name in ("linear", "random")
+    ]
+    steps = {"step": np.repeat(10 + 3 * np.arange(STEPS), RANKS), "map_epoch": np.repeat([0, 0, 0, 1, 1], RANKS)}
+    base = trace(table, plan=plans[0])
+    node = {**base.facts["parallel"], "plans": {"0": base.facts["parallel"]["plans"]["0"], "1": trace(table, plan=plans[1]).facts["parallel"]["plans"]["0"]}}
+    made = dataclasses.replace(base, facts={**base.facts, "parallel": node}, tables={"kernels": table, "steps": steps}.get)
+    serial = serial_s(table).max(axis=1)
+    for plan, own in zip(plans, (slice(0, 3), slice(3, 5)), strict=True):
+        run = api.replay(made, **MODEL, times="trace", plan=plan)
+        exact = np.isclose(np.array(run.ledger.duration_s), serial, rtol=1e-12)
+        assert exact[own].all() and exact.sum() == len(serial[own])
+    lost = dataclasses.replace(made, facts={**base.facts, "parallel": {**node, "plans": {"0": node["plans"]["0"]}}})
+    with pytest.raises(TraceError, match="epoch 1"):
+        api.replay(lost, **MODEL, times="trace")
+
+
+def test_one_rank_takes_all_that_was_recorded() -> None:
+    """It exchanges nothing, yet sorts and sums around its experts."""
+    table = kernels()
+    mine = {name: column[table["rank"] == 0] for name, column in table.items()}
+    batch = routes()
+    made = from_batches(shape(), [dataclasses.replace(batch, rank_T=np.zeros_like(batch.rank_T))], source="test")
+    made = dataclasses.replace(made, tables=lambda name: mine if name == "kernels" else None)
+    run = api.replay(made, model="flame-moe-290m", hardware="laptop-1", times="trace")
+    assert list(run.ledger.duration_s) == pytest.approx(serial_s(mine)[:, 0].tolist(), rel=1e-12)
+
+
 def first_row(name: str, value: int) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     return lambda table: {**table, name: np.r_[value, table[name][1:]]}
 
