@@ -229,10 +229,11 @@ def way_of(network: Network, source: int, target: int, message_bytes: float, set
     if source == CHECKPOINT:
         node, tier = cluster.node_of(target), "disk" if "disk" in cluster.links else "host"
         path = dict(network.path(tier, target)) if tier in cluster.links else {}
-        ranks, latency = (target,), network.latency(tier, target) if path else 0.0
+        latency = network.latency(tier, target) if path else 0.0
         path = {("storage.in", node): checkpoint_rate(cluster, settings), **{hop: rate for hop, rate in path.items() if hop[0] != "storage.in"}}
     else:
-        path, ranks, latency = dict(network.path(source, target)), (source, target), network.latency(source, target)
+        path, latency = dict(network.path(source, target)), network.latency(source, target)
     reached = {hop: rate * network.efficiency(hop, message_bytes) for hop, rate in path.items()}
     # A port without limit takes no time and disturbs nobody.
+    ranks = (target,) if source == CHECKPOINT else (source, target)
     return Way({hop: rate for hop, rate in reached.items() if math.isfinite(rate)}, latency, ranks)

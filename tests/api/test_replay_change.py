@@ -18,7 +18,7 @@ from tests.sim.changes import model_of
 TRACE = "synthetic:zipf:1.0,tokens=512,steps=16,phase=decode"
 LONG = "synthetic:zipf:1.0,tokens=64,steps=110,phase=decode"
 SMALL: dict[str, Any] = {"model": model_of(), "hardware": "h100-sxm-4"}
-QUICK = {"detection_s": 0.002, "rebuild_s": 0.001, "init_s": 0.001}
+QUICK: dict[str, Any] = {"detection_s": 0.002, "rebuild_s": 0.001, "init_s": 0.001}
 
 
 def change(**settings: Any) -> dict[str, str]:

@@ -44,7 +44,8 @@ def run(trace: str | RoutingTrace = DECODE, where: dict[str, Any] | None = None,
 def changed(hardware: str, factor: float = 1.0, **links: Any) -> Cluster:
     """Links and tiers behind them `factor` times as fast; links: fields of every link to a tier."""
     cluster = load_cluster(hardware)
-    behind = {name: dataclasses.replace(link, bandwidth_Bps=link.bandwidth_Bps * factor, **links) for name, link in cluster.links.items() if name in ("host", "disk")}
+    ways = {name: link for name, link in cluster.links.items() if name in ("host", "disk")}
+    behind = {name: dataclasses.replace(link, bandwidth_Bps=link.bandwidth_Bps * factor, **links) for name, link in ways.items()}
     tiers = {name: tier if tier.link is None else dataclasses.replace(tier, read_Bps=tier.read_Bps * factor) for name, tier in cluster.tiers.items()}
     return dataclasses.replace(cluster, links={**cluster.links, **behind}, tiers=tiers)
 
@@ -119,7 +120,8 @@ KINDS: list[dict[str, Any]] = [
     {"slots": 60, "scope": "device", "cache": "lfu", "expert_start": "each"},
     {"slots": 4, "predictor": "synthetic:0.8,0.7", "lookahead": 2, "across_steps": True},
     {"slots": 4, "predictor": "exact", "issue": "experts", "into": "staging", "predict_time": "5 us"},
-    {"slots": 4, "predictor": "synthetic:0.6,0.6", "discipline": "priority", "chunk_bytes": "1 MB", "cancel_wrong": "true", "predict_time": "9 us", "predict_on": "cpu"},
+    {"slots": 4, "predictor": "synthetic:0.6,0.6", "discipline": "priority", "chunk_bytes": "1 MB", "cancel_wrong": "true", "predict_time": "9 us"},
+    {"slots": 4, "predictor": "synthetic:0.6,0.6", "discipline": "priority", "predict_time": "9 us", "predict_on": "cpu"},
     {"slots": 6, "miss": "cheapest", "cpu_flops": "500 GFLOP/s"},
     {"slots": 6, "miss": "unimportance:0.3,0.8", "low_bits": 4.5},
     {"tier": "nvme", "slots": 4, "host_slots": 40, "predictor": "exact"},
@@ -147,8 +149,9 @@ def test_one_device_and_the_engine_agree(trace: str, settings: dict[str, Any]) -
 
 
 def test_a_rank_that_loads_keeps_the_others_waiting() -> None:
-    """Only rank 0 has skewed work: the stall of its loads is the others' wait at the exchange."""
-    report, plain = run("synthetic:zipf:1.5,tokens=64,steps=8,phase=decode", MANY, slots=1), api.replay("synthetic:zipf:1.5,tokens=64,steps=8,phase=decode", **MANY).report
+    """Ranks load differently many experts: the stall of one is the others' wait at the exchange."""
+    skewed = "synthetic:zipf:1.5,tokens=64,steps=8,phase=decode"
+    report, plain = run(skewed, MANY, slots=1), api.replay(skewed, **MANY).report
     assert report["stall_s"]["straggler"] > plain["stall_s"]["straggler"]
     assert report["tokens"] == plain["tokens"] and report["balance"] == plain["balance"]
     assert sum(report["breakdown_ms"].values()) == pytest.approx(report["step_ms"]["mean"], rel=1e-9)
@@ -260,7 +263,9 @@ def test_what_does_not_fit_names_the_tier_and_the_rule(where: dict[str, Any], se
         run(DECODE, where, **settings)
 
 
-@pytest.mark.parametrize(("room", "message"), [(2, "needs 2.99 GiB of hbm .* must be <= 2 GiB"), (4, "hbm: the 8 experts that one layer of a pass wants need 2.6")])
+@pytest.mark.parametrize(
+    ("room", "message"), [(2, "needs 2.99 GiB of hbm .* must be <= 2 GiB"), (4, "hbm: the 8 experts that one layer of a pass wants need 2.6")]
+)
 def test_dense_weights_and_one_layers_experts_must_fit_the_device(room: int, message: str) -> None:
     cluster = load_cluster("rtx-4090-1")
     small = dataclasses.replace(cluster, tiers={**cluster.tiers, "hbm": dataclasses.replace(cluster.tiers["hbm"], capacity_bytes=room * 2.0**30)})
