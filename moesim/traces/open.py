@@ -41,7 +41,8 @@ def open_trace(ref: str, *, shape: TraceShape | None = None, seed: int = 0) -> R
         shipped = library()
         if ref not in shipped:
             raise TraceError(f"{ref}: is neither a trace folder, a .zip nor a shipped trace; shipped: {', '.join(shipped) or 'none'}; or synthetic:zipf:1.0 …")
-        path = shipped[ref]
+        # Its name, not where it is installed: equal runs give equal files on every machine.
+        return replace(open_stored(shipped[ref]), source=ref)
     return open_stored(path)
 
 
