@@ -24,7 +24,16 @@ class Pipeline:
     """Adds the Ops of one Program, stage by stage."""
 
     def __init__(
-        self, program: Program, stages: Stages, sites: Sequence[Site], batches: Sequence[BatchTimes], *, cluster: Cluster, model: MoEModel, settings: Settings, costs: CostModel
+        self,
+        program: Program,
+        stages: Stages,
+        sites: Sequence[Site],
+        batches: Sequence[BatchTimes],
+        *,
+        cluster: Cluster,
+        model: MoEModel,
+        settings: Settings,
+        costs: CostModel,
     ) -> None:
         self.program, self.stages, self.sites, self.batches = program, stages, sites, batches
         self.cluster, self.model, self.costs = cluster, model, costs

@@ -29,6 +29,7 @@ class StepEnd:
         self.held = held(model, plan, attention_tp=tp, stages=stages)
         self._replica_R = np.arange(cluster.num_ranks) % tp + np.arange(cluster.num_ranks) // stages.ranks * tp
         """Group of the ranks that hold the same part of what attention TP splits."""
+        self._experts = [self._expert_replicas(stage) for stage in range(stages.count)]
         stage_R = np.arange(cluster.num_ranks) // stages.ranks
         self._mirror_R = np.minimum(stage_R, stages.count - 1 - stage_R) * stages.ranks + np.arange(cluster.num_ranks) % stages.ranks
         """Pairs of ranks of equal place in the two stages that hold the same chunks."""
@@ -47,7 +48,7 @@ class StepEnd:
         replicas, nodes = ranks // self.tp, max(1, ranks // max(self.cluster.devices_per_node, self.tp))
         port = "scale_up" if nodes == 1 else "scale_out"
         dense = np.full((1, ranks), mine.dense_parameters)
-        experts = self._expert_replicas(stage)
+        experts = self._experts[stage]
         if experts is not None:
             last = [site.reduce("expert_gradients", experts, site.group_R, site.port, last)]
         if replicas > 1:
@@ -85,18 +86,15 @@ class StepEnd:
     def _expert_replicas(self, stage: int) -> Timing | None:
         """Return the time [1, R] of summing replicated experts' gradients: one all-reduce per slot, one after another on its rank."""
         devices, ranks = self.cluster.devices_per_node, self.stages.ranks
-        layers = self.stages.layers_of(stage)
+        layers, replicas_LE = self.stages.layers_of(stage), self.plan.replicas_LE
         counts: dict[tuple[int, int], np.ndarray] = {}
         for row, layer in enumerate(self.model.moe_layer_ids):
-            experts_S = self.plan.slot_to_expert_LS[row]
-            if layer not in layers or not (np.bincount(experts_S[experts_S >= 0]) > 1).any():
-                continue
-            for expert in np.flatnonzero(np.bincount(experts_S[experts_S >= 0]) > 1).tolist():
-                owners = np.unique(self.plan.slot_rank_S[experts_S == expert])
+            for expert in np.flatnonzero(replicas_LE[row] > 1).tolist() if layer in layers else ():
+                owners = np.unique(self.plan.slot_rank_S[self.plan.slot_to_expert_LS[row] == expert])
                 if len(owners) > 1:
                     across = len(np.unique(owners // devices)) > 1
                     key = (len(owners), len(owners) if across else 1)
-                    np.add.at(counts.setdefault(key, np.zeros((1, ranks))), (0, owners), 1.0)
+                    counts.setdefault(key, np.zeros((1, ranks)))[0, owners] += 1.0
         if not counts:
             return None
         nbytes = self.settings.gradient_bytes * expert_parameters(self.model)

@@ -32,8 +32,9 @@ def held(model: MoEModel, plan: Plan, *, attention_tp: int, stages: Stages | Non
         layers = range(model.num_layers) if stages is None else stages.layers_of(stage)
         rows = [row for row, layer in enumerate(model.moe_layer_ids) if layer in layers]
         dense, moe = len(layers) - len(rows), len(rows)
-        tables = (stages is None or stages.holds(stage, 0)) + (stages is None or stages.holds(stage, -1))
-        embeddings = (1 if model.tie_embeddings else tables) * sizes.embedding_bytes(model, attention_tp) / (1 if model.tie_embeddings else 2) if tables else 0.0
+        ends = (stages is None or stages.holds(stage, 0)) + (stages is None or stages.holds(stage, -1))
+        # Both ends on one stage may share a table; the account of a model counts one table if they do, else two.
+        embeddings = sizes.embedding_bytes(model, attention_tp) * (min(ends, 1) if model.tie_embeddings else ends / 2)
         fixed = embeddings + len(layers) * sizes.attention_weight_bytes(model, attention_tp) + dense * sizes.dense_ffn_bytes(model, attention_tp)
         count = embeddings / DTYPE_BYTES[model.dtype] + len(layers) * _elements(sizes.attention_matrices(model, attention_tp))
         count += dense * _elements(sizes.ffn_matrices(model, model.dense_ffn_size, attention_tp))
