@@ -73,10 +73,10 @@ def recorded_times(routing: RoutingTrace, model: MoEModel, cluster: Cluster, set
         raise TraceError(f"{routing.source}: has no table of kernel times (kernels.parquet); record a trace with stage times, or replay without --times trace")
     if tokens_per_step is not None:
         raise InputError(describe("--times trace", "--tokens-per-step", tokens_per_step, "must not be given; recorded times belong to the recorded steps"))
-    recorded_tp = (routing.facts.get("parallel") or {}).get("tp") or 1
+    recorded_tp = (routing.facts.get("parallel") or {}).get("tp")
     for key, default in Settings().report().items():
         value = settings.report()[key]
-        allowed = {default, recorded_tp} if key == "attention_tp" else {default}
+        allowed = [default, recorded_tp] if key == "attention_tp" else [default]
         if value not in allowed and key not in ("host_overhead_us", "dispatch"):
             raise InputError(describe("--set", key, value, f"must be {default!r} with --times trace", "recorded times are those of whole, undisturbed passes"))
     ranks = _recorded_ranks(routing, kernels)

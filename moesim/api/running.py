@@ -114,6 +114,9 @@ def simulate(
     run = run_of(passes, builder, seed, progress)
     if run.steps == 0:
         raise TraceError(f"{routing.source}: holds no token to replay; every row is a warm-up dummy or the trace is empty")
+    for tier, uses in run.memory.items():
+        if not any(counter.startswith(f"{tier}: ") for counter in run.ledger.levels):
+            run.ledger.set_level(f"{tier}: most bytes", 0.0, np.full(run.ledger.num_ranks, sum(uses.values())))
     report = replay_report(run, routing, builder, tokens_per_step, time.perf_counter() - began)
     return Replay(report=report, ledger=run.ledger, plan=builder.plan, load_LE=run.sums.expert_LE)
 
@@ -142,5 +145,5 @@ def run_of(passes: Iterable[Pass], builder: ProgramBuilder, seed: int, progress:
     run.memory = held.by_use()
     weights_R, entry_R = (part(model, plan, attention_tp=builder.tp, stages=builder.stages) for part in (memory.weight_bytes_R, memory.kv_bytes_R))
     for at_s, entries_R in run.ledger.levels.get(KV_ENTRIES, []):
-        run.ledger.set_level(f"{held.tier}: bytes of weights and KV", at_s, weights_R + entries_R * builder.tp * entry_R)
+        run.ledger.set_level(f"{held.tier}: bytes of weights and KV", at_s, weights_R + entries_R * (0.0 if settings.pipeline.train else builder.tp) * entry_R)
     return run

@@ -40,8 +40,8 @@ EXCHANGES = ("dispatch", "combine")
 WAIT_TOLERANCE = 0.01
 """Clocks agree if gaps between stages, and departures before the last arrival, are at most this share of the recorded time."""
 COLUMNS = ("step", "rank", "layer", "stage", "t_ns", "dur_ns", "tokens")
-MAX_CELLS = 1 << 27
-"""Most durations (steps × layers × stages × ranks): 1 GiB."""
+MAX_CELLS = 1 << 25
+"""Most durations (steps × layers × stages × ranks): 256 MiB an array."""
 
 Reference = Callable[[Sequence["Pass"]], tuple[Program, np.ndarray]]
 """Passes → their Program under the map in force when they were recorded, and the load int64 [P, L, R] of every rank under it."""
@@ -93,10 +93,16 @@ class RecordedTimes:
         step, rank, layer, stage, begin, length, tokens = (np.asarray(kernels[name]).astype(np.int64) for name in COLUMNS)
         if not len(step):
             raise TraceError(f"{place}: has no row; record the trace with stage times, or replay without --times trace")
-        for name, values, high in (("rank", rank, num_ranks - 1), ("stage", stage, len(STAGES) - 1), ("dur_ns", length, 1 << 53), ("layer", layer, num_layers)):
+        for name, values, high in (
+            ("rank", rank, num_ranks - 1),
+            ("stage", stage, len(STAGES) - 1),
+            ("dur_ns", length, 1 << 53),
+            ("t_ns", begin, 1 << 62),
+            ("layer", layer, num_layers),
+        ):
             bad = np.flatnonzero((values < 0) | (values > high))
             if bad.size:
-                text = "nanoseconds >= 0" if name == "dur_ns" else f"in 0..{high}"
+                text = "nanoseconds >= 0" if name.endswith("_ns") else f"in 0..{high}"
                 raise TraceError(describe(f"{place}, row {bad[0]}", name, int(values[bad[0]]), f"must be {text}", "record the trace again"))
         steps, step_at = np.unique(step, return_inverse=True)
         other = STAGES.index("other")
@@ -244,8 +250,8 @@ def _waits(
     order = np.lexsort((begin, rank, step_at))
     follows = (np.diff(step_at[order]) == 0) & (np.diff(rank[order]) == 0)
     gaps = np.abs(begin[order][1:] - begin[order][:-1] - length[order][:-1])[follows]
-    limit = WAIT_TOLERANCE * float(length.sum())
-    if float(gaps.sum()) > limit:
+    limit = WAIT_TOLERANCE * float(length.sum(dtype=np.float64))
+    if float(gaps.sum(dtype=np.float64)) > limit:
         return None
     start = np.full(total_CSR.shape, np.iinfo(np.int64).max)
     end = np.full(total_CSR.shape, np.iinfo(np.int64).min)
@@ -254,7 +260,7 @@ def _waits(
     exchange = np.isin(stage_C, [STAGES.index(name) for name in EXCHANGES])
     gate = start.max(axis=2, keepdims=True)
     early = np.maximum(gate - end, 0)[exchange]
-    if float(early.sum()) > limit:
+    if float(early.sum(dtype=np.float64)) > limit:
         return None
     wait = np.minimum((gate - start) * 1e-9, total_CSR)
     wait[~exchange] = 0.0

@@ -250,6 +250,7 @@ def first_row(name: str, value: int) -> Callable[[dict[str, np.ndarray]], dict[s
         (first_row("rank", 4), {}, "ranks"),
         (first_row("stage", 8), {}, "stage"),
         (first_row("dur_ns", -1), {}, "dur_ns"),
+        (first_row("t_ns", -(1 << 63)), {}, "t_ns"),
         (first_row("layer", 999), {}, "layer"),
         (lambda table: table, {"hardware": "h100-sxm-8"}, "must equal the 8 devices"),
         (lambda table: table, {"tokens_per_step": 64}, "tokens-per-step"),
