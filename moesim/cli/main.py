@@ -17,6 +17,7 @@ COMMANDS = {
     "solve": "compute an expert placement with its bound and its predicted gain",
     "parallel": "search how to split a model: tensor, expert, data and pipeline degrees, batches, pools",
     "rebalance": "say whether rebalancing during serving is worth it on a trace",
+    "validate": "compare predictions with measurements",
     "apply": "carry a plan out on a live deployment",
     "serve-demo": "start a live expert-parallel deployment on this machine",
     "demo": "walk the whole loop once: replay, solve, serve, apply",

@@ -2,7 +2,7 @@
 
 Every source rank sends equally many tokens, drawn from the same loads, so ports follow from sums over ranks without a rank-pair matrix. Choices of one
 token are distinct experts but otherwise independent: loads say nothing about which experts are chosen together. Fractions of tokens are rounded within a
-layer so that its total is kept; no batch noise is added.
+layer so that its total is kept; only `drawn_slot_tokens` adds the noise of a batch.
 Shapes: L layers (1 stands for all if they are alike), X expert-parallel ranks, C slots of one, S = X·C slots, n token counts, R ranks = X·expert_tp.
 """
 
@@ -19,6 +19,21 @@ from moesim.errors import InputError, describe
 
 Placement = Callable[[np.ndarray, int, int], np.ndarray]
 """(load_LE, ranks, slots per rank) → slot_to_expert_LS."""
+
+
+def capped_LE(load_LE: np.ndarray, top_k: int) -> np.ndarray:
+    """Scale loads [L, E] to expected choices of one token: rows sum to top_k, no entry exceeds 1; what an expert cannot take goes to the others."""
+    full = np.zeros(load_LE.shape, dtype=bool)
+    assign = np.zeros(load_LE.shape)
+    for _ in range(top_k + 1):
+        rest = np.where(full, 0.0, load_LE)
+        left = top_k - full.sum(axis=1, keepdims=True)
+        assign = np.where(full, 1.0, rest * (left / np.maximum(rest.sum(axis=1, keepdims=True), 1e-300)))
+        over = (assign > 1.0) & ~full
+        if not over.any():
+            break
+        full |= over
+    return np.minimum(assign, 1.0)
 
 
 def linear_placement(load_LE: np.ndarray, ranks: int, slots: int) -> np.ndarray:
@@ -67,6 +82,12 @@ class GroupLoads:
         whole = np.floor(running + (0.5 + 1e-7)).astype(np.int64)
         counts = np.diff(whole, axis=2, prepend=0)
         return counts.reshape(len(whole), len(self.slot_LS), self.group.ep, self.group.slots)
+
+    def drawn_slot_tokens(self, tokens_n: np.ndarray, generator: np.random.Generator, draws: int) -> np.ndarray:
+        """Return int64 [n, draws·L, X, C]: the same for batches whose tokens choose at random: every slot's tokens are drawn by themselves."""
+        chance = np.tile(self.slot_LS, (draws, 1))
+        counts = generator.binomial(np.asarray(tokens_n, dtype=np.int64)[:, None, None], np.clip(chance, 0.0, 1.0)[None])
+        return counts.reshape(len(tokens_n), len(chance), self.group.ep, self.group.slots)
 
     def surely_active_nL(self, tokens_n: np.ndarray) -> np.ndarray:
         """Return int64 [n, L]: slots of the busiest rank that have a token however fractions are rounded."""

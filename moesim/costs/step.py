@@ -24,6 +24,10 @@ PARTS = ("attention", "all_reduce", "dense_ffn", "gate", "exchange", "experts", 
 """Names of the parts of a pass: `imbalance` is what waiting for the busiest rank adds, `ends` embedding and head, `floor` what peak rates add."""
 
 
+DRAWS = 32
+"""Batches that are drawn for one time, all layers together, where choices are random."""
+
+
 class Costs(Protocol):
     """What a step asks of a cost model; `moesim.costs.CostModel` is one."""
 
@@ -121,11 +125,14 @@ class TokenTimes:
 class StepModel:
     """Evaluates groups; what depends on few of the degrees is computed once."""
 
-    def __init__(self, model: MoEModel, cluster: Cluster, costs: Costs, assign_LE: np.ndarray, placement: Placement) -> None:
-        """assign_LE: expected choices of every expert by one token, [MoE layers or 1, E]; its rows sum to top_k. placement: where experts lie."""
+    def __init__(self, model: MoEModel, cluster: Cluster, costs: Costs, assign_LE: np.ndarray, placement: Placement, *, draw_seed: int | None = None) -> None:
+        """assign_LE: expected choices of every expert by one token, [MoE layers or 1, E]; its rows sum to top_k. placement: where experts lie.
+        draw_seed: experts' times are means over random draws of a batch's choices; None: every slot has its expected tokens.
+        """
         self.model, self.cluster, self.costs = model, cluster, costs
         self._placement = placement
         self._assign_LE = assign_LE
+        self._draw_seed = draw_seed
         self._bytes = DTYPE_BYTES[model.dtype]
         self._cache: dict[Hashable, Any] = {}
 
@@ -236,21 +243,27 @@ class StepModel:
             total = np.minimum(exchanged, self._gather(group, tokens * group.dp)[:, None] + total)
         return {"total": total, "exchange": total - busiest - own, "experts": mean, "imbalance": busiest - mean}
 
-    def _slot_tokens(self, loads: GroupLoads, all_tokens: np.ndarray) -> np.ndarray:
-        return loads.slot_tokens(all_tokens)
-
     def _moe_times(self, group: Group, phase: str, all_tokens: np.ndarray, shared: np.ndarray) -> np.ndarray:
         """Return [3, n, L]: from the start of dispatch to the end of combine, the busiest rank's experts, and the mean rank's."""
         loads = self.loads(group)
         assert loads is not None
-        slot_tokens = self._slot_tokens(loads, all_tokens)
-        experts = np.asarray(self.costs.experts(slot_tokens, expert_tp=group.expert_tp).seconds)
-        busiest, mean = experts.max(axis=2), experts.mean(axis=2)
+        slot_tokens = loads.slot_tokens(all_tokens)
+        if self._draw_seed is None:
+            each = np.asarray(self.costs.experts(slot_tokens, expert_tp=group.expert_tp).seconds)
+            busiest = each.max(axis=2)
+        else:
+            generator = np.random.Generator(np.random.PCG64(self._draw_seed))
+            draws = -(-DRAWS // len(loads.slot_LS))
+            drawn = loads.drawn_slot_tokens(np.ceil(all_tokens), generator, draws)
+            of_draw = np.asarray(self.costs.experts(drawn, expert_tp=group.expert_tp).seconds)
+            of_draw = of_draw.reshape(len(all_tokens), draws, len(loads.slot_LS), group.ep)
+            each, busiest = of_draw.mean(axis=1), of_draw.max(axis=3).mean(axis=1)
         exchanged = np.full(busiest.shape, np.inf)
         if group.ep > 1:
-            compute = np.repeat(experts, group.expert_tp, axis=2) + shared[:, None, None]
-            exchanged = self._exchange(group, phase, loads, all_tokens, slot_tokens, compute)
-        return np.stack([exchanged, busiest, mean])
+            compute = np.repeat(each, group.expert_tp, axis=2) + shared[:, None, None]
+            # The busiest rank of a draw is not always the same one.
+            exchanged = self._exchange(group, phase, loads, all_tokens, slot_tokens, compute) + busiest - each.max(axis=2)
+        return np.stack([exchanged, busiest, each.mean(axis=2)])
 
     def _gather(self, group: Group, all_tokens: np.ndarray) -> np.ndarray:
         """Return the time to have all tokens on all ranks and to sum the results."""

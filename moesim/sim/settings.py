@@ -15,6 +15,7 @@ from moesim.errors import InputError, describe
 from moesim.sim.change_settings import ChangeSettings
 from moesim.sim.offload_settings import OffloadSettings
 from moesim.sim.pipeline_settings import PipelineSettings
+from moesim.sim.serving.settings import ServingSettings
 
 DISPATCH = ("auto", "normal", "low_latency", "direct", "2dh")
 SHARED = ("serial", "beside_dispatch", "beside_combine")
@@ -46,6 +47,8 @@ class Settings:
     """Experts behind a link: tiers, caches, prefetch."""
     change: ChangeSettings = field(default_factory=ChangeSettings)
     """A balancer, failures, ranks that join or leave."""
+    serving: ServingSettings = field(default_factory=ServingSettings)
+    """Batching, queues and KV blocks where requests drive the steps."""
 
     def __post_init__(self) -> None:
         if self.attention_tp < 1:

@@ -161,8 +161,8 @@ class StepCurves:
         exchange, experts = self._moe["prefill" if prefill else "decode"]
         return exchange(busiest) + experts(total / self.group.dp)
 
-    def stages(self, works: list[Work]) -> tuple[list[float], float, int]:
-        """Return the seconds of a step on every pipeline stage, of handing over between two, and its tokens; `works`: one per replica of the group."""
+    def stages(self, works: list[Work]) -> tuple[list[float], float, float]:
+        """Return the seconds of a step on every pipeline stage, of handing over between two, and of MoE in all; `works`: one per replica of the group."""
         tokens = [self.tokens_of(work) for work in works]
         body = embed = head = 0.0
         prefill = False
@@ -170,9 +170,9 @@ class StepCurves:
             one, first, last = self.replica(work, own)
             body, embed, head = max(body, one), max(embed, first), max(head, last)
             prefill = prefill or bool(work.chunks)
-        busiest, total = max(tokens), sum(tokens)
-        body += self.moe(total, busiest, prefill)
-        times = [share * body for share in self.share]
+        busiest = max(tokens)
+        moe = self.moe(sum(tokens), busiest, prefill)
+        times = [share * (body + moe) for share in self.share]
         times[0] += embed
         times[-1] += head
-        return times, self._hop[-(-busiest // self._width)] if self._hop else 0.0, total
+        return times, self._hop[-(-busiest // self._width)] if self._hop else 0.0, moe

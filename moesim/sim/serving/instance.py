@@ -28,12 +28,35 @@ class Pool:
     """Time of drafting per step that decodes."""
     swap_s_per_token: float = 0.0
     """Time to move one token's KV entries of a replica between device and host."""
+    scale: float = 1.0
+    """Factor on the time of every step."""
 
     def build(self, settings: ServingSettings, id_tokens: int) -> list[Instance]:
         """Return the instances, empty; uncoupled replicas are instances of their own."""
         group = self.curves.group
         count, width = (self.instances, group.dp) if self.curves.coupled else (self.instances * group.dp, 1)
         return [Instance(self, settings, width, id_tokens) for _ in range(count)]
+
+
+@dataclass(slots=True)
+class StepSums:
+    """Sums over steps of what their batches held."""
+
+    steps: int = 0
+    busy_s: float = 0.0
+    moe_s: float = 0.0
+    decodes: int = 0
+    contexts: float = 0.0
+    """Of decoding sequences."""
+    chunks: int = 0
+    prompt_tokens: int = 0
+    prompt_contexts: int = 0
+    """KV lengths at the end of prompt chunks."""
+
+    def add(self, other: StepSums) -> None:
+        """Add another's sums."""
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 class Flight:
@@ -55,9 +78,9 @@ class Instance:
         """Lanes without a step in flight, the longest idle first."""
         self.free_s = [0.0] * pool.curves.pp
         """When every stage is free."""
-        self.steps = 0
-        self.busy_s = 0.0
-        self.tokens = 0
+        self.until = 0.0
+        """End of the latest step; a request that arrives before is seen then."""
+        self.sums = StepSums()
 
     def start(self, now: float) -> tuple[Flight, float] | None:
         """Form a batch and run it; return it with its end, or None if nothing can run now."""
@@ -65,23 +88,33 @@ class Instance:
             works = [replica.schedule(replica.lanes[index]) for replica in self.replicas]
             if not any(work.chunks or work.decodes for work in works):
                 continue
-            times, hop, tokens = self.curves.stages(works)
-            pool = self.pool
+            times, hop, moe = self.curves.stages(works)
+            pool, sums = self.pool, self.sums
             at = now + pool.draft_s if pool.draft_s and any(work.decodes for work in works) else now
             swapped = max(work.swap_tokens for work in works)
             if swapped:
                 at += swapped * pool.swap_s_per_token
             for stage, seconds in enumerate(times):
-                at = max(at, self.free_s[stage]) + seconds
+                at = max(at, self.free_s[stage]) + seconds * pool.scale
                 if not stage:
                     at += pool.host_s
                 self.free_s[stage] = at
                 at += hop
             self.idle.remove(index)
-            self.steps += 1
-            self.tokens += tokens
-            self.busy_s += at - hop - now
-            return Flight(index, works), at - hop
+            at -= hop
+            self.until = at
+            sums.steps += 1
+            sums.busy_s += at - now
+            sums.moe_s += moe * pool.scale
+            for work in works:
+                sums.decodes += work.decodes
+                sums.contexts += work.contexts
+                if work.chunks:
+                    sums.chunks += len(work.chunks)
+                    for size, end, _ in work.chunks:
+                        sums.prompt_tokens += size
+                        sums.prompt_contexts += end
+            return Flight(index, works), at
         return None
 
     def finish(self, flight: Flight) -> tuple[list[tuple[Replica, Sequence]], list[tuple[Replica, Sequence]]]:

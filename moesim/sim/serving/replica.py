@@ -27,6 +27,7 @@ class Sequence:
     __slots__ = (
         "request",
         "arrival_s",
+        "queued_s",
         "first_s",
         "generated",
         "target",
@@ -44,6 +45,8 @@ class Sequence:
     def __init__(self, request: Request, arrival_s: float) -> None:
         self.request = request
         self.arrival_s = arrival_s
+        self.queued_s = arrival_s
+        """When the scheduler saw it: at the end of the step in which it arrived."""
         self.first_s = -1.0
         self.generated = 0
         self.target = request.prompt_tokens

@@ -17,7 +17,7 @@ from heapq import heappop, heappush
 from typing import Any
 
 from moesim.errors import SimulationError
-from moesim.sim.serving.instance import Flight, Instance, Pool
+from moesim.sim.serving.instance import Flight, Instance, Pool, StepSums
 from moesim.sim.serving.metrics import Sample
 from moesim.sim.serving.replica import Replica, Sequence
 from moesim.sim.serving.settings import ServingSettings
@@ -47,9 +47,8 @@ class ServingRun:
     recomputed_tokens: int = 0
     transfers: int = 0
     transfer_s: float = 0.0
-    steps: int = 0
-    busy_s: float = 0.0
-    """Sum over instances."""
+    sums: StepSums = field(default_factory=StepSums)
+    """Over the steps of all instances."""
     simulated_s: float = 0.0
     kv_peak: float = 0.0
     """Largest share of a replica's KV blocks in use."""
@@ -68,10 +67,10 @@ class Simulation:
         prefill: Pool | None = None,
         transfer_s: Callable[[int], float] | None = None,
         max_context: int = 1 << 30,
-        on_finish: Callable[[Request, float, float, float], None] | None = None,
+        on_finish: Callable[[Request, float, float, float, float], None] | None = None,
     ) -> None:
         """decode: instances that decode, and prefill where `prefill` is None. transfer_s: tokens → seconds to hand a KV cache over. on_finish is told
-        request, arrival, first token and end."""
+        request, arrival, when the scheduler saw it, first token and end."""
         self._requests, self._settings = requests, settings
         ids = requests.block_tokens
         self._decode = decode.build(settings, ids)
@@ -159,6 +158,8 @@ class Simulation:
                 if least < 0 or load < least:
                     best, chosen, least = instance, replica, load
         chosen.waiting.append(sequence)
+        if best.until > sequence.arrival_s and not best.idle:
+            sequence.queued_s = best.until
         self._dirty[id(best)] = best
 
     def _start(self, instance: Instance, now: float) -> None:
@@ -207,7 +208,7 @@ class Simulation:
         if (not settings.slo_ttft_ms or ttft * 1e3 <= settings.slo_ttft_ms) and (not settings.slo_tpot_ms or tpot * 1e3 <= settings.slo_tpot_ms):
             run.good += 1
         if self._on_finish is not None:
-            self._on_finish(request, sequence.arrival_s, sequence.first_s, now)
+            self._on_finish(request, sequence.arrival_s, sequence.queued_s, sequence.first_s, now)
         if request.then is not None:
             self._push(now + request.pause_s, _ARRIVE, None, request.then)
         elif self._clients:
@@ -217,7 +218,7 @@ class Simulation:
 
     def _hand_over(self, instance: Instance, replica: Replica, sequence: Sequence) -> None:
         moved = Sequence(sequence.request, sequence.arrival_s)
-        moved.first_s, moved.generated = sequence.first_s, sequence.generated
+        moved.queued_s, moved.first_s, moved.generated = sequence.queued_s, sequence.first_s, sequence.generated
         moved.computed = moved.target = sequence.computed
         moved.source = (instance, replica, sequence)
         self._queue(self._decode, moved)
@@ -252,8 +253,7 @@ class Simulation:
         run = self.run
         run.simulated_s = now
         for instance in (*self._decode, *self._prefill):
-            run.steps += instance.steps
-            run.busy_s += instance.busy_s
+            run.sums.add(instance.sums)
             for replica in instance.replicas:
                 if replica.waiting or replica.running:
                     left = len(replica.waiting) + replica.running

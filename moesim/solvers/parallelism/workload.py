@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moesim.costs.group_loads import capped_LE
 from moesim.errors import InputError, describe
 from moesim.model.moe_model import MoEModel
 
@@ -79,28 +80,13 @@ class Workload:
                 exponent = float("nan")
             if not 0.0 <= exponent <= 10.0:
                 raise InputError(describe("workload", "routing", self.routing, "must be balanced, zipf:S with S in 0..10, or an array of loads"))
-            return _capped(1.0 / np.arange(1, experts + 1, dtype=np.float64)[None] ** exponent, model.top_k)
+            return capped_LE(1.0 / np.arange(1, experts + 1, dtype=np.float64)[None] ** exponent, model.top_k)
         load = np.asarray(self.routing, dtype=np.float64)
         if load.shape != (layers, experts):
             raise InputError(describe("workload", "routing shape", load.shape, f"must be [{layers}, {experts}]: MoE layers and experts of {model.name}"))
         if not np.isfinite(load).all() or load.min() < 0 or ((load > 0).sum(axis=1) < model.top_k).any():
             raise InputError(f"workload: routing must hold finite loads >= 0, and at least {model.top_k} experts (top-k) with load in every layer")
-        return _capped(load, model.top_k)
-
-
-def _capped(load_LE: np.ndarray, top_k: int) -> np.ndarray:
-    """Scale every row to a sum of top_k with no entry above 1; what an expert cannot take goes to the others in proportion."""
-    full = np.zeros(load_LE.shape, dtype=bool)
-    assign = np.zeros(load_LE.shape)
-    for _ in range(top_k + 1):
-        rest = np.where(full, 0.0, load_LE)
-        left = top_k - full.sum(axis=1, keepdims=True)
-        assign = np.where(full, 1.0, rest * (left / np.maximum(rest.sum(axis=1, keepdims=True), 1e-300)))
-        over = (assign > 1.0) & ~full
-        if not over.any():
-            break
-        full |= over
-    return np.minimum(assign, 1.0)
+        return capped_LE(load, model.top_k)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,68 @@
+"""`moesim validate`: prediction beside measurement."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def validate(
+    hardware: Annotated[str, typer.Option("--hardware", help="hardware name like rtx-pro-6000-1, or a YAML file")],
+    run: Annotated[str, typer.Option("--run", help="folder with requests.jsonl and meta.json of a recorded run, or the name of a shipped one")],
+    model: Annotated[str | None, typer.Option("--model", help="model name, config.json or its folder; default: as meta.json says")] = None,
+    requests_trace: Annotated[str, typer.Option("--requests-trace", help="routing of the requests: name, folder, .zip or synthetic:…")] = "synthetic:balanced",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value over what meta.json says: host_overhead_us, serving.…")] = None,
+    map_layers: Annotated[str | None, typer.Option("--map-layers", help="cycle, or trace:model pairs, where the layers differ")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="refuse extrapolated and roofline times")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="seed of synthetic routing")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Simulate a recorded run and compare every request."""
+    from moesim.api.validation import validate_run
+    from moesim.cli.output import emit_json
+    from moesim.cli.replay import parse_settings
+
+    report = validate_run(
+        run,
+        model=model,
+        hardware=hardware,
+        requests_trace=requests_trace,
+        settings=parse_settings(settings or []),
+        map_layers=map_layers,
+        strict=strict,
+        seed=seed,
+    )
+    if as_json:
+        emit_json(report)
+    else:
+        print_run(report)
+
+
+def print_run(report: dict[str, Any]) -> None:
+    """Print the validation of a run for people."""
+    from moesim.cli.output import note, table
+
+    note(f"{report['run']}: {report['model']} on {report['hardware']}, {report['rows_scored']} requests scored, none calibrated on")
+    for reason, count in report["rows_excluded"].items():
+        note(f"  excluded: {count} × {reason}")
+    routing = report["routing"]
+    if routing is not None:
+        note(f"routing: {routing['source']} ({routing['use']})")
+    rows = []
+    for name in ("ttft", "tpot", "latency"):
+        one = report[name]
+        if one["n"]:
+            values = [f"{one[kind][part]:,.2f}" for part in ("mean", "p99") for kind in ("measured_ms", "predicted_ms")]
+            errors = (f"{one['mean_error']:+.1%}", f"{one['p99_error']:+.1%}", f"{one['median_abs_error']:.1%}", f"{report['sensitivity'][name]:.2f}")
+            rows.append((name, *values, *errors))
+    columns = ["ms", "measured", "predicted", "p99 measured", "predicted", "mean error", "p99 error", "median |error|", "d/d(step time)"]
+    table("", columns, rows)
+    rate = report["throughput"]
+    note(f"output tokens/s: measured {rate['measured_tokens_per_s']:,.0f}, predicted {rate['predicted_tokens_per_s']:,.0f} ({rate['mean_error']:+.1%})")
+    for peer, errors in report["peers"].items():
+        note(f"peer: {peer}: " + ", ".join(f"{name} {error:+.1%}" for name, error in errors.items()))
+    note("times are " + ", ".join(f"{name} {share:.1%}" for name, share in report["provenance"].items() if share > 0))
