@@ -1,8 +1,10 @@
-"""A placement for windows not seen yet: several ways to plan are tried on windows held out from them, the best is refitted.
+"""A placement for windows not seen yet: ways to plan are tried on windows held out from them, and mixed by how well they did.
 
-A mode says what to plan for: one blend of the windows (their mean, the last, those like the last), all windows under a risk
-measure or with weights, or scenarios drawn around the last window. Every mode plans on some windows and is scored on one
-it did not see; which windows these are is the `validation` scheme:
+A way of the first kind weighs the windows (all alike, recent ones more, those like the last one, the last alone); the plan lowers the weighted
+mean of their imbalances. Few folds tell such ways apart badly, so none is picked: their weights are averaged, each counting by how close its
+held-out score comes to the best, in standard errors, and in part alike (mode `stacked`). A way of the second kind (worst window, CVaR, the mean
+load as if it were one window) is taken instead only where it beats them clearly. Every way plans on some windows and is scored on one it did
+not see; which windows these are is the `validation` scheme:
 - `forward` (default): window k held out, planned on windows 0..k-1, for the last windows in turn (windows in order of time);
 - `leave-one-out`: window k held out, planned on all others, the window before k counting as the last (windows in no order);
 Trial plans are made on a few layers with a shorter search. Every search also changes how many copies an expert gets.
@@ -42,13 +44,17 @@ RISK_ROUNDS = 1
 """Reruns with moved window weights in a trial under a risk measure other than the mean."""
 DECAY = 0.6
 """Weight of a window relative to the next one where recent windows count more."""
-SHARPNESS = 8.0
-"""Power of the cosine similarity to the last window that weighs a window."""
-SCENARIOS = 5
-FLOOR = 0.02
-"""Share of the mean load added before logarithms are taken."""
+SIMILAR = 8.0
+NEAR = 30.0
+"""Powers of the cosine similarity to the last window that weigh a window."""
+SOFTNESS = 1.5
+"""Standard errors of the held-out score by which a weighing must be worse than the best to count 1 / e of it."""
+UNIFORM = 0.5
+"""Part of the mixture that all weighings share alike, whatever their scores: mixing itself guards against the next window being another kind."""
+LEAST_ERROR = 0.005
+"""Standard error of an imbalance that is assumed at least."""
 CLEARLY = 2.0
-"""Standard errors by which a mode must beat the first one: few folds choose badly among many modes."""
+"""Standard errors by which a mode must beat the best weighing: few folds choose badly among many modes."""
 CV_TIME = 0.5
 """Share of a time limit that the trials may use."""
 
@@ -61,15 +67,13 @@ class RobustResult(PlacementResult):
     """A placement with the trial that chose how it was planned."""
 
     mode: str
-    """The winning way to plan, one of `MODES`."""
+    """How it was planned: `stacked`, or one of `MODES`."""
     held_out: dict[str, float] = field(default_factory=dict)
     """Mode → balance on held-out windows; empty where nothing could be held out or no fold was finished in time."""
     folds: int = 0
     """Held-out windows that every mode was scored on."""
-
-
-def _blend(load: np.ndarray, weight: np.ndarray) -> Views:
-    return np.einsum("k,kle->le", weight / weight.sum(), load)[None], np.ones(1), "mean"
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Weighing → its share, if the mode is `stacked`."""
 
 
 def similarity_K(load_KLE: np.ndarray) -> np.ndarray:
@@ -80,8 +84,8 @@ def similarity_K(load_KLE: np.ndarray) -> np.ndarray:
     return np.divide(flat @ flat[-1], norm, out=np.zeros(len(flat)), where=norm > 0)
 
 
-def _similar_K(load: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    near = weight * similarity_K(load) ** SHARPNESS
+def _similar_K(load: np.ndarray, weight: np.ndarray, power: float) -> np.ndarray:
+    near = weight * similarity_K(load) ** power
     return near if near.sum() > 0 else weight
 
 
@@ -90,31 +94,31 @@ def _recent_K(weight: np.ndarray) -> np.ndarray:
     return recent if recent.sum() > 0 else weight
 
 
-def _scenarios(load: np.ndarray, weight: np.ndarray) -> Views:
-    """Draw windows around the last one; the loads move by as much, in logarithms, as they did from window to window."""
-    total = load.sum(axis=2, keepdims=True)
-    share = np.divide(load, total, out=np.full_like(load, 1.0 / load.shape[2]), where=total > 0)
-    log = np.log(share + FLOOR / load.shape[2])
-    step = float(np.sqrt(np.mean(np.diff(log, axis=0) ** 2))) if len(load) > 1 else 0.0
-    noise = np.random.Generator(np.random.PCG64(0)).normal(0.0, step, (SCENARIOS, *load.shape[1:]))
-    drawn = np.exp(log[-1] + noise)
-    drawn *= total[-1] / drawn.sum(axis=2, keepdims=True)
-    return np.concatenate((load[-1:], drawn)), np.ones(1 + SCENARIOS), "mean"
-
-
-MODES: dict[str, Callable[[np.ndarray, np.ndarray], Views]] = {
-    "windows-recent": lambda load, weight: (load, _recent_K(weight), "mean"),
-    "windows-mean": lambda load, weight: (load, weight, "mean"),
-    "windows-similar": lambda load, weight: (load, _similar_K(load, weight), "mean"),
+WEIGHINGS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "windows-recent": lambda load, weight: _recent_K(weight),
+    "windows-mean": lambda load, weight: weight,
+    "windows-similar": lambda load, weight: _similar_K(load, weight, SIMILAR),
+    "windows-near": lambda load, weight: _similar_K(load, weight, NEAR),
+    "last": lambda load, weight: np.eye(len(load))[-1],
+}
+"""Ways to weigh windows [K, L, E] of equal totals that have weights [K]."""
+OTHERS: dict[str, Callable[[np.ndarray, np.ndarray], Views]] = {
     "windows-cvar": lambda load, weight: (load, weight, "cvar:0.5"),
     "windows-worst": lambda load, weight: (load, weight, "worst"),
-    "scenarios": _scenarios,
-    "blend-mean": _blend,
-    "blend-recent": lambda load, weight: _blend(load, _recent_K(weight)),
-    "blend-similar": lambda load, weight: _blend(load, _similar_K(load, weight)),
-    "last": lambda load, weight: (load[-1:], np.ones(1), "mean"),
+    "blend-mean": lambda load, weight: (np.einsum("k,kle->le", weight / weight.sum(), load)[None], np.ones(1), "mean"),
 }
-"""Ways to plan, from windows [K, L, E] of equal totals and their weights [K]; the first named wins unless another is clearly better in the trials."""
+MODES = (*WEIGHINGS, *OTHERS)
+"""Ways to plan; where nothing can be held out the first one asked for is taken."""
+
+
+def _views(mode: str, load: np.ndarray, weight: np.ndarray) -> Views:
+    return OTHERS[mode](load, weight) if mode in OTHERS else _weighed(load, WEIGHINGS[mode](load, weight))
+
+
+def _weighed(load: np.ndarray, weight: np.ndarray) -> Views:
+    """Return the windows that carry weight."""
+    kept = weight > 1e-3 * weight.max()
+    return load[kept], weight[kept], "mean"
 
 
 def solve_robust(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline = None, options: Mapping[str, Any] | None = None) -> PlacementResult:
@@ -131,8 +135,12 @@ def solve_robust(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline
     trial_deadline = None if deadline is None else (lambda: deadline() - start * (1 - CV_TIME))
     score_FM, fold_weight, late = cross_validate(problem, load, modes, scheme, trial_deadline)
     held_out = {mode: _fold(score_FM[:, m], fold_weight, risk) for m, mode in enumerate(modes)} if len(score_FM) else {}
-    mode = modes[_winner(score_FM, np.array(list(held_out.values())))] if held_out else modes[0]
-    views, view_weight, view_risk = MODES[mode](load, weight)
+    mode, mixture = _choose(score_FM, held_out, modes)
+    if mixture:
+        weighings = {name: WEIGHINGS[name](load, weight) for name in mixture}
+        views, view_weight, view_risk = _weighed(load, np.sum([share * weighings[name] / weighings[name].sum() for name, share in mixture.items()], axis=0))
+    else:
+        views, view_weight, view_risk = _views(mode, load, weight)
     view = _view(problem, views, view_weight)
     if view.num_windows == 1:
         plan = solve_greedy(view, seed=seed, deadline=deadline)
@@ -147,7 +155,7 @@ def solve_robust(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline
     status = "TIME_LIMIT" if late or cut else "FEASIBLE"
     result = make_result(problem, named, solver="robust", status=status, iterations=moves, risk=risk)
     fields = {name: getattr(result, name) for name in PlacementResult.__dataclass_fields__}
-    return RobustResult(**fields, mode=mode, held_out=held_out, folds=len(score_FM))
+    return RobustResult(**fields, mode=mode, held_out=held_out, folds=len(score_FM), mixture=mixture)
 
 
 def _options(options: Mapping[str, Any]) -> tuple[str, str, list[str]]:
@@ -200,7 +208,7 @@ def cross_validate(problem: PlacementProblem, load_KLE: np.ndarray, modes: list[
         for mode in modes:
             if expired(deadline):
                 return np.array(rows).reshape(-1, len(modes)), np.array(weights), True
-            views, view_weight, risk = MODES[mode](load[seen], weight[seen])
+            views, view_weight, risk = _views(mode, load[seen], weight[seen])
             table, _, _ = _plan_LS(_view(problem, views, view_weight), risk, rounds=TRIAL_ROUNDS, deep=TRIAL_DEEP)
             peak = metrics.rank_time_KLR(table, problem.slot_rank_S, load[[held]], problem.speed_R).max(axis=2)
             row.append(float(metrics.imbalance_K(peak, metrics.ideal_KL(load[[held]], problem.speed_R))[0]))
@@ -231,6 +239,33 @@ def _plan_LS(problem: PlacementProblem, risk: str, *, rounds: int, deep: int, de
         weight_K = 0.5 * weight_K + 0.5 * metrics.risk_weights(metrics.imbalance_K(peak, ideal), problem.weight_K, risk)
         weight_KL = cost_weight_KL(problem, weight_K)
     return to_slots_LS(best, problem.slots_per_rank_R), moves, cut
+
+
+def _choose(imbalance_FM: np.ndarray, held_out: dict[str, float], modes: list[str]) -> tuple[str, dict[str, float]]:
+    """Return how to plan, and the share of every weighing if they are mixed."""
+    if not held_out:
+        return modes[0], {}
+    weighings = [name for name in modes if name in WEIGHINGS]
+    if not weighings:
+        return max(modes, key=lambda name: held_out[name]), {}
+    base = max(weighings, key=lambda name: held_out[name])
+    columns = [modes.index(name) for name in (base, *(name for name in modes if name in OTHERS))]
+    winner = modes[columns[_winner(imbalance_FM[:, columns], np.array([held_out[modes[column]] for column in columns]))]]
+    if winner != base:
+        return winner, {}
+    if len(weighings) == 1:
+        return base, {}
+    columns = [modes.index(name) for name in weighings]
+    shares = _shares(imbalance_FM[:, columns], np.array([1 / held_out[name] for name in weighings]))
+    return "stacked", dict(zip(weighings, shares.tolist(), strict=True))
+
+
+def _shares(imbalance_FM: np.ndarray, folded_M: np.ndarray) -> np.ndarray:
+    """Return [M], summing to 1: how much every weighing counts, falling with the standard errors by which it is worse than the best."""
+    worse_FM = imbalance_FM - imbalance_FM[:, [int(folded_M.argmin())]]
+    error = float(np.sqrt(worse_FM.var(axis=0).mean() / max(len(worse_FM) - 1, 1))) + LEAST_ERROR
+    share = np.exp(-(folded_M - folded_M.min()) / (SOFTNESS * error))
+    return np.asarray(UNIFORM / len(share) + (1 - UNIFORM) * share / share.sum())
 
 
 def _winner(imbalance_FM: np.ndarray, held_out_M: np.ndarray) -> int:

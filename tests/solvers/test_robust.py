@@ -12,7 +12,7 @@ from moesim.errors import InputError
 from moesim.solvers import metrics
 from moesim.solvers.problem import PlacementProblem
 from moesim.solvers.registry import solve
-from moesim.solvers.robust import MODES, RobustResult, _winner, folds, similarity_K, solve_robust
+from moesim.solvers.robust import MODES, RobustResult, _choose, _shares, _winner, folds, similarity_K, solve_robust
 from tests.solvers.instances import lognormal
 
 FEW = "windows-recent,windows-mean,blend-mean,last"
@@ -48,11 +48,31 @@ def test_one_window_is_planned_as_greedy_plans_it() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 20])
-def test_the_winner_beats_the_first_mode_on_held_out_windows_or_is_it(seed: int) -> None:
+def test_weighings_are_mixed_and_count_by_their_held_out_scores(seed: int) -> None:
     result = robust(problem_of(regimes(5, seed=seed)))
     assert set(result.held_out) == set(MODES)
-    assert result.held_out[result.mode] >= result.held_out["windows-recent"]
-    assert result.held_out[result.mode] > min(result.held_out.values())
+    assert result.mode == "stacked"
+    assert sum(result.mixture.values()) == pytest.approx(1.0)
+    by_share, by_score = (sorted(result.mixture, key=lambda name: scores[name]) for scores in (result.mixture, result.held_out))
+    assert by_share == by_score
+
+
+def test_a_weighing_counts_less_by_the_standard_errors_that_it_is_worse() -> None:
+    steady, noisy = np.array([[1.2, 1.3], [1.3, 1.4], [1.2, 1.3]]), np.array([[1.2, 1.7], [1.5, 1.1], [1.0, 1.2]])
+    for imbalance, low, high in ((steady, 0.749, 0.75), (noisy, 0.5, 0.65), (steady[:, :1], 1.0, 1.0)):
+        shares = _shares(imbalance, imbalance.mean(axis=0))
+        assert low <= shares[0] <= high and shares.sum() == pytest.approx(1.0)
+
+
+def test_another_way_is_taken_only_where_it_clearly_beats_the_best_weighing() -> None:
+    modes = ["windows-mean", "last", "blend-mean"]
+    clear, close = np.array([[1.5, 1.6, 1.2], [1.6, 1.7, 1.3], [1.5, 1.6, 1.2]]), np.array([[1.5, 1.6, 1.2], [1.2, 1.3, 1.5], [1.4, 1.5, 1.3]])
+    for imbalance, expected in ((clear, "blend-mean"), (close, "stacked")):
+        assert _choose(imbalance, dict(zip(modes, (1 / imbalance.mean(axis=0)).tolist(), strict=True)), modes)[0] == expected
+
+
+def test_one_way_asked_for_is_the_way_taken() -> None:
+    assert [robust(problem_of(regimes(4)), modes=name).mode for name in ("last", "windows-worst")] == ["last", "windows-worst"]
 
 
 def test_a_mode_wins_only_by_more_than_the_noise_between_folds() -> None:
@@ -108,7 +128,7 @@ def test_scores_of_a_fold_do_not_depend_on_windows_after_it() -> None:
 def test_renaming_experts_changes_neither_choice_nor_value() -> None:
     load = regimes(4)
     order = np.random.Generator(np.random.PCG64(5)).permutation(load.shape[2])
-    first, second = (robust(problem_of(one), modes=FEW + ",scenarios") for one in (load, load[:, :, order]))
+    first, second = (robust(problem_of(one), modes=FEW + ",windows-near") for one in (load, load[:, :, order]))
     assert first.mode == second.mode
     assert first.value == pytest.approx(second.value, rel=1e-12)
     assert first.held_out == pytest.approx(second.held_out, rel=1e-9)
