@@ -7,6 +7,7 @@ dimensions has a table of the whole block, projections included. All sizes are p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +37,8 @@ class _Core:
     worst: Provenance
     pair_s: float
     """Seconds per (new token, cached token) pair of one sequence, prefill only."""
+    over_prefix: Grid | None = None
+    """One sequence's new tokens over a cached prefix, where the table has them."""
 
 
 class AttentionCost:
@@ -156,6 +159,13 @@ class AttentionCost:
         if window:
             prefix = np.minimum(prefix, window)
         cached = prefix > 1e-9
+        if found.over_prefix is not None and cached.any():
+            # The prefix adds to every sequence of the batch what it adds to one.
+            alone, over = found.over_prefix(new, np.zeros(new.shape)), found.over_prefix(new, prefix)
+            more = np.where(cached, np.maximum(over.seconds - alone.seconds, 0.0) * batch, 0.0)
+            codes = np.where(cached & (batch > 1), np.uint8(Provenance.CALIBRATED), np.maximum(timed.provenance, over.provenance))
+            seconds = np.where(cached & (batch == 1), over.seconds, timed.seconds + more) * scale
+            return Timing(seconds=seconds, provenance=np.maximum(codes, np.uint8(worst)))
         pairs = np.where(cached, batch * new * prefix, 0.0)
         seconds = (timed.seconds + pairs * found.pair_s) * scale
         # Few new tokens over a long prefix: reading the cache is what takes the time.
@@ -167,7 +177,8 @@ class AttentionCost:
         kind, length = ("attn_context", "isl") if phase == "prefill" else ("attn_generation", "step")
         names = ("num_heads", "num_key_value_heads", "head_dim", "window_size", "kv_cache_dtype", "attn_dtype", "batch_size", length, "latency_s")
         cache = "fp8" if self._model.kv_dtype == "fp8" else "bfloat16"
-        rows = self._tables.rows(kind, *names, where={"kv_cache_dtype": cache, "attn_dtype": "bfloat16"})
+        more = ("prefix",) if self._tables.own(kind) and self._tables.has(kind, "prefix") else ()
+        rows = self._tables.rows(kind, *names, *more, where={"kv_cache_dtype": cache, "attn_dtype": "bfloat16"})
         if rows is None:
             return None
         wanted = np.array([heads, kv_heads, head_dim, window])
@@ -183,14 +194,18 @@ class AttentionCost:
         if window == 0 and used[3] > 0:
             return None
         mine = codes == codes[first[best]]
+        over = _over_prefix(rows, mine) if more else None
+        if more:
+            mine &= rows["prefix"] == 0
         offset = 0 if phase == "prefill" else 1
         grid = _build_grid(rows["batch_size"][mine], rows[length][mine] + offset, rows["latency_s"][mine], phase, CORE_OFFSET if not window else None)
         work = float(wanted[0] * wanted[2]) / float(used[0] * used[2]) if phase == "prefill" else float(wanted[1] * wanted[2]) / float(used[1] * used[2])
         exact = bool((used == wanted).all())
-        if not exact:
-            missing = f"num_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim}, window_size={window}"
-            self._policy.fall_back(f"attention.{phase}", self._tables.label(kind), missing, Provenance.CALIBRATED)
-        return _Core(grid, work, Provenance.MEASURED if exact else Provenance.CALIBRATED, _pair_seconds(grid) if phase == "prefill" else 0.0)
+        missing = f"num_heads={heads}, num_key_value_heads={kv_heads}, head_dim={head_dim}, window_size={window}"
+        worst = max(rows.worst, Provenance.MEASURED if exact else Provenance.CALIBRATED)
+        if worst > Provenance.MEASURED:
+            self._policy.fall_back(f"attention.{phase}", self._tables.label(kind), missing, worst)
+        return _Core(grid, work, worst, _pair_seconds(grid) if phase == "prefill" else 0.0, over)
 
     # --- MLA --------------------------------------------------------------------------------------------------
 
@@ -231,12 +246,17 @@ class AttentionCost:
             if rows is not None:
                 grid = _build_grid(rows["batch_size"], rows["isl"], rows["latency_s"], phase, BLOCK_OFFSET)
                 own = self._model.kv_dtype == "fp8"
-                if not own:
-                    self._policy.fall_back(f"attention.{phase}", self._tables.label(kind), f"kv_cache_dtype={self._model.kv_dtype}", Provenance.CALIBRATED)
-                worst = Provenance.MEASURED if own else Provenance.CALIBRATED
+                worst = max(rows.worst, Provenance.MEASURED if own else Provenance.CALIBRATED)
+                if worst > Provenance.MEASURED:
+                    self._policy.fall_back(f"attention.{phase}", self._tables.label(kind), f"kv_cache_dtype={self._model.kv_dtype}", worst)
                 found = _Core(grid, 1.0, worst, _pair_seconds(grid) if phase == "prefill" else 0.0)
         self._cores[key] = found
         return found
+
+    def mla_core(self, batch: np.ndarray, kv_length: np.ndarray, *, heads: int) -> Timing:
+        """Return the time of MLA's absorbed decode kernel alone, one new token per sequence."""
+        width = (self._model.attention.kv_lora_rank or 0) + (self._model.attention.qk_rope_head_dim or 0)
+        return self._mla_decode(batch, batch, kv_length, batch * kv_length * width * self._kv_bytes, heads)
 
     def _mla_decode(self, batch: np.ndarray, tokens: np.ndarray, kv_length: np.ndarray, read: np.ndarray, heads: int) -> Timing:
         attention = self._model.attention
@@ -249,14 +269,23 @@ class AttentionCost:
                 rows = self._tables.rows("mla_generation", "batch_size", "step", "latency_s", where={"num_heads": heads, "kv_cache_dtype": cache})
                 if rows is not None:
                     grid = _build_grid(rows["batch_size"], rows["step"] + 1, rows["latency_s"], "decode", None)
-                    self._cores[key] = _Core(grid, 1.0, Provenance.MEASURED, 0.0)
+                    self._cores[key] = _Core(grid, 1.0, rows.worst, 0.0)
+                    if rows.worst > Provenance.CALIBRATED:
+                        self._policy.fall_back("attention.decode", self._tables.label("mla_generation"), f"num_heads={heads}", rows.worst)
         found = self._cores[key]
         if found is not None:
-            return found.grid(tokens, kv_length)
+            return found.grid(tokens, kv_length).scaled(1.0, found.worst)
         missing = f"num_heads={heads}, kv_lora_rank={lora}, qk_rope_head_dim={rope}"
         self._policy.fall_back("attention.decode", self._tables.label("mla_generation"), missing, Provenance.ROOFLINE)
         flops = 2.0 * tokens * kv_length * heads * (2 * lora + rope)
         return self._roofline.kernel(flops, read + 2.0 * tokens * heads * (2 * lora + rope), self._model.dtype)
+
+
+def _over_prefix(rows: Mapping[str, np.ndarray], mine: np.ndarray) -> Grid | None:
+    alone = mine & (rows["batch_size"] == 1)
+    if "isl" not in rows or not (rows["prefix"][alone] > 0).any():
+        return None
+    return Grid.build(rows["isl"][alone], rows["prefix"][alone], rows["latency_s"][alone])
 
 
 def _build_grid(batch: np.ndarray, length: np.ndarray, seconds: np.ndarray, phase: str, offset: float | None) -> Grid:

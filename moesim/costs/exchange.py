@@ -61,6 +61,8 @@ class _Reference:
     out: float
     shape: tuple[int, int, int, int, int]
     """hidden, top-k, experts, nodes, devices per node."""
+    worst: Provenance
+    """Best class of a time read from the table."""
 
     @property
     def slope(self) -> float:
@@ -159,6 +161,10 @@ class ExchangeCost:
             seconds += share * reference.curve.seconds_at(tokens)
             own = share == 1.0 and reference.shape == (self._model.hidden_size, self._model.top_k, self._model.num_experts, nodes, devices)
             np.maximum(codes, self._classes(reference.curve, tokens) if own else np.uint8(Provenance.CALIBRATED), out=codes)
+            np.maximum(codes, np.uint8(reference.worst), out=codes)
+            if reference.worst > Provenance.CALIBRATED:
+                table = self._tables.label(f"deepep_{_TABLES[algorithm]}_1to8nodes")
+                self._policy.fall_back(f"exchange.{algorithm}", table, f"node_num={count}", reference.worst)
         seconds[(up == 0) & (out == 0)] = 0.0
         return Timing(seconds=seconds, provenance=np.where(seconds > 0, codes, np.uint8(0)))
 
@@ -225,13 +231,13 @@ class ExchangeCost:
             if len(keys) < 2:
                 continue
             curve = Curve(keys.astype(np.float64), rows[latency][order][first])
-            result[int(nodes)] = self._describe(algorithm, stage, curve, (hidden, top_k, experts, int(nodes)))
+            result[int(nodes)] = self._describe(algorithm, stage, curve, (hidden, top_k, experts, int(nodes)), rows.worst)
         return result
 
-    def _describe(self, algorithm: str, stage: str, curve: Curve, shape: tuple[int, int, int, int]) -> _Reference:
+    def _describe(self, algorithm: str, stage: str, curve: Curve, shape: tuple[int, int, int, int], worst: Provenance) -> _Reference:
         hidden, top_k, experts, nodes = shape
         limit = GROUP_LIMIT if algorithm == "normal" else None
         counts = balanced_counts(num_ranks=nodes * TABLE_DEVICES, devices=TABLE_DEVICES, num_experts=experts, top_k=top_k, max_nodes=limit)
         copies = ports(algorithm, TABLE_DEVICES, **counts)
         size = hidden + 4.0 * -(-hidden // FP8_BLOCK) if stage == "dispatch" else 2.0 * hidden
-        return _Reference(curve, float(copies.up_out[0]) * size, float(copies.out_out[0]) * size, (*shape, TABLE_DEVICES))
+        return _Reference(curve, float(copies.up_out[0]) * size, float(copies.out_out[0]) * size, (*shape, TABLE_DEVICES), worst)

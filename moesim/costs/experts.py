@@ -10,6 +10,7 @@ Shapes: R ranks, C slots of a rank (padded). A shape that no row has is scaled f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,9 @@ from moesim.model.moe_model import DTYPE_BYTES, MoEModel
 TILE = 64.0
 MAX_TABLE = 1 << 16
 """Tokens per expert up to which `extra` is tabulated; longer ones are computed."""
+GROUPED = ("hidden_size", "inter_size", "slots", "active", "assignments", "latency_s")
+FULL = 0.98
+"""Share of the slots that have tokens from which rows of random routing count as balanced."""
 TILED: Work = tiles((np.inf, TILE))
 
 
@@ -44,10 +48,16 @@ class Balanced:
 class ExpertLaw:
     """The fitted cost of one expert shape."""
 
-    def __init__(self, rows: list[Balanced], *, scale: float, worst: Provenance, work: Work = TILED) -> None:
+    def __init__(self, rows: list[Balanced], *, scale: float, worst: Provenance, work: Work = TILED, by_active: bool = False, each_s: float = 0.0) -> None:
+        """Fit the curves to balanced rows, in order of their number of slots.
+
+        by_active: the rows count activated experts, not slots. each_s: seconds per assignment of what the rows leave out (activation between the products).
+        """
         self.scale = scale
         self.worst = worst
         self._work = work
+        self._by_active = by_active
+        self._each_s = each_s
         self._slots = np.array([item.slots for item in rows], dtype=np.float64)
         self._first = self._fit_first(rows)
         self._extra = self._fit_extra(rows)
@@ -133,8 +143,10 @@ class ExpertLaw:
         load = whole.astype(np.float64)
         active, assignments = (whole > 0).astype(np.float64) @ ones, load @ ones
         start = (self._first_seconds(active) - self.launch_s) * self.scale + self.launch_s
+        if self._by_active:
+            slots = active
         anchor, on_key, inside = self._anchor(slots, assignments)
-        seconds = anchor * (start + extra * self.scale)
+        seconds = anchor * (start + extra * self.scale) + assignments * self._each_s
         codes = np.full(seconds.shape, Provenance.CALIBRATED, dtype=np.uint8)
         if self.worst < Provenance.CALIBRATED and inside.any():
             # Loads that differ by at most 1 have the least sum of squares that their total allows.
@@ -177,6 +189,14 @@ class ExpertLaw:
         return anchor, on_key, inside
 
 
+def grouped_rows(rows: Mapping[str, np.ndarray], mine: np.ndarray) -> list[Balanced]:
+    """Return the rows of one expert shape in which (nearly) all slots have tokens, by number of slots."""
+    even = mine & (rows["active"] >= FULL * rows["slots"])
+    used = even if even.any() else mine
+    counts = np.unique(rows["slots"][used])
+    return [Balanced.build(int(count), rows["assignments"][at], rows["latency_s"][at]) for count in counts if (at := used & (rows["slots"] == count)).any()]
+
+
 class ExpertCost:
     """Times of the routed experts of one model on one device."""
 
@@ -198,19 +218,43 @@ class ExpertCost:
         dtype = MOE_DTYPES.get(model.expert_dtype)
         missing = f"moe_dtype={dtype or model.expert_dtype}, hidden_size={model.hidden_size}, inter_size={model.expert_ffn_size}, moe_tp_size={expert_tp}"
         if dtype is not None:
-            rows = self._expert_parallel_rows(dtype) if expert_tp == 1 else []
+            law = self._grouped(dtype, expert_tp, missing)
+            if law is not None:
+                return law
+            rows, worst = self._expert_parallel_rows(dtype) if expert_tp == 1 else ([], Provenance.MEASURED)
             if rows:
-                return ExpertLaw(rows, scale=1.0, worst=Provenance.MEASURED)
+                if worst > Provenance.CALIBRATED:
+                    self._policy.fall_back("experts", self._tables.label("wideep_moe_generation"), missing, worst)
+                return ExpertLaw(rows, scale=1.0, worst=worst)
             found = self._nearest(dtype, expert_tp)
             if found is not None:
-                item, scale, exact = found
-                if not exact:
-                    self._policy.fall_back("experts", self._tables.label("moe"), missing, Provenance.CALIBRATED)
-                return ExpertLaw([item], scale=scale, worst=Provenance.MEASURED if exact else Provenance.CALIBRATED)
+                item, scale, worst = found
+                if worst > Provenance.MEASURED:
+                    self._policy.fall_back("experts", self._tables.label("moe"), missing, worst)
+                return ExpertLaw([item], scale=scale, worst=worst)
         self._policy.fall_back("experts", self._tables.label("moe"), missing, Provenance.ROOFLINE)
         return self._roofline_law(expert_tp)
 
-    def _expert_parallel_rows(self, dtype: str) -> list[Balanced]:
+    def _grouped(self, dtype: str, expert_tp: int, missing: str) -> ExpertLaw | None:
+        """Return the law of the device's own grouped products; of the nearest shape, in proportion to hidden·ffn, where it lacks this one."""
+        rows = self._tables.rows("grouped_gemm", *GROUPED, where={"moe_dtype": dtype}, transfer=False)
+        if rows is None or self._tables.own("moe"):
+            return None
+        model = self._model
+        width = model.expert_ffn_size / expert_tp
+        distance = np.abs(np.log2(rows["hidden_size"] / model.hidden_size)) + np.abs(np.log2(rows["inter_size"] / width))
+        best = int(np.argmin(distance))
+        mine = (rows["hidden_size"] == rows["hidden_size"][best]) & (rows["inter_size"] == rows["inter_size"][best])
+        worst = Provenance.MEASURED if distance[best] == 0 and model.gated_ffn else Provenance.CALIBRATED
+        if worst > Provenance.MEASURED:
+            self._policy.fall_back("experts", self._tables.label("grouped_gemm"), missing, worst)
+        scale = model.hidden_size * width / float(rows["hidden_size"][best] * rows["inter_size"][best]) * (1.0 if model.gated_ffn else 2 / 3)
+        # InferSim times the two products alone; the activation between them reads two halves and writes one.
+        alone = (self._tables.stem("grouped_gemm") or "").endswith("_infersim")
+        each_s = 6.0 * width / self._roofline.reached_Bps if alone else 0.0
+        return ExpertLaw(grouped_rows(rows, mine), scale=scale, worst=worst, by_active=True, each_s=each_s)
+
+    def _expert_parallel_rows(self, dtype: str) -> tuple[list[Balanced], Provenance]:
         """Return the rows measured under expert parallelism: num_tokens counts all ranks, uniform routing."""
         model = self._model
         rows = self._tables.rows(
@@ -223,17 +267,17 @@ class ExpertCost:
             where={"moe_dtype": dtype, "hidden_size": model.hidden_size, "inter_size": model.expert_ffn_size, "moe_tp_size": 1, "distribution": "uniform"},
         )
         if rows is None:
-            return []
+            return [], Provenance.MEASURED
         result = []
         slots = rows["num_experts"] // rows["moe_ep_size"]
         for count in np.unique(slots):
             mine = slots == count
             assignments = rows["num_tokens"][mine] * rows["topk"][mine] / rows["moe_ep_size"][mine]
             result.append(Balanced.build(int(count), assignments, rows["latency_s"][mine]))
-        return result
+        return result, rows.worst
 
-    def _nearest(self, dtype: str, expert_tp: int) -> tuple[Balanced, float, bool] | None:
-        """Return balanced one-rank rows of the nearest shape, the factor to this model's shape, and whether nothing differs."""
+    def _nearest(self, dtype: str, expert_tp: int) -> tuple[Balanced, float, Provenance] | None:
+        """Return balanced one-rank rows of the nearest shape, the factor to this model's shape, and the class."""
         model = self._model
         names = ("hidden_size", "inter_size", "num_experts", "topk", "moe_tp_size")
         where = {"moe_dtype": dtype, "moe_ep_size": 1, "distribution": "balanced"}
@@ -264,7 +308,8 @@ class ExpertCost:
                 continue
             exact = bool((known[index] == wanted).all()) and model.gated_ffn
             matrices = 1.0 if model.gated_ffn else 2 / 3
-            return item, model.hidden_size * model.expert_ffn_size / expert_tp / (hidden * ffn / split) * matrices, exact
+            worst = max(rows.worst, Provenance.MEASURED if exact else Provenance.CALIBRATED)
+            return item, model.hidden_size * model.expert_ffn_size / expert_tp / (hidden * ffn / split) * matrices, worst
         return None
 
     def _reads_too_fast(self, item: Balanced, elements: float) -> bool:

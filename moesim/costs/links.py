@@ -67,9 +67,11 @@ class LinkModel:
         found = self._curve(operation, ranks)
         if found is not None:
             curve, factor = found
+            worst = self._class(operation)
             if factor == 1.0:
-                return curve(size)
-            return timing(curve(size * factor).seconds, Provenance.CALIBRATED)
+                timed = curve(size)
+                return timed if worst is Provenance.MEASURED else timed.scaled(1.0, worst)
+            return timing(curve(size * factor).seconds, max(worst, Provenance.CALIBRATED))
         self._policy.fall_back(operation, self._tables.label("nccl"), f"op_name={operation}, num_gpus={ranks}", Provenance.ROOFLINE)
         return self._ring(self._link("scale_up", self._up), operation, size, ranks, Provenance.ROOFLINE)
 
@@ -106,6 +108,13 @@ class LinkModel:
         self._curves[key] = result
         return result
 
+    def _class(self, operation: str) -> Provenance:
+        """Return the best class of what is read from NCCL's table; a donor's is refused by `--strict` here."""
+        if self._tables.own("nccl"):
+            return Provenance.MEASURED
+        self._policy.fall_back(operation, self._tables.label("nccl"), f"op_name={operation}", Provenance.EXTRAPOLATED)
+        return Provenance.EXTRAPOLATED
+
     def _faster(self, curve: Curve, ranks: int) -> Curve:
         """Return the engine's own all-reduce (inside a captured graph) at every size where it beats NCCL, as the engine chooses."""
         rows = self._tables.rows("custom_allreduce", "message_bytes", "latency_s", where={"num_gpus": ranks, "backend": f"{self._engine}_graph"})
@@ -123,7 +132,7 @@ class LinkModel:
         pair = self._curve("alltoall", 2)
         if pair is not None:
             # Each of two devices sends half of its buffer to the other.
-            inside = timing(pair[0](2.0 * size).seconds, Provenance.CALIBRATED)
+            inside = timing(pair[0](2.0 * size).seconds, max(self._class("alltoall"), Provenance.CALIBRATED))
         else:
             self._policy.fall_back("p2p", self._tables.label("nccl"), "op_name=alltoall, num_gpus=2", Provenance.ROOFLINE)
             link = self._link("scale_up", self._up) if nodes == 1 else self._link("scale_out", self._out)
@@ -145,7 +154,7 @@ class LinkModel:
     def all_to_all(self, up: np.ndarray, out: np.ndarray, *, ranks: int, devices: int, one_after_the_other: bool) -> Timing:
         """Return the time of the bytes on a rank's ports; the ports work side by side, or one after the other."""
         found = self._curve("alltoall", devices) if devices > 1 else None
-        code = Provenance.CALIBRATED if found is not None else Provenance.ROOFLINE
+        code = max(self._class("alltoall"), Provenance.CALIBRATED) if found is not None else Provenance.ROOFLINE
         if found is not None:
             inside = np.where(up > 0, found[0](up * devices / (devices - 1)).seconds, 0.0)
         else:

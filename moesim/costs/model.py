@@ -115,6 +115,10 @@ class CostModel:
         dtype = "bfloat16" if self._bytes <= 2 else self.model.dtype
         return total(self._norm(tokens), self.gemm("head", tokens, -(-self.model.vocab_size // tp), self.model.hidden_size, dtype))
 
+    def sampling(self, sequences: np.ndarray) -> Timing:
+        """Return the time of sampling the next token of `sequences` [...] sequences from their logits."""
+        return self.roofline.sampling(_float(sequences), self.model.vocab_size)
+
     def embedding(self, tokens: np.ndarray) -> Timing:
         """Return the time of looking up `tokens` embeddings."""
         return self.roofline.stream("embedding", 2.0 * _float(tokens) * self.model.hidden_size * self._bytes)

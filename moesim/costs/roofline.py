@@ -1,20 +1,24 @@
 """Time from peak rates: the estimate of last resort, and the model of element-wise kernels.
 
-A kernel takes max(FLOPs / reached FLOP/s, bytes / reached bytes/s) plus one launch. On a device with a GEMM table the launch and the reached
-memory bandwidth of element-wise kernels are calibrated on its smallest and its most memory-bound GEMM; elsewhere they are the declared ones.
+A kernel takes max(FLOPs / reached FLOP/s, bytes / reached bytes/s) plus one launch. The launch and the reached memory bandwidth of element-wise
+kernels are calibrated on the device's table of them, else on its smallest and its most memory-bound GEMM; elsewhere they are the declared ones.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from moesim.costs.provenance import Policy, Provenance, Timing, timing
-from moesim.costs.tables import Tables
+from moesim.costs.interpolation import Curve
+from moesim.costs.provenance import Policy, Provenance, Timing, timing, zero_where
+from moesim.costs.tables import Rows, Tables
+from moesim.costs.transfer import NEXT_DTYPE
 from moesim.errors import CostError
 from moesim.hardware.cluster import Cluster
 
-_NEXT_DTYPE = {"fp8": "bfloat16", "int8": "bfloat16", "fp4": "fp8", "mxfp4": "bfloat16", "int4": "bfloat16", "bfloat16": "float16", "float16": "float32"}
-"""dtype → the one that a device without it computes in."""
+SAMPLING_PASSES = 4.0
+"""Times that sampling reads or writes the logits: scale, maximum, sum, choice."""
+SMALL = 1 << 16
+"""Elements of a weight that takes no time to read."""
 
 
 class Roofline:
@@ -27,6 +31,7 @@ class Roofline:
         if tier is None:
             raise CostError(f"{cluster.name}: tiers is empty; a device needs the memory tier that its kernels read from")
         self._device = device
+        self._tables = tables
         self._place = cluster.name
         self._policy = policy
         self.memory_Bps = tier.read_Bps
@@ -37,19 +42,31 @@ class Roofline:
         self.is_cpu = device.kind == "cpu"
         self.launch_s = device.kernel_launch_s
         self.provenance = Provenance.ROOFLINE
-        rows = tables.rows("gemm", "n", "k", "latency_s", where={"gemm_dtype": "bfloat16", "m": 1})
+        rows = tables.rows("stream", "moved_bytes", "latency_s", transfer=False)
+        if rows is None:
+            rows = self._products(tables)
         if rows is not None:
             self.launch_s = float(rows["latency_s"].min())
-            rates = 2.0 * rows["n"] * rows["k"] / rows["latency_s"]
+            rates = rows["moved_bytes"] / rows["latency_s"]
             self.reached_Bps = float(min(rates.max(), tier.read_Bps))
-            self.provenance = Provenance.CALIBRATED
+            self.provenance = max(rows.worst, Provenance.CALIBRATED)
+
+    @staticmethod
+    def _products(tables: Tables) -> Rows | None:
+        """Return matrix-vector products, own or transferred, if they reach down to next to no weights."""
+        for transfer in (False, True):
+            rows = tables.rows("gemm", "n", "k", "latency_s", where={"gemm_dtype": "bfloat16", "m": 1}, transfer=transfer)
+            if rows is not None and (rows["n"] * rows["k"]).min() <= SMALL:
+                rows["moved_bytes"] = 2.0 * rows["n"] * rows["k"]
+                return rows
+        return None
 
     def flops(self, dtype: str) -> float:
         """Return the FLOP/s that a large GEMM of `dtype` reaches; a dtype that the device lacks computes in the next wider one."""
         peak = self._device.peak_flops
         name: str | None = dtype
         while name is not None and name not in peak:
-            name = _NEXT_DTYPE.get(name)
+            name = NEXT_DTYPE.get(name)
         if name is None:
             if not peak:
                 raise CostError(f"{self._place}: device.peak_flops is empty; give at least one dtype")
@@ -63,7 +80,18 @@ class Roofline:
 
     def stream(self, operator: str, moved_bytes: np.ndarray) -> Timing:
         """Return the time of an element-wise kernel that reads and writes `moved_bytes` in all; nothing moved takes no time."""
-        if self.provenance is Provenance.ROOFLINE:
-            self._policy.fall_back(operator, "gemm", "gemm_dtype=bfloat16, m=1 (to calibrate memory-bound kernels)", Provenance.ROOFLINE)
+        if self.provenance > Provenance.CALIBRATED:
+            self._policy.fall_back(operator, "gemm", "gemm_dtype=bfloat16, m=1 (to calibrate memory-bound kernels)", self.provenance)
         seconds = np.where(moved_bytes > 0, self.launch_s + moved_bytes / self.reached_Bps, 0.0)
         return timing(seconds, self.provenance)
+
+    def sampling(self, sequences: np.ndarray, vocab: int) -> Timing:
+        """Return the time to sample the next token of every sequence from float32 logits over `vocab`; the table's vocabulary scales in proportion."""
+        rows = self._tables.rows("sampler", "sequences", "vocab", "latency_s", transfer=False)
+        if rows is None:
+            return self.stream("sampling", SAMPLING_PASSES * 4.0 * sequences * vocab)
+        keys, first = np.unique(rows["sequences"], return_index=True)
+        seconds = rows["latency_s"][first]
+        scale = vocab / float(rows["vocab"][0])
+        timed = Curve(keys.astype(np.float64), seconds[0] + (seconds - seconds[0]) * scale)(np.asarray(sequences, dtype=np.float64))
+        return zero_where(timed if scale == 1.0 else timed.scaled(1.0, Provenance.CALIBRATED), np.asarray(sequences) <= 0)

@@ -97,6 +97,8 @@ class Cluster:
     """Node uplinks' bandwidth divided by what the fabric carries when all send (1: non-blocking)."""
     tables: Path | None = None
     """Folder of measured Parquet tables of this device, or None."""
+    calibrated_from: str | None = None
+    """Library device whose tables, transferred, stand in for those that this device lacks."""
     price_per_hour: float | None = None
     """Dollars per device and hour."""
     sha256: str = ""

@@ -3,7 +3,8 @@
 Columns keep their source names unless they carry a unit: `latency` → `latency_s`, `X_us` → `X_s`, `X_bandwidth_gbps` → `X_Bps`.
 `latency` is milliseconds, except in all-to-all tables by backend and phase, where the source states microseconds. Collective tables give
 `message_size` in elements of the full buffer; `message_bytes` is added. Same input → same bytes with the same pyarrow.
-Run: `python -m moesim.hardware.convert_tables SOURCE_FOLDER TARGET_FOLDER --licence TEXT --origin TEXT`.
+Run: `python -m moesim.hardware.convert_tables SOURCE_FOLDER TARGET_FOLDER --licence TEXT --origin TEXT`; with `--facts key=value,...` the files are
+those of other tools (`moesim.hardware.measured`), and one table per operator comes out, `<kind>_<tool>`, all files of a kind joined.
 """
 
 from __future__ import annotations
@@ -251,6 +252,51 @@ def convert_folder(source: Path, target: Path, *, origin: str = AIC_ORIGIN, lice
     return tuple(stems)
 
 
+KINDS = {
+    "gemm": "Dense matrix product [m,k]·[k,n] on one GPU",
+    "grouped_gemm": "Up and down projection of all experts of one GPU (llmservingsim: the whole fused layer); assignments is all tokens of all experts, "
+    "active the experts that have any, slots those on the GPU; inter_size is per tensor-parallel rank",
+    "attn_context": "MHA or GQA kernel, one layer, one GPU; isl new tokens over prefix cached ones",
+    "attn_generation": "MHA or GQA kernel, one layer, one GPU; step is the KV length before the call",
+    "attn_mixed": "MHA or GQA kernel of one batch with one prefill chunk and n_decode decoding sequences",
+    "mla_expanded": "MLA attention kernel in its expanded form, one layer, one GPU",
+    "mla_generation": "MLA attention kernel in its absorbed form, one layer, one GPU; step is the KV length before the call",
+    "stream": "Element-wise operators; moved_bytes is what they read and write",
+    "sampler": "Sampling of the next token of every sequence from its logits",
+}
+"""Tables that the readers of other tools' files give, and their description."""
+
+
+def convert_measured(
+    paths: Sequence[Path], target: Path, *, facts: Mapping[str, float], origin: str, licence: str, parts: Mapping[str, Sequence[str]] | None = None
+) -> tuple[str, ...]:
+    """Convert files of other tools to canonical tables `target/<kind>_<tool>.parquet`; return the stems.
+
+    facts: sizes of the model that was measured. parts: kind → the parts to keep (default: all).
+    Raises HardwareError if a file is no table of a known tool.
+    """
+    from moesim.hardware.measured import read_measured
+
+    found: dict[str, list[dict[str, np.ndarray]]] = {}
+    for path in paths:
+        for table in read_measured(path, facts):
+            wanted = (parts or {}).get(table.kind)
+            if table.kind in KINDS and len(table.rows["latency_s"]) and (wanted is None or table.part in wanted):
+                found.setdefault(f"{table.kind}_{table.source}", []).append(table.rows)
+    for stem, tables in found.items():
+        joined = {name: np.concatenate([rows[name] for rows in tables]) for name in tables[0]}
+        whole = {
+            name: values.astype(np.int64) if values.dtype.kind == "f" and not name.endswith("_s") and bool((values == np.rint(values)).all()) else values
+            for name, values in joined.items()
+        }
+        order = np.lexsort([np.unique(values.astype(str), return_inverse=True)[1] if values.dtype == object else values for values in reversed(whole.values())])
+        kind, tool = stem.rsplit("_", 1)
+        metadata = {"kind": kind, "description": KINDS[kind], "source": origin, "licence": licence, "version": tool}
+        metadata["units"] = json.dumps({"latency_s": "s"} | ({"moved_bytes": "B"} if "moved_bytes" in whole else {}), sort_keys=True)
+        write_table(target / f"{stem}.parquet", {name: values[order] for name, values in whole.items()}, metadata)
+    return tuple(sorted(found))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert the folder named on the command line."""
     import argparse
@@ -260,8 +306,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("--origin", default=AIC_ORIGIN, help="where the numbers come from")
     parser.add_argument("--licence", default=AIC_LICENCE)
+    parser.add_argument("--facts", help="key=value,... of the measured model; the files are those of other tools")
     given = parser.parse_args(arguments)
-    for stem in convert_folder(given.source, given.target, origin=given.origin, licence=given.licence):
+    if given.facts is None:
+        stems = convert_folder(given.source, given.target, origin=given.origin, licence=given.licence)
+    else:
+        facts = {key: float(value) for key, _, value in (item.partition("=") for item in given.facts.split(",") if item)}
+        paths = sorted(path for path in given.source.iterdir() if path.name.endswith((".csv", ".csv.gz")))
+        stems = convert_measured(paths, given.target, facts=facts, origin=given.origin, licence=given.licence)
+    for stem in stems:
         print(stem)
 
 

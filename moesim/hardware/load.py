@@ -253,8 +253,22 @@ def _tables(doc: Document, base: Path | None, file: str) -> Path | None:
     return folder
 
 
+def _donor(doc: Document, file: str) -> str | None:
+    name = doc.calibrated_from
+    if name is None:
+        return None
+    if name not in library_names():
+        near = difflib.get_close_matches(name, library_names(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"devices: {', '.join(library_names())}"
+        raise HardwareError(describe(file, "calibrated_from", name, "must be a device of the library", hint))
+    if name == doc.name or doc.name.startswith(f"{name}-"):
+        raise HardwareError(describe(file, "calibrated_from", name, "must be another device"))
+    return name
+
+
 def _build(node: dict[str, Any], origins: Mapping[KeyPath, str], place: str, base: Path | None) -> Cluster:
     doc = _validate(node, origins, place)
+    dumped = doc.model_dump(mode="json")
     links = {
         name: Link(
             name=name,
@@ -308,8 +322,10 @@ def _build(node: dict[str, Any], origins: Mapping[KeyPath, str], place: str, bas
         num_nodes=doc.num_nodes,
         fabric_oversubscription=doc.fabric_oversubscription,
         tables=_tables(doc, base, _origin(origins, ("tables",), place)),
+        calibrated_from=_donor(doc, _origin(origins, ("calibrated_from",), place)),
         price_per_hour=doc.price_per_hour,
-        sha256=sha256_hex(canonical_json(doc.model_dump(mode="json"))),
+        # What is not said does not change the fingerprint of the documents that never said it.
+        sha256=sha256_hex(canonical_json({key: value for key, value in dumped.items() if key != "calibrated_from" or value is not None})),
         warnings=tuple(_warnings(doc, origins, place)),
         source=place,
     )

@@ -185,6 +185,8 @@ class Document(_Strict):
     num_nodes: Annotated[Whole, Field(ge=1, le=MAX_NODES)] = 1
     fabric_oversubscription: Annotated[Number, Field(ge=1, le=1000)] = 1.0
     tables: Text | None = None
+    calibrated_from: Annotated[Text, Field(max_length=200)] | None = None
+    """Library device whose measured tables stand in, transferred by the data sheets, for those that this one lacks."""
     price_per_hour: Price | None = None
 
     @model_validator(mode="after")

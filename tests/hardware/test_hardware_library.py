@@ -52,8 +52,10 @@ def test_every_value_has_a_source_and_none_is_above_its_data_sheet(name: str) ->
     assert 0 < one.device.gemm_efficiency < 1 and 0 < one.device.memory_efficiency < 1
 
 
-def test_only_the_h100_has_measured_tables() -> None:
-    assert [name for name in library_names() if load_cluster(f"{name}-1").tables] == ["h100-sxm"]
+def test_measured_devices_and_donors() -> None:
+    clusters = {name: load_cluster(f"{name}-1") for name in library_names()}
+    assert [name for name, cluster in clusters.items() if cluster.tables] == ["a100-sxm", "a800-sxm", "h100-sxm", "h800-sxm", "rtx-pro-6000"]
+    assert {name for name, cluster in clusters.items() if cluster.calibrated_from == "h100-sxm"} == {"a100-sxm", "a800-sxm", "h200-sxm", "h800-sxm"}
 
 
 def test_loading_imports_nothing_heavy() -> None:

@@ -1,0 +1,193 @@
+"""Measured tables of other tools: any file in, canonical rows in SI units out, recognised by its columns.
+
+A file is CSV (plain, gzip, `.txt`) or Parquet of aiconfigurator, InferSim, Frontier, LLMServingSim or Vidur; one file may time several operators
+and then gives several `Measured`. Units come from column names (`_us`, `_gbps`, `time_us`; `time_stats.*` and a bare `latency` are milliseconds).
+What the columns leave open (head shape, layer sizes) comes from the file's name or from `facts` of a model. Canonical columns by kind:
+  gemm          gemm_dtype m n k                          grouped_gemm  moe_dtype hidden_size inter_size slots active assignments
+  attn_*        num_heads num_key_value_heads head_dim window_size kv_cache_dtype attn_dtype batch_size isl|step, prefix
+  mla_*         num_heads kv_cache_dtype batch_size isl|step       stream   operator tokens moved_bytes        sampler  sequences vocab
+  collective    op_name num_gpus num_nodes message_bytes      attn_mixed   prefill_chunk kv_prefill n_decode kv_decode and the head shape
+and, as the source has them, the tables of `convert_tables.LAYOUTS`. Every one has `latency_s`. A row that cannot be read is left out and counted.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from moesim.errors import HardwareError, describe
+from moesim.files import read_bytes
+from moesim.hardware.convert_tables import MAX_CSV_BYTES
+
+MAX_TABLE_ROWS = 2_000_000
+MAX_COLUMNS = 512
+SUFFIXES = (".csv", ".csv.gz", ".txt", ".txt.gz", ".parquet")
+Columns = dict[str, np.ndarray]
+Facts = Mapping[str, float]
+
+
+@dataclass(slots=True, kw_only=True)
+class Measured:
+    """One operator's rows of one file."""
+
+    stem: str
+    kind: str
+    part: str
+    """What the file times here, where it times several things; else empty."""
+    source: str
+    """`aiconfigurator`, `infersim`, `frontier`, `llmservingsim` or `vidur`."""
+    rows: Columns
+    excluded: dict[str, int] = field(default_factory=dict)
+    """Reason → rows of the file that are not in `rows`."""
+
+    def leave_out(self, bad: np.ndarray, reason: str) -> None:
+        """Drop the rows where `bad` holds, and count them."""
+        if bad.any():
+            self.excluded[reason] = self.excluded.get(reason, 0) + int(bad.sum())
+            self.rows = {name: values[~bad] for name, values in self.rows.items()}
+
+
+def stem_of(path: Path) -> str:
+    """Return the file's name without its ending."""
+    return next((path.name.removesuffix(suffix) for suffix in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(suffix)), path.stem)
+
+
+def read_measured(path: Path, facts: Facts | None = None) -> tuple[Measured, ...]:
+    """Return the tables of one file.
+
+    facts: sizes of the model that was measured (see `moesim.api.validation_kernels.facts_of`), for sources that do not state them.
+    Raises HardwareError naming the file and the columns that were expected if the header is of no known source, or the file is no table.
+    """
+    path = Path(path)
+    from moesim.hardware.measured_sources import READERS
+
+    columns, ragged = _read(path)
+    for reader, needed in READERS:
+        if any(all(_has(columns, name) for name in names) for names in needed):
+            tables = reader(path, columns, dict(facts or {}))
+            for table in tables:
+                _finish(table, ragged)
+            return tuple(tables)
+    expected = "; ".join(sorted({" + ".join(names) for _, needed in READERS for names in needed}))
+    raise HardwareError(f"{path}: columns {', '.join(list(columns)[:12])} belong to no known table; expected one of: {expected}")
+
+
+def _has(columns: Columns, name: str) -> bool:
+    return any(fully.startswith(name[:-1]) for fully in columns) if name.endswith("*") else name in columns
+
+
+def _finish(table: Measured, ragged: int) -> None:
+    if ragged:
+        table.excluded["line has too few or too many cells"] = ragged
+    seconds = table.rows["latency_s"]
+    absent = np.isnan(seconds)
+    table.leave_out(absent, "time is missing or not a number")
+    seconds = table.rows["latency_s"]
+    table.leave_out(~np.isfinite(seconds) | (seconds <= 0), "time is not positive and finite")
+    bad = np.zeros(len(table.rows["latency_s"]), dtype=bool)
+    for values in table.rows.values():
+        if values.dtype.kind == "f":
+            bad |= ~np.isfinite(values) | (values < 0)
+    table.leave_out(bad, "a size is missing, negative or not a number")
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> tuple[Columns, int]:
+    if path.suffix == ".parquet":
+        return _read_parquet(path), 0
+    data = read_bytes(path, limit=MAX_CSV_BYTES, error=HardwareError)
+    if path.suffix == ".gz":
+        try:
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
+                data = stream.read(MAX_CSV_BYTES + 1)
+        except (OSError, EOFError, zlib.error) as cause:
+            raise HardwareError(f"{path}: is not a gzip file ({cause}); copy it again") from None
+        if len(data) > MAX_CSV_BYTES:
+            raise HardwareError(describe(str(path), "decompressed size", f"> {MAX_CSV_BYTES} B", f"must be <= {MAX_CSV_BYTES} B"))
+    try:
+        lines = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        header = [name.strip() for name in next(lines, [])]
+        body, ragged = [], 0
+        for row in lines:
+            if len(row) == len(header):
+                body.append(row)
+            elif row:
+                ragged += 1
+            if len(body) > MAX_TABLE_ROWS:
+                raise HardwareError(describe(str(path), "rows", f"> {MAX_TABLE_ROWS}", f"must be <= {MAX_TABLE_ROWS}"))
+    except (UnicodeDecodeError, csv.Error) as cause:
+        raise HardwareError(f"{path}: is not a CSV file in UTF-8 ({cause})") from None
+    if not header or not body:
+        raise HardwareError(f"{path}: has no rows; a table is one header line and at least one row of as many cells")
+    if len(set(header)) != len(header) or len(header) > MAX_COLUMNS:
+        raise HardwareError(describe(str(path), "header", ", ".join(header), f"must name at most {MAX_COLUMNS} columns, every one once"))
+    return {name: _parse([row[index] for row in body]) for index, name in enumerate(header)}, ragged
+
+
+def _parse(cells: list[str]) -> np.ndarray:
+    """Return float64 if most cells are numbers (others NaN), else text."""
+    try:
+        return np.array(cells, dtype=np.float64)
+    except ValueError:
+        pass  # some cells are empty or text
+    numbers = np.full(len(cells), np.nan)
+    good = 0
+    for index, cell in enumerate(cells):
+        try:
+            numbers[index] = float(cell)
+        except ValueError:
+            good += not cell.strip()
+            continue
+        good += 1
+    return numbers if good * 2 > len(cells) and not np.isnan(numbers).all() else np.array(cells, dtype=object)
+
+
+def _read_parquet(path: Path) -> Columns:
+    from moesim.hardware.tables import read_table
+
+    if not path.is_file():
+        raise HardwareError(f"{path}: does not exist; check the path")
+    rows = read_table(path.parent, path.name.removesuffix(".parquet"))
+    if len(rows) > MAX_COLUMNS or not rows or not len(next(iter(rows.values()))):
+        raise HardwareError(f"{path}: has no rows, or more than {MAX_COLUMNS} columns")
+    return {name: values.astype(np.float64) if values.dtype.kind in "iuf" else values for name, values in rows.items()}
+
+
+def seconds_of(columns: Columns, name: str, unit: float) -> np.ndarray:
+    """Return a time column in seconds; `name_s` of a converted table as it is."""
+    if f"{name}_s" in columns and name not in columns:
+        return columns[f"{name}_s"]
+    values = columns[name]
+    return values / round(1 / unit) if values.dtype.kind == "f" else np.full(len(values), np.nan)
+
+
+def numbers_of(columns: Columns, name: str, default: float | None = None) -> np.ndarray:
+    length = len(next(iter(columns.values())))
+    values = columns.get(name)
+    if values is None:
+        return np.full(length, np.nan if default is None else default)
+    return values if values.dtype.kind == "f" else np.full(length, np.nan)
+
+
+def text_of(columns: Columns, name: str, default: str) -> np.ndarray:
+    values = columns.get(name)
+    length = len(next(iter(columns.values())))
+    if values is None or values.dtype.kind == "f":
+        return np.full(length, default, dtype=object)
+    short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "float8": "fp8"}
+    return np.array([short.get(str(cell).lower(), str(cell)) for cell in values], dtype=object)
+
+
+def words_of(path: Path) -> list[str]:
+    """Return what the file's name and its last folders are made of: the sources put shapes there."""
+    return re.split(r"__|/", "/".join((*path.parts[-5:-1], stem_of(path))))
