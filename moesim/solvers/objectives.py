@@ -26,7 +26,7 @@ from moesim.solvers.terms import Terms, copies_LE
 
 MIXTURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Weights of balance in the searches for a term that swaps cannot see."""
-SLACKS = (0.02, 0.1, 0.4, None)
+SLACKS = (0.05, 0.4)
 """Caps on the busiest rank, over a balanced plan's, under which traffic is planned."""
 ROUNDS = 1000
 TRIAL_CELLS, PREDICTED_CELLS = 1_000_000, 200_000

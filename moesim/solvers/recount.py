@@ -114,7 +114,7 @@ def _levels(problem: PlacementProblem) -> list[tuple[int, float]]:
 
 
 def _traffic(problem: PlacementProblem, rows: Rows | None) -> float:
-    """Return places reached per token and layer, counted as distinct (token, place) pairs."""
+    """Return places reached per token and layer, ticked off on a board of tokens and places."""
     experts, valid = _valid(problem)
     total = 0.0
     for per_place, weight in _levels(problem):
@@ -124,8 +124,9 @@ def _traffic(problem: PlacementProblem, rows: Rows | None) -> float:
             continue
         for layer, row in enumerate(rows):
             token, choice = np.nonzero(valid[:, layer])
-            place = _place_E(problem, row, per_place)[experts[token, layer, choice]]
-            total += weight * len(np.unique(token * problem.num_ranks + place))
+            reached = np.zeros((len(experts), problem.num_ranks // per_place), dtype=bool)
+            reached[token, _place_E(problem, row, per_place)[experts[token, layer, choice]]] = True
+            total += weight * float(reached.sum())
     return total / (len(experts) * problem.num_layers)
 
 
@@ -141,10 +142,10 @@ def _hops(problem: PlacementProblem, rows: Rows) -> float:
             held = []
             for one in (layer, layer + 1):
                 token, choice = np.nonzero(valid[:, one])
-                count = np.zeros((len(experts), problem.num_ranks // per_place))
-                np.add.at(count, (token, _place_E(problem, rows[one], per_place)[experts[token, one, choice]]), 1)
-                held.append(count)
-            meeting += float((held[0] * held[1]).sum())
+                places = problem.num_ranks // per_place
+                key = token * places + _place_E(problem, rows[one], per_place)[experts[token, one, choice]]
+                held.append(np.bincount(key, minlength=len(experts) * places))
+            meeting += float(held[0] @ held[1])
         cost += weight * (total - meeting)
     return cost / total if total else 0.0
 
