@@ -20,7 +20,7 @@ from moesim.sim.engine import Engine
 from moesim.sim.evaluate import Times
 from moesim.sim.ledger import KV_ENTRIES, Ledger
 from moesim.sim.loads import SPARSE, LoadCompiler, StepLoads
-from moesim.sim.ops import Program
+from moesim.sim.ops import Op, Program
 
 MAX_PASSES = 64
 MAX_TOKENS = 1 << 18
@@ -227,13 +227,11 @@ def one_pass(program: Program, row: int = 0) -> Program:
     def mine(value: np.ndarray) -> np.ndarray:
         return value[min(row, len(value) - 1)] if value.ndim == 2 else value
 
-    return Program(
-        program.num_ranks,
-        [
-            replace(op, provenance=mine(np.asarray(op.provenance)), jobs=tuple(replace(job, work_s=mine(job.work_s)) if job.work_s.ndim == 2 else job for job in op.jobs))
-            for op in program.ops
-        ],
-    )
+    def alone(op: Op) -> Op:
+        jobs = tuple(replace(job, work_s=mine(job.work_s)) if job.work_s.ndim == 2 else job for job in op.jobs)
+        return replace(op, provenance=mine(np.asarray(op.provenance)), jobs=jobs)
+
+    return Program(program.num_ranks, [alone(op) for op in program.ops])
 
 
 def since(times: Times, begin_s: float) -> Times:
