@@ -21,6 +21,9 @@ from moesim.sim.flows import Allocation, Busy, Flow, Hop, Steps, serve
 from moesim.sim.ops import Program
 from moesim.sim.timeline import RateTimeline
 
+MAX_DIVISIONS = 64
+"""Divisions of the ports among Flows that an Engine remembers."""
+
 
 class RanksStuck(SimulationError):
     """A Program that cannot end because ranks have failed."""
@@ -71,6 +74,8 @@ class Engine:
         self._settled_s = 0.0
         self._generation = 0
         self._allocation = Allocation([])
+        self._divisions: dict[tuple, Allocation] = {}
+        """Of sets of Flows by their paths, classes and weights: a Flow often follows one of its kind."""
         self._steps: Steps | None = None
 
     @property
@@ -237,7 +242,14 @@ class Engine:
 
     def _flows_changed(self) -> None:
         """Divide the ports anew; tell the running Programs if that changes a rate of theirs."""
-        self._allocation = Allocation(serve(self.flows))
+        served = serve(self.flows)
+        kinds = tuple((tuple(flow.path.items()), flow.level, flow.weight) for flow in served)
+        known = self._divisions.get(kinds)
+        if known is None:
+            if len(self._divisions) >= MAX_DIVISIONS:
+                self._divisions.clear()
+            known = self._divisions[kinds] = Allocation(served)
+        self._allocation = known.again(served)
         wanted = {port: np.ones(self.num_ranks) for port in self._shared_ports}
         for (port, rank), share in zip(self._allocation.hops, self._allocation.op_share_P.tolist(), strict=True):
             # A port of a node, NIC or root has no Ops: they name the ports of ranks.

@@ -10,6 +10,7 @@ of later classes (`low`) wait for the Ops and for the classes before. Bytes, sec
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,6 +175,12 @@ class Allocation:
                 self.op_share_P[column] = guaranteed(bandwidth, self._use_FP[here, column], self._weight_F[here], limit_F[here]) / bandwidth
         self._known: dict[bytes, np.ndarray] = {}
 
+    def again(self, flows: list[Flow]) -> Allocation:
+        """Return the same division for other Flows of equal paths, classes and weights."""
+        other = copy(self)
+        other.flows = flows
+        return other
+
     def rates(self, busy_P: np.ndarray) -> np.ndarray:
         """Return the rate of every Flow, float64 [F], while Ops use the ports `busy_P`."""
         key = busy_P.tobytes()
@@ -201,10 +208,14 @@ class Allocation:
         times = times[(times >= now) & (times < np.inf)]
         busy_TP = np.zeros((len(times), len(self.hops)), dtype=bool)
         which = np.zeros(len(times), dtype=np.int64)
+        bits = 0
         for column, spans in used:
             busy_TP[:, column] = now_busy = spans.at(times)
-            # Renumbering at every port keeps the number of a pattern small, however many ports there are.
-            _, which = np.unique(2 * which + now_busy, return_inverse=True)
+            which, bits = 2 * which + now_busy, bits + 1
+            if bits == 62:
+                # Renumbering keeps the number of a pattern small, however many ports there are.
+                _, which = np.unique(which, return_inverse=True)
+                bits = len(times).bit_length()
         _, first, which = np.unique(which, return_index=True, return_inverse=True)
         return Steps(self.flows, times, np.stack([self.rates(busy_TP[row]) for row in first])[which])
 
