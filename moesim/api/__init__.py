@@ -1,8 +1,8 @@
-"""What notebooks and users import: replay a trace, solve for a plan, search a split, weigh rebalancing – names or paths in, reports out.
+"""What notebooks and users import: replay a trace, solve for a plan, search a split, weigh rebalancing, serve requests – names or paths in, reports out.
 
 `replay` → `Replay` (report, ledger, plan); `solve` → `Solution` (report, plan); `trace_statistics` → `TraceStatistics` (report, arrays);
-`parallelize` and `rebalance` → report. A report is the
-JSON object that the command line prints; its keys are stable. Bad input raises an `InputError` that says what to change.
+`serve` → `Serving` (report, times of every request); `parallelize`, `rebalance` and `validate_run` → report. A report is the JSON object that the
+command line prints; its keys are stable. Bad input raises an `InputError` that says what to change.
 """
 
 from __future__ import annotations
@@ -16,10 +16,25 @@ if TYPE_CHECKING:
     from moesim.api.rebalancing import rebalance
     from moesim.api.replaying import replay
     from moesim.api.running import Replay
+    from moesim.api.serving import Serving, serve
     from moesim.api.solving import Solution, solve
     from moesim.api.statistics import TraceStatistics, trace_statistics
+    from moesim.api.validation import validate_run
 
-__all__ = ["Replay", "Solution", "TraceStatistics", "parallelize", "rebalance", "replay", "solve", "trace_shape", "trace_statistics"]
+__all__ = [
+    "Replay",
+    "Serving",
+    "Solution",
+    "TraceStatistics",
+    "parallelize",
+    "rebalance",
+    "replay",
+    "serve",
+    "solve",
+    "trace_shape",
+    "trace_statistics",
+    "validate_run",
+]
 
 _HOME = {
     "Replay": "running",
@@ -27,10 +42,13 @@ _HOME = {
     "parallelize": "parallel",
     "rebalance": "rebalancing",
     "replay": "replaying",
+    "serve": "serving",
+    "Serving": "serving",
     "solve": "solving",
     "trace_shape": "documents",
     "TraceStatistics": "statistics",
     "trace_statistics": "statistics",
+    "validate_run": "validation",
 }
 
 

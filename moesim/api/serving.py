@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,8 @@ def serve(
     model: str | MoEModel,
     hardware: str | Cluster,
     plan: str | Path | Plan | None = None,
-    settings: Settings | None = None,
+    placement: str = "linear",
+    settings: Mapping[str, str] | Settings | None = None,
     map_layers: str | None = None,
     backend: str = "vllm",
     strict: bool = False,
@@ -245,16 +246,22 @@ def serve(
 ) -> Serving:
     """Serve requests on a cluster whose devices are shared out to equal instances; `trace` says how tokens are routed.
 
-    An instance has num_ranks / (all instances · pp) ranks per stage, attention_tp of which share an attention replica. keep_rows: keep the times of
+    plan, placement: as for `replay`; they place the experts of one stage. An instance has
+    num_ranks / (all instances · pp) ranks per stage, attention_tp of which share an attention replica. keep_rows: keep the times of
     every request. Raises InputError if any document breaks a rule, or if they do not fit each other.
     """
     began = time.perf_counter()
     moe_model, cluster = model_of(model), cluster_of(hardware)
-    chosen = settings or Settings()
+    chosen = settings if isinstance(settings, Settings) else Settings.parse(settings or {})
+    _check_settings(chosen)
     asked = requests if isinstance(requests, Requests) else open_requests(requests, seed=seed)
     placed = read_plan(plan) if plan is not None else None
     if placed is not None:
         placed.check_model(name=moe_model.name, num_experts=moe_model.num_experts, moe_layer_ids=moe_model.moe_layer_ids)
+    if placed is None and placement != "linear":
+        from moesim.api.replaying import placed_plan
+
+        placed = placed_plan(None, placement, trace_of(trace, moe_model, seed, map_layers), moe_model, cluster, seed)
     group = group_of(cluster, moe_model, chosen, placed)
     routing = routing_of(trace, moe_model, seed, map_layers)
     deployment = deployment_of(cluster, moe_model, chosen, group=group, routing=routing, plan=placed, backend=backend, strict=strict, seed=seed)
@@ -268,6 +275,14 @@ def serve(
     return Serving(report=serving_report(run, asked, deployment, time.perf_counter() - began), rows=rows)
 
 
+def _check_settings(settings: Settings) -> None:
+    """Raise InputError for a setting that acts on traced passes only."""
+    defaults = Settings()
+    for item in fields(Settings):
+        if item.name not in ("attention_tp", "host_overhead_us", "serving") and getattr(settings, item.name) != getattr(defaults, item.name):
+            raise InputError(describe("--set", item.name, "a value", "acts on traced passes and does not go with requests", "drop it, or drop --requests"))
+
+
 def group_of(cluster: Cluster, model: MoEModel, settings: Settings, plan: Plan | None) -> Group:
     """Return the degrees of a stage when all devices of a cluster are shared out. Raises InputError if they do not divide."""
     chosen = settings.serving
@@ -277,7 +292,11 @@ def group_of(cluster: Cluster, model: MoEModel, settings: Settings, plan: Plan |
     if rest or not ranks or ranks % tp:
         rule = f"must divide by {stages} stages of all instances, and those by attention_tp = {tp}"
         raise InputError(describe(cluster.name, "devices", cluster.num_ranks, rule))
-    return group_with(model, tp=tp, dp=ranks // tp, expert_tp=chosen.expert_tp, slots=plan.num_slots if plan is not None else None)
+    group = group_with(model, tp=tp, dp=ranks // tp, expert_tp=chosen.expert_tp, slots=plan.num_slots if plan is not None else None)
+    if plan is not None and (plan.num_ranks != group.ep or (plan.slot_rank_S != np.repeat(np.arange(group.ep), group.slots)).any()):
+        rule = f"must be the {group.ep} expert-parallel ranks of a stage, with {group.slots} slots each"
+        raise PlanError(describe(plan.source, "ranks", plan.num_ranks, rule))
+    return group
 
 
 def group_with(model: MoEModel, *, tp: int, dp: int, expert_tp: int, slots: int | None = None) -> Group:
@@ -293,7 +312,8 @@ def group_with(model: MoEModel, *, tp: int, dp: int, expert_tp: int, slots: int 
     ep = ranks // expert_tp
     count = slots or model.num_experts
     if count % ep:
-        raise InputError(describe("deployment", "slots per layer", count, f"must divide over {ep} expert-parallel ranks", "choose serving.expert_tp or other devices"))
+        rule = f"must divide over {ep} expert-parallel ranks"
+        raise InputError(describe("deployment", "slots per layer", count, rule, "choose serving.expert_tp or other devices"))
     return Group(tp, dp, ep, expert_tp, count // ep)
 
 

@@ -104,9 +104,10 @@ def read_run(ref: str | Path) -> Run:
             excluded["impossible row"] += 1
             continue
         rows.append((at, name, prompt, output))
-        stamps = tuple(row.get(key) for key in ("queued_ts", "first_token_ts", "last_token_ts"))
-        if all(isinstance(one, int | float) and not isinstance(one, bool) for one in stamps) and stamps[0] < stamps[1] <= stamps[2]:
-            measured[name] = (float(stamps[0]), float(stamps[1]), float(stamps[2]))
+        stamps = [row.get(key) for key in ("queued_ts", "first_token_ts", "last_token_ts")]
+        times = [float(one) for one in stamps if isinstance(one, int | float) and not isinstance(one, bool)]
+        if len(times) == 3 and times[0] < times[1] <= times[2]:
+            measured[name] = (times[0], times[1], times[2])
         else:
             excluded["no measured times"] += 1
     if not measured:
@@ -117,7 +118,9 @@ def read_run(ref: str | Path) -> Run:
     first = rows[0][0]
     requests = tuple(Request(name, at - first, prompt, output) for at, name, prompt, output in rows)
     known = blocks if isinstance(blocks, int) and blocks > 0 else None
-    return Run(place=folder, engine=engine, blocks=known, requests=requests, measured=measured, excluded={key: count for key, count in excluded.items() if count})
+    return Run(
+        place=folder, engine=engine, blocks=known, requests=requests, measured=measured, excluded={key: count for key, count in excluded.items() if count}
+    )
 
 
 def validate_run(
@@ -160,7 +163,9 @@ def validate_run(
         "model": moe_model.name,
         "hardware": cluster.name,
         "deployment": _describe(deployment),
-        "settings": {key: value for key, value in deployment.settings.report().items() if key.startswith("serving.") or key in ("attention_tp", "host_overhead_us")},
+        "settings": {
+            key: value for key, value in deployment.settings.report().items() if key.startswith("serving.") or key in ("attention_tp", "host_overhead_us")
+        },
         "ignored": sorted(key for key in recorded.engine if key not in _USED and key not in _OTHERS),
     }
     for quantity in QUANTITIES:

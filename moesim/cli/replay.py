@@ -32,6 +32,9 @@ def replay(
     hardware: Annotated[str, typer.Option("--hardware", help="hardware name like h100-sxm-8x4, or a YAML file")],
     plan: Annotated[Path | None, typer.Option("--plan", help="plan to replay")] = None,
     placement: Annotated[str, typer.Option("--placement", help="linear, round_robin, random or eplb, where no plan is given")] = "linear",
+    requests: Annotated[
+        str | None, typer.Option("--requests", help="serve these, routed as the trace says: a file, a shipped name, synthetic:poisson:RATE,prompt=…,…")
+    ] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value: attention_tp, dispatch, shared_experts, host_overhead_us")] = None,
     tokens_per_step: Annotated[
         int | None, typer.Option("--tokens-per-step", help="tokens per forward pass over all ranks; default: the recorded steps")
@@ -53,6 +56,30 @@ def replay(
         raise InputError("replay: --plan and --placement exclude each other; give one")
     if plots and out is None:
         raise InputError("replay: --plots needs --out, the folder for the figures")
+    if requests is not None:
+        if tokens_per_step is not None or times != "model":
+            raise InputError("replay: --tokens-per-step and --times do not go with --requests, which decide what a step holds; drop them")
+        served = api.serve(
+            requests,
+            trace=trace,
+            model=model,
+            hardware=hardware,
+            plan=plan,
+            placement=placement,
+            settings=parse_settings(settings or []),
+            map_layers=map_layers,
+            strict=strict,
+            seed=seed,
+            keep_rows=out is not None,
+        )
+        files = served.write(out, plots=plots) if out is not None else []
+        if as_json:
+            emit_json(served.report)
+        else:
+            print_serving(served.report)
+        for path in files:
+            note(f"wrote {path}")
+        return
     with counting("forward passes") as progress:
         result = api.replay(
             trace,
@@ -154,3 +181,32 @@ def change_rows(change: dict[str, Any] | None) -> list[tuple[str, str]]:
     if change["downtime_s"] or change["experts_lost"]:
         rows.append(("lost experts / tokens run again", f"{change['experts_lost']} / {change['tokens_retried']}"))
     return rows
+
+
+def print_serving(report: dict[str, Any]) -> None:
+    """Print a replay that requests drive for people."""
+    from moesim.cli.output import note, table
+    from moesim.units import format_bytes
+
+    asked, kv, shape = report["requests"], report["kv"], report["deployment"]
+    degrees = ", ".join(f"{key} {value}" for key, value in shape.items())
+    note(f"{asked['source']} ({asked['format']}) on {report['hardware']}, model {report['model']}, {degrees}")
+    if report["routing"] is not None:
+        note(f"routing: {report['routing']['source']} ({report['routing']['use']})")
+    for reason, count in (*asked["excluded"].items(), *asked["refused"].items()):
+        note(f"left out: {count} × {reason}")
+    names = [name for name in ("ttft_ms", "tpot_ms", "latency_ms") if asked[name] is not None]
+    rows = [(name.removesuffix("_ms"), *(f"{value:,.2f}" for value in asked[name].values())) for name in names]
+    table("", ["ms", "mean", "p50", "p95", "p99"], rows)
+    peak = ", ".join(f"{tier} {format_bytes(value)}" for tier, value in report["memory"].items())
+    facts: list[tuple[str, str]] = [
+        ("requests finished", f"{asked['finished']:,} in {report['simulated_s']:,.1f} s"),
+        ("goodput", f"{asked['goodput']['share']:.1%}, {asked['goodput']['requests_per_s']:,.2f} requests/s"),
+        ("output tokens/s", f"{report['output_tokens_per_s']:,.0f}"),
+        ("steps, busy", f"{report['steps']:,}, {report['utilisation']:.1%}"),
+        ("KV blocks in use at most", f"{kv['peak_share']:.1%}; {peak}"),
+        ("preemptions", f"{kv['preemptions']:,}"),
+        ("prefix hits", f"{kv['prefix_hit_rate']:.1%} of prompt tokens"),
+    ]
+    table("", ["", "value"], facts)
+    note("times are " + ", ".join(f"{name} {share:.1%}" for name, share in report["provenance"].items() if share > 0))

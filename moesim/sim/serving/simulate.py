@@ -102,8 +102,8 @@ class Simulation:
             if upcoming is not None and upcoming.arrival_s < at:
                 at = upcoming.arrival_s
             if self._dirty and at > now:
-                for instance in list(self._dirty.values()):
-                    self._start(instance, now)
+                for ready in list(self._dirty.values()):
+                    self._start(ready, now)
                 self._dirty.clear()
                 continue
             now = at
@@ -257,7 +257,9 @@ class Simulation:
             for replica in instance.replicas:
                 if replica.waiting or replica.running:
                     left = len(replica.waiting) + replica.running
-                    raise SimulationError(f"serving: {left} requests of a replica wait for KV blocks that nothing frees; give it more blocks or fewer sequences")
+                    raise SimulationError(
+                        f"serving: {left} requests of a replica wait for KV blocks that nothing frees; give it more blocks or fewer sequences"
+                    )
                 run.preemptions += replica.preemptions
                 run.recomputed_tokens += replica.recomputed_tokens
                 run.prefix_tokens += replica.pool.hit_tokens
