@@ -23,6 +23,12 @@ def library() -> dict[str, Path]:
     return {path.name: path for path in sorted(folder.iterdir()) if (path / MANIFEST).is_file()} if folder.is_dir() else {}
 
 
+def stored_path(trace: RoutingTrace) -> Path:
+    """Return where `trace` lies; it does not exist for a trace that is made up."""
+    path = Path(trace.source)
+    return path if path.exists() else library().get(trace.source, path)
+
+
 def open_trace(ref: str, *, shape: TraceShape | None = None, seed: int = 0) -> RoutingTrace:
     """Open the trace that `ref` names; `synthetic:…` needs the `shape` of a model.
 

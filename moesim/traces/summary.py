@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moesim.traces.open import stored_path
 from moesim.traces.routing_trace import PHASES, RoutingTrace, count_LE
 
 
@@ -89,7 +89,7 @@ def _degrees(parallel: dict[str, Any] | None) -> dict[str, Any] | None:
 def _bytes_on_disk(trace: RoutingTrace) -> int | None:
     if trace.is_synthetic and trace.source == trace.synthetic:
         return None
-    path = Path(trace.source)
+    path = stored_path(trace)
     if path.is_dir():
         return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     return path.stat().st_size if path.is_file() else None

@@ -22,6 +22,7 @@ from moesim.traces import columns as parquet
 from moesim.traces.archive import FILE_NAME, MANIFEST
 from moesim.traces.layout import Spec
 from moesim.traces.manifest import FACTS, MODEL_FACTS, TABLES, Columns, Manifest, Shard, counts_spec, token_spec
+from moesim.traces.open import stored_path
 from moesim.traces.routing_trace import RoutingTrace, TokenBatch, TraceShape, check_batch, check_counts, concatenate
 
 SHARD_GROUPS = 16
@@ -231,7 +232,8 @@ def write_trace(trace: RoutingTrace, path: Path) -> Manifest:
     provenance = dict(trace.provenance)
     if trace.synthetic is not None:
         provenance["synthetic"] = trace.synthetic
-    if Path(trace.source).exists() and Path(path).exists() and Path(trace.source).samefile(path):
+    source = stored_path(trace)
+    if source.exists() and Path(path).exists() and source.samefile(path):
         raise TraceError(f"{path}: is the trace that is being read; give another folder")
     if trace.kind == "counts":
         assert trace.counts is not None
