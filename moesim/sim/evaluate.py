@@ -190,6 +190,10 @@ def _sweep(
                 gate = peers.max(ready)
             if plain:
                 end = _end(op, index, ready, gate, decided)
+            elif rates is not None and fail_R is None and slow is None and op.decide is None and op.ranks_R is None:
+                end, used = _rated_end(op, ready, gate, rates)
+                if keep_spans:
+                    spans.append(used)
             else:
                 end, used = _shared_end(op, index, ready, gate, peers, rates, slow, beside[index], decided, ask, pending)
                 if keep_spans:
@@ -225,6 +229,19 @@ def _end(op: Op, index: int, ready: np.ndarray, gate: np.ndarray | None, decided
         done = (gate if job.side == "recv" and gate is not None else ready) + work
         end = done if end is None else np.maximum(end, done)
     return end if end is not None else ready
+
+
+def _rated_end(op: Op, ready: np.ndarray, gate: np.ndarray | None, rates: RateTimeline) -> tuple[np.ndarray, tuple[Span, ...]]:
+    """Return what `_shared_end` does where ports are shared and nothing else happens."""
+    used: list[Span] = []
+    latest: np.ndarray | None = None
+    for job in op.jobs:
+        begin = gate if gate is not None and job.side == "recv" else ready
+        end = rates.finish(job.port, begin, job.work_s)
+        used.append((begin, end))
+        latest = end if latest is None else np.maximum(latest, end)
+    assert latest is not None
+    return latest, tuple(used)
 
 
 def _shared_end(
