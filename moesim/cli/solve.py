@@ -152,10 +152,14 @@ def print_solution(report: dict[str, Any]) -> None:
         rows.append(("predicted balance, linear → plan", f"{predicted['balance']['linear']:.3f} → {predicted['balance']['plan']:.3f}"))
     if report["predicted"] is not None and report["migration"] is not None:
         steps = report["break_even_steps"]
-        rows.append(("migration has paid for itself", "never: steps do not get faster" if steps is None else f"after {steps} steps"))
+        rows.append(("migration has paid for itself", "never: steps do not get faster" if steps is None else f"after {_steps(steps)}"))
     table("", ["", "value"], rows)
     if report["frontier"] is not None:
         table("", ("slots", "bytes", "balance", "gain per GB", "migration", "step ms", "pays after"), [_frontier_row(row) for row in report["frontier"]])
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
 
 
 def _frontier_row(row: dict[str, Any]) -> tuple[str, ...]:
@@ -168,5 +172,5 @@ def _frontier_row(row: dict[str, Any]) -> tuple[str, ...]:
         "" if row["gain_per_gb"] is None else f"{row['gain_per_gb']:+.4f}",
         format_time(row["migration_s"]),
         "" if row["step_ms"] is None else f"{row['step_ms']:.3f}",
-        "" if row["step_ms"] is None else "never" if row["break_even_steps"] is None else f"{row['break_even_steps']} steps",
+        "" if row["step_ms"] is None else "never" if row["break_even_steps"] is None else _steps(row["break_even_steps"]),
     )

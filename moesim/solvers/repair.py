@@ -27,8 +27,8 @@ from moesim.solvers.result import FrontierPoint, PlacementResult, cost_weight_KL
 from moesim.solvers.search import Deadline, expired
 from moesim.solvers.state import SearchState
 
-FRONTIER_STEP = 1.3
-"""Factor from one budget of the frontier to the next."""
+FRONTIER_STEP, FINEST = 1.3, 2000
+"""Factor from one budget of the frontier to the next; part of the largest that the first one is."""
 MAX_STEPS = 400
 
 
@@ -209,9 +209,9 @@ def _largest_fit(problem: PlacementProblem, points: list[_Points], chosen: np.nd
 
 
 def _frontier(problem: PlacementProblem, points: list[_Points], chosen: np.ndarray, budget: int, risk: str) -> list[FrontierPoint]:
-    """Return the placements of budgets 0, 1, 2, 4 … `budget`; a point that more moves do not improve is left out."""
+    """Return the placements of growing budgets from 0 to `budget`; a point that more moves do not improve is left out."""
     ideal = metrics.ideal_KL(problem.load_KLE, problem.speed_R)
-    allowed, following = {0, budget}, 1
+    allowed, following = {0, budget}, max(1, budget // FINEST)
     while following < budget:
         allowed.add(following)
         following = max(following + 1, int(following * FRONTIER_STEP))
