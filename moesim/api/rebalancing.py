@@ -11,7 +11,7 @@ from typing import Any
 from moesim.api.changing import change_run
 from moesim.api.documents import cluster_of, model_of, trace_of
 from moesim.api.replaying import placed_plan
-from moesim.api.running import builder_of, passes_of, rebuilt
+from moesim.api.running import builder_of, passes_of, rebuilt, refuse_mixed
 from moesim.costs.model import CostModel
 from moesim.errors import InputError
 from moesim.hardware.cluster import Cluster
@@ -75,6 +75,7 @@ def rebalance(
 
     def run(balancer: str) -> ChangeRun:
         builder = builder_of(cluster, moe_model, start, costs, replace(chosen, change=replace(change, balancer=balancer)))
+        refuse_mixed(builder)
         return change_run(passes, builder, lambda plan: rebuilt(builder, plan), progress)
 
     without, acted = run("never"), run(change.balancer)

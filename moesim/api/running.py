@@ -63,9 +63,7 @@ def builder_of(cluster: Cluster, model: MoEModel, plan: Plan, costs: CostModel, 
 
 def rebuilt(builder: ProgramBuilder, plan: Plan) -> ProgramBuilder:
     """Return a builder like `builder` for another plan."""
-    other = builder_of(builder.cluster, builder.model, plan, builder.costs, builder.settings)
-    other.recorded = builder.recorded
-    return other
+    return builder_of(builder.cluster, builder.model, plan, builder.costs, builder.settings)
 
 
 def _part(step: StepTokens, keep_T: np.ndarray | None, num_ranks: int) -> Part:
@@ -121,14 +119,23 @@ def simulate(
     return Replay(report=report, ledger=run.ledger, plan=builder.plan, load_LE=run.sums.expert_LE)
 
 
-def run_of(passes: Iterable[Pass], builder: ProgramBuilder, seed: int, progress: Callable[[int], None] | None) -> ReplayRun:
-    """Replay `passes` with the runner that the settings ask for. Raises InputError for settings that no runner takes together."""
-    cluster, model, plan, settings = builder.cluster, builder.model, builder.plan, builder.settings
+def refuse_mixed(builder: ProgramBuilder) -> None:
+    """Raise InputError for settings that no runner takes together."""
+    settings = builder.settings
     groups = [name for name in ("pipeline", "offload", "change") if getattr(settings, name).is_on]
     if len(groups) > 1:
         raise InputError(f"--set {groups[0]}.… and {groups[1]}.…: cannot be combined in one run; replay them one by one")
-    if (settings.offload.is_on or settings.change.is_on) and (settings.rounds > 1 or builder.stages.count > 1):
-        raise InputError(f"--set {groups[0]}.…: cannot be combined with several rounds a layer or pipeline stages; replay them one by one")
+    if settings.offload.is_on or settings.change.is_on:
+        if settings.rounds > 1 or builder.stages.count > 1:
+            raise InputError(f"--set {groups[0]}.…: cannot be combined with several rounds a layer or pipeline stages; replay them one by one")
+        if builder.recorded is not None:
+            raise InputError(f"--times trace: cannot be combined with --set {groups[0]}.…; what was recorded had its own memory and plan")
+
+
+def run_of(passes: Iterable[Pass], builder: ProgramBuilder, seed: int, progress: Callable[[int], None] | None) -> ReplayRun:
+    """Replay `passes` with the runner that the settings ask for. Raises InputError for settings that no runner takes together."""
+    cluster, model, plan, settings = builder.cluster, builder.model, builder.plan, builder.settings
+    refuse_mixed(builder)
     if settings.offload.is_on:
         from moesim.sim.offload_replay import run_offload
 

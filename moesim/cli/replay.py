@@ -35,7 +35,9 @@ def replay(
     requests: Annotated[
         str | None, typer.Option("--requests", help="serve these, routed as the trace says: a file, a shipped name, synthetic:poisson:RATE,prompt=…,…")
     ] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value: attention_tp, dispatch, shared_experts, host_overhead_us")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value: dispatch=direct, offload.tier=dram, change.balancer=periodic:100 …; a wrong key lists all")
+    ] = None,
     tokens_per_step: Annotated[
         int | None, typer.Option("--tokens-per-step", help="tokens per forward pass over all ranks; default: the recorded steps")
     ] = None,

@@ -10,6 +10,7 @@ import pytest
 
 from moesim import api
 from moesim.cli.rebalance import crossover
+from moesim.cli.replay import change_rows
 from moesim.errors import InputError
 from moesim.model import sizes
 from moesim.plan import linear
@@ -82,6 +83,8 @@ def test_a_rank_that_dies_costs_downtime_and_its_experts_are_loaded_again(plain:
     assert report["simulated_s"] > plain["simulated_s"] + told["downtime_s"] - 1e-9
     assert [epoch["ranks"] for epoch in told["epochs"]] == [4, 3]
     assert report["tokens"] == plain["tokens"], "every token is served in the end"
+    shown = dict(change_rows(told))
+    assert shown["ranks that serve"] == "4 → 3" and shown["lost experts / tokens run again"] == "32 / 512"
     later = run(fail=f"2@{at_s}", **{**QUICK, "detection_s": 0.02})["change"]
     assert later["downtime_s"] == pytest.approx(told["downtime_s"] + 0.018)
 
@@ -164,5 +167,7 @@ def test_rebalancing_is_a_replay_with_and_one_without() -> None:
     report = api.rebalance([TRACE], **SMALL, settings=settings)
     assert report["verdict"]["total_s"] == pytest.approx(run(balancer="periodic:4", planner_s=0.0005)["simulated_s"])
     assert report["verdict"]["without_s"] == pytest.approx(run(balancer="never")["simulated_s"])
+    with pytest.raises(InputError, match="cannot be combined"):
+        api.rebalance([TRACE], **SMALL, settings={"offload.tier": "dram"})
     never = api.rebalance([TRACE], **SMALL, policy="never")["verdict"]
     assert never["gain"] == 0.0 and never["break_even"]["interval_passes"] is None

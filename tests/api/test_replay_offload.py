@@ -13,6 +13,7 @@ import pytest
 from moesim import api
 from moesim.api.documents import trace_of
 from moesim.api.running import builder_of, passes_of
+from moesim.cli.replay import offload_rows
 from moesim.costs.model import CostModel
 from moesim.errors import CostError, InputError
 from moesim.hardware import load_cluster
@@ -310,3 +311,10 @@ def test_a_plan_names_the_policies_that_settings_do_not() -> None:
     assert report["cache"] == run(slots=8, cache="lfu", predictor="exact")["cache"]
     assert api.replay(DECODE, **ONE, plan=plan, settings=offload(slots=8, cache="lru")).report["settings"]["offload.cache"] == "lru"
     assert api.replay(DECODE, **ONE, plan=plan).report["cache"]["misses"] == 0, "without a tier the plan's policies wait"
+
+
+def test_people_read_what_caches_and_links_did() -> None:
+    rows = dict(offload_rows(run(slots=8, predictor="exact")))
+    assert rows["experts copied"].endswith("over host") and "late hit" in rows["waited for"]
+    assert "hit rate" in rows["experts: hits / late hits / misses"] and "prefetches / useless" in rows
+    assert offload_rows(api.replay(DECODE, **ONE).report) == []
