@@ -103,4 +103,3 @@ class StepEnd:
             one = self.costs.all_reduce(np.array([[nbytes]]), ranks=members, nodes=nodes)
             parts.append(Timing(seconds=one.seconds * count, provenance=np.broadcast_to(one.provenance, count.shape)))
         return total(*parts)
-

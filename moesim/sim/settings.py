@@ -65,6 +65,8 @@ class Settings:
             raise InputError(describe("--set", "rounds", self.rounds, "must be in 1..16"))
         if not 0 <= self.comm_sm_share < 1:
             raise InputError(describe("--set", "comm_sm_share", self.comm_sm_share, "must be in [0, 1)"))
+        if self.comm_sm_share and self.offload.is_on:
+            raise InputError(describe("--set", "comm_sm_share", self.comm_sm_share, "must be 0 where experts lie in another tier"))
         if self.micro_batches > 1 and self.pipeline.train:
             raise InputError(describe("--set", "micro_batches", self.micro_batches, "must be 1 in training", "use pipeline.micro_batches"))
 

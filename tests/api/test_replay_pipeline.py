@@ -153,6 +153,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ({"pipeline.stages": "3"}, InputError, "must divide the 8 devices"),
         ({"pipeline.stages": "2", "offload.cache": "lru"}, InputError, "offload"),
         ({"pipeline.stages": "16"}, InputError, "must divide the 8 devices"),
+        ({"comm_sm_share": "0.2", "offload.tier": "dram"}, InputError, "another tier"),
         ({"pipeline.stages": "2", "change.balancer": "periodic:2"}, InputError, "plans change"),
     ):
         with pytest.raises(error, match=what):
