@@ -105,6 +105,7 @@ def test_a_cache_that_holds_all_loads_every_expert_once() -> None:
         distinct = int((routing.counts_WLE("all")[0] > 0).sum())
         assert report["cache"]["misses"] == distinct, where
         assert report["bytes"]["host"] == distinct * sizes.expert_bytes(load_model("flame-moe-290m"))
+        assert run(BATCH, where, predictor="exact")["bytes"] == report["bytes"], "a rank fetches what it holds, and nothing else"
 
 
 def test_the_oracle_beats_the_other_policies_and_a_start_with_the_frequent_experts_helps() -> None:
