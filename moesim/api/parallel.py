@@ -1,16 +1,22 @@
-"""`parallelize`: a model, a machine and requests in; the best split with its front and reasons out."""
+"""`parallelize`: a model, a machine and requests in; the best split with its front, its reasons and its plans out."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moesim.api.documents import cluster_of, model_of, trace_of, windows_of
 from moesim.costs.model import CostModel
+from moesim.errors import InputError
 from moesim.hardware.cluster import Cluster
 from moesim.model.moe_model import MoEModel
+from moesim.plan import Plan
+
+if TYPE_CHECKING:
+    from moesim.solvers.parallelism import ParallelismResult, Workload
 
 
 def parallelize(
@@ -27,11 +33,13 @@ def parallelize(
     objective: str = "throughput",
     modes: tuple[str, ...] = ("mixed", "disaggregated"),
     time_limit_s: float | None = None,
+    plan_path: str | Path | None = None,
 ) -> dict[str, Any]:
     """Search how to split a model over all devices of a cluster; return the report of `moesim parallel`.
 
     routing: `balanced`, `zipf:S`, or a trace (name, path, `synthetic:…`) whose expert loads are taken. The other arguments are those of
-    `moesim.solvers.parallelism`. Raises InfeasibleError, naming the smallest violated requirement, if no deployment will do.
+    `moesim.solvers.parallelism`. plan_path: where to write the plan of the best deployment; one with two pools gives two files, `.prefill` and
+    `.decode` before the suffix. Raises InfeasibleError, naming the smallest violated requirement, if no deployment will do.
     """
     from moesim.solvers.parallelism import Slo, Space, Workload, plan_parallelism
 
@@ -43,11 +51,68 @@ def parallelize(
     limit = None if time_limit_s is None else (lambda: time_limit_s - (time.perf_counter() - began))
     slo = Slo(ttft_ms=ttft_ms, tpot_ms=tpot_ms)
     result = plan_parallelism(moe_model, cluster, workload, slo, CostModel, space=Space(modes=modes), deadline=limit, objective=objective)
+    written = [] if plan_path is None else _write(plans_of(result, workload, moe_model, cluster), Path(plan_path))
     return {
         "schema": "moesim.parallel/1",
         "model": moe_model.name,
         "hardware": cluster.name,
         "routing": routing,
         "wall_s": time.perf_counter() - began,
+        "plans": written,
         **result.as_dict(),
     }
+
+
+def plans_of(result: ParallelismResult, workload: Workload, model: MoEModel, cluster: Cluster) -> dict[str, Plan]:
+    """Return role → plan of one instance of every pool of the best deployment: its degrees, and the placement that its times assume.
+
+    A plan's ranks are those of one expert-parallel group; stage s of a pipeline has the ranks s·R … (s + 1)·R - 1.
+    Raises InputError if the model has no experts to place.
+    """
+    from moesim import __version__
+    from moesim.solvers.parallelism import packed_placement
+
+    if not model.moe_layer_ids:
+        raise InputError(f"{model.name}: has no MoE layers, so there is no placement to write; leave out the plan")
+    layers = len(model.moe_layer_ids)
+    load_LE = np.broadcast_to(workload.assign_LE(model), (layers, model.num_experts))
+    plans = {}
+    for pool in result.best.pools:
+        ranks = pool.parallel.ep
+        plans[pool.role] = Plan(
+            model=model.name,
+            num_experts=model.num_experts,
+            moe_layer_ids=model.moe_layer_ids,
+            slot_to_expert_LS=packed_placement(load_LE, ranks, pool.slots_per_rank),
+            slot_rank_S=np.repeat(np.arange(ranks), pool.slots_per_rank),
+            num_ranks=ranks,
+            parallel=pool.parallel,
+            fingerprints={"model": model.sha256, "hardware": cluster.sha256},
+            result={
+                "objective": result.objective,
+                "status": result.status,
+                "solver": "parallelism",
+                "version": __version__,
+                "role": pool.role,
+                "instances": pool.instances,
+                "stage_layers": [list(one) for one in pool.stage_layers],
+                "micro_batches": pool.micro_batches,
+                "batch": pool.batch,
+                "prefill_batch": pool.prefill_batch,
+                "ttft_ms": result.best.ttft_ms,
+                "tpot_ms": result.best.tpot_ms,
+                "output_tokens_per_s_per_gpu": result.best.output_tokens_per_s_per_gpu,
+            },
+            source=f"moesim parallel, {pool.role} pool",
+        )
+        plans[pool.role].check_model(name=model.name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids)
+    return plans
+
+
+def _write(plans: dict[str, Plan], path: Path) -> list[dict[str, str]]:
+    written = []
+    for role, plan in plans.items():
+        target = path if len(plans) == 1 else path.with_name(f"{path.stem}.{role}{path.suffix}")
+        plan.write(target)
+        written.append({"role": role, "path": str(target), "sha256": plan.sha256})
+    return written

@@ -24,15 +24,12 @@ def parallel(
     objective: Annotated[str, typer.Option("--objective", help="throughput (per device) or latency")] = "throughput",
     modes: Annotated[str, typer.Option("--modes", help="mixed, disaggregated, or both with a comma")] = "mixed,disaggregated",
     time_limit: Annotated[float | None, typer.Option("--time-limit", help="seconds; a search cut short says TIME_LIMIT")] = None,
-    out: Annotated[Path | None, typer.Option("-o", help="write the whole result as JSON")] = None,
+    out: Annotated[Path | None, typer.Option("-o", help="write the plan of the best deployment; two pools give two files")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Search tensor, expert, data and pipeline degrees, batches and prefill/decode pools completely, within memory and service levels."""
-    import json
-
     from moesim import api
     from moesim.cli.output import emit_json, note
-    from moesim.files import write_atomic
 
     report = api.parallelize(
         model=model,
@@ -47,15 +44,14 @@ def parallel(
         objective=objective,
         modes=tuple(modes.split(",")),
         time_limit_s=time_limit,
+        plan_path=out,
     )
-    if out is not None:
-        write_atomic(out, json.dumps({key: value for key, value in report.items() if key != "wall_s"}, indent=2) + "\n")
     if as_json:
         emit_json(report)
     else:
         print_parallel(report)
-    if out is not None:
-        note(f"wrote {out}")
+    for plan in report["plans"]:
+        note(f"wrote {plan['path']}, the {plan['role']} plan")
 
 
 def print_parallel(report: dict[str, Any]) -> None:

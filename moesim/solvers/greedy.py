@@ -93,7 +93,13 @@ class _Search:
         mean, slots = scaled.sum(axis=0), int(fill.sum())
         cap = slots if problem.allow_duplicates_on_rank else int((fill > 0).sum())
         every = np.arange(problem.num_layers)
-        table, peak_KL = self.improve(self.pack(copies_LE(mean, slots, cap), weight_KL, every), weight_KL, every)
+        start = self.pack(copies_LE(mean, slots, cap), weight_KL, every)
+        priced = bool(restarts) and self.rounds > 0 and priceable(problem)
+        if priced and int(fill.max()) == 2:
+            layers, paired = self._price(SearchState.of(self.load_KLE, weight_KL, start, problem.speed_R).time_KLR().max(axis=2)[0])
+            if layers.size:
+                start[layers] = paired
+        table, peak_KL = self.improve(start, weight_KL, every)
         floor = (self.bound_KL * weight_KL).sum(axis=0) * RESTART_GAP
         windows = problem.num_windows > 1
         for target, spread in PEAK_START if windows else RESTARTS[:restarts]:
@@ -110,31 +116,34 @@ class _Search:
             other, other_KL = self.improve(self.pack(copies, weight_KL, layers), weight_KL, layers)
             wins = ((other_KL - peak_KL[:, layers]) * weight_KL[:, layers]).sum(axis=0) < 0
             table[layers[wins]], peak_KL[:, layers[wins]] = other[wins], other_KL[:, wins]
-        if restarts and self.rounds:
-            self._price(table, peak_KL, weight_KL, np.flatnonzero((peak_KL * weight_KL).sum(axis=0) > floor))
+        if priced:
+            layers, paired = self._price(peak_KL[0])
+            if layers.size:
+                other, other_KL = self.improve(paired, weight_KL, layers)
+                wins = other_KL[0] < peak_KL[0, layers]
+                table[layers[wins]], peak_KL[:, layers[wins]] = other[wins], other_KL[:, wins]
             floor = (self.bound_KL * weight_KL).sum(axis=0) * RESTART_GAP
         self._kick(table, peak_KL, weight_KL, floor)
         return table, peak_KL
 
-    def _price(self, table: np.ndarray, peak_KL: np.ndarray, weight_KL: np.ndarray, layers: np.ndarray) -> None:
-        """Where ranks have few slots, raise the bound of layers that stay off it, and with two slots choose copies together with the pairs."""
-        problem, speed = self.problem, self.problem.speed_R[0]
-        if not layers.size or not priceable(problem) or expired(self.deadline):
-            return
-        fill = problem.fill_R[problem.fill_R > 0]
-        load, high = self.load_KLE[0, layers], peak_KL[0, layers] * speed
+    def _price(self, peak_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Raise the bound of layers that stay off it and, with two slots per rank, choose copies together with the pairs.
+
+        Returns the layers whose pairs beat `peak_L`, and their tables.
+        """
+        fill, speed, nothing = self.problem.fill_R[self.problem.fill_R > 0], self.problem.speed_R[0], np.zeros(0, dtype=np.int64)
+        layers = np.flatnonzero(peak_L > self.bound_KL[0] * RESTART_GAP)
+        if not layers.size or expired(self.deadline):
+            return nothing, nothing
+        load, high = self.load_KLE[0, layers], peak_L[layers] * speed
         prices = Prices(load_NE=load, ranks=len(fill), slots=int(fill.min()), total=int(fill.sum()), high_N=high)
         low = raise_bound(prices, self.bound_KL[0, layers] * speed, high, RESTART_GAP)
         self.bound_KL[0, layers] = low / speed
-        if fill.max() > 2 or len(fill) < problem.num_ranks:
-            return
+        if fill.max() > 2 or len(fill) < self.problem.num_ranks:
+            return nothing, nothing
         copies, time = paired_counts(prices, low, high, self.seed)
         found = np.flatnonzero(time < high)
-        if found.size:
-            layers = layers[found]
-            other, other_KL = self.improve(pairs_LRC(load[found], copies[found]), weight_KL, layers)
-            wins = other_KL[0] < peak_KL[0, layers]
-            table[layers[wins]], peak_KL[:, layers[wins]] = other[wins], other_KL[:, wins]
+        return layers[found], pairs_LRC(load[found], copies[found]) if found.size else nothing
 
     def _kick(self, table: np.ndarray, peak_KL: np.ndarray, weight_KL: np.ndarray, floor: np.ndarray) -> None:
         """Disturb the best placement of layers that stay off their bound and search again; small problems get more tries."""
