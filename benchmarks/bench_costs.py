@@ -1,4 +1,4 @@
-"""Speed and leave-one-out accuracy of the cost model. Run: `python benchmarks/bench_costs.py [HARDWARE] [MODEL]`."""
+"""Speed and accuracy of the cost model; all tables of the hardware are scored. Run: `python benchmarks/bench_costs.py [HARDWARE] [MODEL]`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from moesim.api.validation_kernels import validate_kernels
 from moesim.costs import CostModel
-from moesim.costs.crosscheck import table_errors
+from moesim.costs.crosscheck import expert_law_errors
 from moesim.costs.traffic import balanced_counts
 from moesim.hardware import load_cluster
 from moesim.model import load_model
@@ -56,9 +57,19 @@ def main() -> None:
     nodes = pairs.reshape(64, 58, ranks, -1, min(ranks, cluster.devices_per_node)).sum(axis=-1)
     for algorithm in ("normal", "low_latency"):
         report(f"exchange {algorithm} {list(pairs.shape)}", lambda a=algorithm: costs.exchange(a, "dispatch", assign_RR=pairs, copy_RR=pairs, node_RN=nodes))  # type: ignore[misc]
-    print(f"\n{'leave one out':46s} {'keys':>7s} {'median':>8s} {'p90':>8s}")
-    for what, errors in table_errors(cluster, sample=4):
-        print(f"{what:46s} {errors.size:7d} {np.median(errors):8.2%} {np.quantile(errors, 0.9):8.2%}")
+    print(f"\n{'table':58s} {'rows':>7s} {'mean':>8s} {'median':>8s} {'p90':>8s}  predicted by")
+    for name, quantity in validate_kernels(None, cluster)["quantities"].items():
+        figures = {name: quantity}
+        figures |= {f"  {name}, by transfer alone": quantity["transfer"]} if "transfer" in quantity else {}
+        figures |= {f"  {part}": values for part, values in quantity["parts"].items()}
+        for what, values in figures.items():
+            if values["n"]:
+                median, p90 = values["median_abs_error"], values["p90_abs_error"]
+                print(f"{what:58s} {values['n']:7d} {values['mean_error']:+8.2%} {median:8.2%} {p90:8.2%}  {values.get('method', '').replace('_', ' ')}")
+    for what, errors in expert_law_errors(cluster, sample=4):
+        print(
+            f"{what + ', the law itself':58s} {errors.size:7d} {errors.mean():+8.2%} {np.median(np.abs(errors)):8.2%} {np.quantile(np.abs(errors), 0.9):8.2%}"
+        )
 
 
 if __name__ == "__main__":

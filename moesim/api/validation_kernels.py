@@ -88,21 +88,19 @@ def validate_kernels(
     model: MoEModel | str | None = None,
     backend: str | None = None,
     strict: bool = False,
-    sample: int = 1,
+    only: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Return the report of `moesim validate --kernels`.
 
     source: a table, a folder of tables, or None for the package's own tables of the hardware (and, where it has a donor, what transfer alone gives).
     model: what was measured, for files that do not say. backend: engine whose tables are preferred (default: the one the file names).
-    strict: refuse predictions worse than a recorded duration. sample: score every n-th row only (the neighbours stay).
+    strict: refuse predictions worse than a recorded duration. only: words, one of which a table's name must contain (default: all tables).
     Raises HardwareError if the one file given, or every file of the folder, is no known table.
     """
     cluster = load_cluster(hardware) if isinstance(hardware, str) else hardware
     known = load_model(model) if isinstance(model, str) else model
-    if sample < 1:
-        raise InputError(describe("validate", "sample", sample, "must be >= 1"))
     own = source is None
-    files = _own_files(cluster) if source is None else _files(Path(source))
+    files = [(name, path) for name, path in (_own_files(cluster) if source is None else _files(Path(source))) if _wanted(name, only)]
     alone = not own and Path(source or "").is_file()
     owned = _Owned(cluster)
     quantities: dict[str, dict[str, Any]] = {}
@@ -110,7 +108,7 @@ def validate_kernels(
     for name, path in files:
         try:
             tables = read_measured(path, facts_of(known or _model_beside(path), cluster))
-            scores = [_score(table, cluster, owned, backend, strict, sample) for table in tables]
+            scores = [_score(table, cluster, owned, backend, strict) for table in tables]
         except MoesimError as error:
             if alone:
                 raise
@@ -120,12 +118,16 @@ def validate_kernels(
         if own and cluster.calibrated_from is not None and any(score.method == "leave_one_out" for score in scores):
             # The same rows without the device's own tables: what the donor alone would have predicted.
             bare = replace(cluster, tables=None)
-            quantities[name]["transfer"] = _quantity([_score(table, bare, None, backend, False, sample) for table in read_measured(path)])
+            quantities[name]["transfer"] = _quantity([_score(table, bare, None, backend, False) for table in read_measured(path)])
     if not quantities:
         raise HardwareError(next(iter(refused.values())) if refused else f"{source}: holds no table ({', '.join(SUFFIXES)})")
     if own:
-        quantities |= _link_model(cluster)
+        quantities |= _link_model(cluster, only)
     return _report(cluster, known, source, quantities, refused)
+
+
+def _wanted(name: str, only: tuple[str, ...]) -> bool:
+    return not only or any(word in name for word in only)
 
 
 # --- what is scored -----------------------------------------------------------------------------------------------
@@ -224,7 +226,7 @@ def _shared(own: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> fl
     return float(np.isin(code[size:], code[:size]).mean())
 
 
-def _score(table: Measured, cluster: Cluster, owned: _Owned | None, backend: str | None, strict: bool, sample: int) -> Score:
+def _score(table: Measured, cluster: Cluster, owned: _Owned | None, backend: str | None, strict: bool) -> Score:
     excluded = dict(table.excluded)
     if table.kind not in GRIDS:
         count = len(table.rows["latency_s"])
@@ -258,10 +260,6 @@ def _score(table: Measured, cluster: Cluster, owned: _Owned | None, backend: str
             worst = Provenance(int(codes[known].max())).name.lower()
             raise CostError(f"{cluster.name}: {table.stem}: only {worst} times are left for some rows, and --strict refuses them; drop --strict")
         method = "transfer" if known.any() and np.median(codes[known]) == Provenance.EXTRAPOLATED else "tables"
-    if sample > 1:
-        skip = np.isfinite(predicted) & (np.arange(len(predicted)) % sample != 0)
-        predicted = np.where(skip, np.nan, predicted)
-        excluded["not in the sample"] = int(skip.sum())
     return Score(
         table=table,
         method=method,
@@ -282,13 +280,13 @@ _NOT_SCORED = {"wideep_moe_context": "the meaning of num_tokens (total, per rank
 
 
 class _Without(Tables):
-    """Tables without the rows of one number of nodes."""
+    """Tables without the rows of one number of nodes; one node alone has a table of its own, of another version, which stays."""
 
     held_nodes = 0
 
     def rows(self, kind: str, *columns: str, where: Mapping[str, Any] | None = None, transfer: bool = True) -> Rows | None:
         found = super().rows(kind, *columns, where=where, transfer=transfer)
-        if found is None or "node_num" not in found:
+        if found is None or "node_num" not in found or kind.endswith("_1node"):
             return found
         keep = found["node_num"] != self.held_nodes
         kept = Rows({name: values[keep] for name, values in found.items()})
@@ -296,12 +294,12 @@ class _Without(Tables):
         return kept if keep.any() else None
 
 
-def _link_model(cluster: Cluster) -> dict[str, dict[str, Any]]:
+def _link_model(cluster: Cluster, only: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
     """Return DeepEP times of every number of nodes, predicted by the link model from the others; and the timed rank of the load-balancing table."""
     result: dict[str, dict[str, Any]] = {}
     if cluster.tables is None:
         return result
-    for path in sorted(cluster.tables.glob("deepep_*_1to8nodes_*.parquet")):
+    for path in sorted(path for path in cluster.tables.glob("deepep_*_1to8nodes_*.parquet") if _wanted(path.stem, only)):
         scores = []
         for table in read_measured(path):
             if table.kind == "deepep_normal":
@@ -330,7 +328,7 @@ def _link_model(cluster: Cluster) -> dict[str, dict[str, Any]]:
                 )
             )
         result[f"{path.stem}, link model"] = _quantity(scores)
-    for path in sorted(cluster.tables.glob("wideep_moe_eplb_*.parquet")):
+    for path in sorted(path for path in cluster.tables.glob("wideep_moe_eplb_*.parquet") if _wanted(path.stem, only)):
         for table in read_measured(path):
             rows, merged, floor = merge_repeats(table.kind, table.rows)
             predicted, codes, _, _ = Predictor(cluster, "trtllm")(table.kind, rows)

@@ -257,6 +257,8 @@ class ExpertCost:
     def _expert_parallel_rows(self, dtype: str) -> tuple[list[Balanced], Provenance]:
         """Return the rows measured under expert parallelism: num_tokens counts all ranks, uniform routing."""
         model = self._model
+        if self._tables.prefers("moe") and not self._tables.prefers("wideep_moe_generation"):
+            return [], Provenance.MEASURED  # another engine's kernels; the wanted one has its own one-rank rows
         rows = self._tables.rows(
             "wideep_moe_generation",
             "num_tokens",

@@ -36,10 +36,11 @@ def _product_rows(x: np.ndarray, rows: Columns) -> np.ndarray:
     return result
 
 
-def _expert_tiles(x: np.ndarray, rows: Columns) -> np.ndarray:
-    """Return assignments rounded up to whole tiles per expert; up to one token each they activate experts."""
-    slots = rows["active"].astype(np.float64)
-    return np.where(x <= slots, x / slots * TILE, np.ceil(x / slots / TILE) * TILE) * slots
+def _routed_work(x: np.ndarray, rows: Columns) -> np.ndarray:
+    """Return assignments plus a tile for every expert that a random choice activates: reading its weights takes as long as a tile of tokens."""
+    slots = rows["num_experts"] / rows["moe_ep_size"]
+    assignments = x * rows["topk"] / rows["moe_ep_size"]
+    return np.asarray(TILE * slots * -np.expm1(-assignments / slots) + assignments)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +58,9 @@ _MLA = ("num_heads", "kv_cache_dtype", "mla_dtype", "gemm_type", "tp_size", "ker
 _MOE = ("moe_dtype", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size", "distribution", "kernel_source")
 GRIDS: dict[str, Grid] = {
     "gemm": Grid(groups=("gemm_dtype", "kernel_source"), axes=(("m", _product_rows), ("n", _size), ("k", _size))),
-    "grouped_gemm": Grid(groups=("moe_dtype", "hidden_size", "inter_size", "slots"), axes=(("assignments", _size),)),
-    "moe": Grid(groups=_MOE, axes=(("num_tokens", _size),)),
-    "wideep_moe_generation": Grid(groups=_MOE, axes=(("num_tokens", _size),)),
+    "grouped_gemm": Grid(groups=("moe_dtype", "hidden_size", "inter_size", "slots", "active"), axes=(("assignments", _size),)),
+    "moe": Grid(groups=_MOE, axes=(("num_tokens", _routed_work),)),
+    "wideep_moe_generation": Grid(groups=_MOE, axes=(("num_tokens", _routed_work),)),
     "wideep_moe_eplb": Grid(
         groups=("op_name", "moe_kernel", *_MOE[:-1], "num_slots"),
         axes=(("rank0_num_tokens", _size),),

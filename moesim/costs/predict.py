@@ -149,11 +149,15 @@ class Predictor:
         return self._moe(rows)
 
     def _wideep_moe_eplb(self, rows: Columns) -> Timing | str:
-        """Time the rank from the tokens that reach it: each brings the expected number of its choices that fall on the rank, spread evenly."""
-        ranks = rows["moe_ep_size"]
-        each = rows["topk"] / ranks / -np.expm1(rows["topk"] * np.log1p(-1.0 / ranks))
+        """Time the rank from the tokens that reach it.
+
+        A token reaches the rank if one of its k choices, each with chance q, falls there: share = 1 − (1 − q)^k gives q, and tokens·k·q assignments.
+        """
+        ranks, tokens = rows["moe_ep_size"], np.maximum(rows["num_tokens"], rows["rank0_num_tokens"])
+        share = np.minimum(rows["rank0_num_tokens"] / tokens, 1.0 - 0.5 / (tokens + 1.0))
+        chance = -np.expm1(np.log1p(-share) / rows["topk"])
         local = rows["num_slots"] / ranks
-        assignments = np.maximum(np.rint(rows["rank0_num_tokens"] * each), 1.0)
+        assignments = np.maximum(np.rint(tokens * rows["topk"] * chance), 1.0)
         return self._grouped_gemm(
             {
                 "slots": local,

@@ -86,8 +86,9 @@ class Policy:
     def fall_back(self, operator: str, table: str, missing: str, to: Provenance) -> None:
         """Note that `operator` lacks `missing` in `table`; raise CostError if strict and `to` is worse than a recorded duration."""
         if self.strict and to > Provenance.TRACE:
+            kind = f"{'an' if to is Provenance.EXTRAPOLATED else 'a'} {to.name.lower()}"
             raise CostError(
-                f"{self.place}: {operator} needs table {table} with {missing}, which is missing; only a {to.name.lower()} estimate is left, and --strict "
+                f"{self.place}: {operator} needs table {table} with {missing}, which is missing; only {kind} estimate is left, and --strict "
                 "refuses it: measure the key, choose hardware that has it, or drop --strict"
             )
         self.taken.setdefault(operator, f"{table}: {missing}")

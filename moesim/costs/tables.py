@@ -65,6 +65,12 @@ class Tables:
         """Return whether the device itself was measured."""
         return kind in self._stems
 
+    def prefers(self, kind: str) -> bool:
+        """Return whether the table of a kind, own or else the donor's, is the wanted engine's."""
+        if kind in self._stems:
+            return (kind_of(self._stems[kind]) or ("", ""))[1].startswith(self._engine)
+        return self.donor is not None and self.donor.prefers(kind)
+
     def stem(self, kind: str) -> str | None:
         """Return the stem of a kind of table (`gemm`, `moe`, `deepep_ll_1node` …), or None."""
         return self._stems.get(kind)

@@ -30,6 +30,42 @@ from moesim.hardware.convert_tables import MAX_CSV_BYTES
 MAX_TABLE_ROWS = 2_000_000
 MAX_COLUMNS = 512
 SUFFIXES = (".csv", ".csv.gz", ".txt", ".txt.gz", ".parquet")
+MAX_SIZE = 1e13
+POSITIVE = frozenset(
+    (
+        "m",
+        "n",
+        "k",
+        "hidden_size",
+        "inter_size",
+        "slots",
+        "active",
+        "assignments",
+        "num_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "batch_size",
+        "isl",
+        "num_tokens",
+        "num_token",
+        "num_experts",
+        "topk",
+        "num_topk",
+        "node_num",
+        "num_gpus",
+        "num_nodes",
+        "message_bytes",
+        "tokens",
+        "sequences",
+        "vocab",
+        "moved_bytes",
+        "moe_tp_size",
+        "moe_ep_size",
+        "num_slots",
+        "rank0_num_tokens",
+    )
+)
+"""Columns that must hold numbers above zero."""
 Columns = dict[str, np.ndarray]
 Facts = Mapping[str, float]
 
@@ -72,12 +108,18 @@ def read_measured(path: Path, facts: Facts | None = None) -> tuple[Measured, ...
     columns, ragged = _read(path)
     for reader, needed in READERS:
         if any(all(_has(columns, name) for name in names) for names in needed):
-            tables = reader(path, columns, dict(facts or {}))
+            try:
+                with np.errstate(all="ignore"):  # cells that are no sizes give rows that `_finish` drops
+                    tables = reader(path, columns, dict(facts or {}))
+            except TypeError:
+                raise HardwareError(f"{path}: one of {', '.join(columns)} holds text where sizes or times are expected; check the columns") from None
             for table in tables:
                 _finish(table, ragged)
             return tuple(tables)
-    expected = "; ".join(sorted({" + ".join(names) for _, needed in READERS for names in needed}))
-    raise HardwareError(f"{path}: columns {', '.join(list(columns)[:12])} belong to no known table; expected one of: {expected}")
+    headers = [names for _, needed in READERS for names in needed]
+    nearest = sorted(headers, key=lambda names: (-sum(_has(columns, name) for name in names) / len(names), len(names), names))[:3]
+    hints = [f"{' + '.join(names)} (lacks {', '.join(name for name in names if not _has(columns, name))})" for names in nearest]
+    raise HardwareError(f"{path}: columns {', '.join(list(columns)[:12])} belong to no known table; expected columns, nearest first: {'; '.join(hints)}")
 
 
 def _has(columns: Columns, name: str) -> bool:
@@ -85,6 +127,7 @@ def _has(columns: Columns, name: str) -> bool:
 
 
 def _finish(table: Measured, ragged: int) -> None:
+    table.rows = {name: values.astype(np.float64) if values.dtype.kind in "iub" else values for name, values in table.rows.items()}
     if ragged:
         table.excluded["line has too few or too many cells"] = ragged
     seconds = table.rows["latency_s"]
@@ -93,10 +136,15 @@ def _finish(table: Measured, ragged: int) -> None:
     seconds = table.rows["latency_s"]
     table.leave_out(~np.isfinite(seconds) | (seconds <= 0), "time is not positive and finite")
     bad = np.zeros(len(table.rows["latency_s"]), dtype=bool)
-    for values in table.rows.values():
+    zero = bad.copy()
+    for name, values in table.rows.items():
         if values.dtype.kind == "f":
-            bad |= ~np.isfinite(values) | (values < 0)
-    table.leave_out(bad, "a size is missing, negative or not a number")
+            bad |= ~np.isfinite(values) | (values < 0) | (values > MAX_SIZE)
+            zero |= (values == 0) & (name in POSITIVE)
+        elif name in POSITIVE:
+            bad |= True
+    table.leave_out(bad, "a size is missing, negative, too large or not a number")
+    table.leave_out(zero[~bad], "a size is zero")
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
