@@ -212,14 +212,9 @@ class _Run:
             return
         load_KLE = self.window.load_KLE(self.plan)
         view = LoadView(
-            passes=self.out.replay.steps,
-            since_change=self.since_change,
-            window=self.balancer.window,
-            load_KLE=load_KLE,
-            plan=self.plan,
-            alive_R=self.alive_R,
-            expert_bytes=self.expert_bytes,
-        )
+            passes=self.out.replay.steps, since_change=self.since_change, window=self.balancer.window, load_KLE=load_KLE, plan=self.plan,
+            alive_R=self.alive_R, expert_bytes=self.expert_bytes,
+        )  # fmt: skip
         decision: Decision | None = self.policy(view)
         if decision is None:
             return
@@ -319,14 +314,9 @@ class _Run:
             self.out.rebalances += 1
         self.out.changes.append(
             Change(
-                reason=change.reason,
-                decided_s=change.decided_s,
-                installed_s=self.engine.now,
-                decided_pass=change.decided_pass,
-                installed_pass=self.out.replay.steps,
-                moved_bytes=change.moved_bytes,
-                pause_s=change.pause_s,
-            )
+                reason=change.reason, decided_s=change.decided_s, installed_s=self.engine.now, decided_pass=change.decided_pass,
+                installed_pass=self.out.replay.steps, moved_bytes=change.moved_bytes, pause_s=change.pause_s,
+            )  # fmt: skip
         )
         self.log("installed", reason=change.reason, moved_bytes=change.moved_bytes, pause_s=change.pause_s)
 
