@@ -6,22 +6,36 @@ from typing import Annotated, Any
 
 import typer
 
+from moesim.errors import InputError
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command()
 def validate(
     hardware: Annotated[str, typer.Option("--hardware", help="hardware name like rtx-pro-6000-1, or a YAML file")],
-    run: Annotated[str, typer.Option("--run", help="folder with requests.jsonl and meta.json of a recorded run, or the name of a shipped one")],
+    run: Annotated[str | None, typer.Option("--run", help="folder with requests.jsonl and meta.json of a recorded run, or the name of a shipped one")] = None,
+    kernels: Annotated[
+        str | None,
+        typer.Option("--kernels", help="a table of measured kernel times, a folder of them, or `package`: the hardware's own (default without --run)"),
+    ] = None,
     model: Annotated[str | None, typer.Option("--model", help="model name, config.json or its folder; default: as meta.json says")] = None,
     requests_trace: Annotated[str, typer.Option("--requests-trace", help="routing of the requests: name, folder, .zip or synthetic:…")] = "synthetic:balanced",
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value over what meta.json says: host_overhead_us, serving.…")] = None,
     map_layers: Annotated[str | None, typer.Option("--map-layers", help="cycle, or trace:model pairs, where the layers differ")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="refuse extrapolated and roofline times")] = False,
     seed: Annotated[int, typer.Option("--seed", help="seed of synthetic routing")] = 0,
+    backend: Annotated[str | None, typer.Option("--backend", help="with --kernels: engine whose tables are preferred; default: as the file says")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Simulate a recorded run and compare every request."""
+    """Compare predictions with measurements: a recorded run request by request (--run), or kernel times table by table (--kernels)."""
+    if run is not None and kernels is not None:
+        raise InputError("validate: --run and --kernels are given; ask for one of them")
+    if run is None:
+        from moesim.cli.validate_kernels import show_kernels
+
+        show_kernels(kernels, hardware=hardware, model=model, backend=backend, strict=strict, as_json=as_json)
+        return
     from moesim.api.validation import validate_run
     from moesim.cli.output import emit_json
     from moesim.cli.replay import parse_settings
