@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moesim.errors import InputError
+from moesim.errors import InputError, describe
 from moesim.solvers import metrics
 from moesim.solvers.activation import Decode, activated_L, serve_once_LS
 from moesim.solvers.objective import Objective
@@ -42,7 +42,7 @@ module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
 job = json.load(sys.stdin)
 began = time.process_time()
 table = module.rebalance_experts(torch.tensor(job["load"]), job["slots"], job["groups"], job["nodes"], job["ranks"])[0]
-json.dump({"table": table.tolist(), "seconds": time.process_time() - began}, sys.stdout)
+print("\\n" + json.dumps({"table": table.tolist(), "seconds": time.process_time() - began}))
 """
 Split = tuple[str, np.ndarray, np.ndarray, int, int]
 """Name, windows given [K, L, E], windows held out, ranks, slots per rank."""
@@ -109,13 +109,22 @@ def balance_on(problem: PlacementProblem, table_LS: np.ndarray, load_KLE: np.nda
 
 def user_eplb(path: Path, problem: PlacementProblem) -> tuple[np.ndarray, float]:
     """Return the placement [L, S] and CPU seconds of a user's EPLB."""
+    if not path.is_file():
+        raise InputError(describe("--eplb", "path", str(path), "must be a checkout that holds eplb.py, or that file"))
     load = (problem.load_KLE * problem.weight_K[:, None, None]).sum(axis=0)
     job = {"load": load.tolist(), "slots": problem.num_slots, "groups": problem.num_groups, "nodes": problem.num_nodes, "ranks": problem.num_ranks}
     done = subprocess.run([sys.executable, "-c", CHILD, str(path)], input=json.dumps(job), capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
         raise InputError(f"{path}: rebalance_experts failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    answer = json.loads(done.stdout)
-    return np.array(answer["table"]), float(answer["seconds"])
+    answer = json.loads(done.stdout.splitlines()[-1])
+    table, shape = np.array(answer["table"]), (problem.num_layers, problem.num_slots)
+    if table.shape != shape or table.dtype.kind not in "iu" or table.min() < 0 or table.max() >= problem.num_experts:
+        rule = f"must be integers {shape}, experts in 0..{problem.num_experts - 1}"
+        raise InputError(describe(str(path), "rebalance_experts()[0]", f"{table.dtype} {table.shape}", rule))
+    absent = [(layer, expert) for layer, row in enumerate(table) for expert in np.setdiff1d(np.arange(problem.num_experts), row)]
+    if absent:
+        raise InputError(f"{path}: rebalance_experts gives expert {absent[0][1]} no slot in layer {absent[0][0]} ({len(absent)} missing in all)")
+    return table, float(answer["seconds"])
 
 
 def known(layers: int, experts: int, eplb: Path | None) -> None:
@@ -195,7 +204,10 @@ def main() -> None:
         decode(arguments.layers, arguments.experts)
     if not (arguments.held_out or arguments.decode):
         eplb = arguments.eplb / "eplb.py" if arguments.eplb is not None and arguments.eplb.is_dir() else arguments.eplb
-        known(arguments.layers, arguments.experts, eplb)
+        try:
+            known(arguments.layers, arguments.experts, eplb)
+        except InputError as error:
+            sys.exit(f"bench_planner: {error}")
 
 
 if __name__ == "__main__":

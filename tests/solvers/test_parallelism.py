@@ -196,7 +196,7 @@ def test_arrivals_have_to_be_carried() -> None:
     with pytest.raises(NoDeploymentError, match="requests/s must be >= ") as caught:
         toy(5, machine(4), work=replace(WORK, arrival_rps=free.best.requests_per_s * 1.5))
     assert caught.value.requirement == "arrival"
-    assert caught.value.relaxation["arrival_rps"] == pytest.approx(free.best.requests_per_s)
+    assert caught.value.would_do["arrival_rps"] == pytest.approx(free.best.requests_per_s)
     assert toy(5, machine(4), work=replace(WORK, arrival_rps=free.best.requests_per_s * 0.99)).best.label == free.best.label
 
 
@@ -210,22 +210,22 @@ def test_unreachable_service_levels_name_the_nearest_and_a_feasible_value() -> N
     with pytest.raises(NoDeploymentError, match=r"TPOT [\d.]+ ms must be <= 0.001 ms; feasible: tpot_ms = ") as caught:
         toy(5, machine(4), slo=Slo(tpot_ms=0.001))
     assert caught.value.requirement == "slo" and caught.value.exit_code == 1
-    again = toy(5, machine(4), slo=Slo(tpot_ms=caught.value.relaxation["tpot_ms"]))
-    assert again.best.tpot_ms == caught.value.relaxation["tpot_ms"]
+    again = toy(5, machine(4), slo=Slo(tpot_ms=caught.value.would_do["tpot_ms"]))
+    assert again.best.tpot_ms == caught.value.would_do["tpot_ms"]
     with pytest.raises(NoDeploymentError):
-        toy(5, machine(4), slo=Slo(tpot_ms=caught.value.relaxation["tpot_ms"] * (1 - 1e-9)))
+        toy(5, machine(4), slo=Slo(tpot_ms=caught.value.would_do["tpot_ms"] * (1 - 1e-9)))
 
 
 def test_too_little_memory_names_the_missing_bytes_and_a_remedy() -> None:
     with pytest.raises(NoDeploymentError, match=r"the nearest lacks .* \(\d+ bytes\): .*stage \d.* devices would do") as caught:
         toy(5, machine(4, memory=3e4))
     assert caught.value.requirement == "memory" and caught.value.missing_bytes
-    enough = caught.value.relaxation["device_memory_bytes"]
+    enough = caught.value.would_do["device_memory_bytes"]
     assert enough == pytest.approx(3e4 + caught.value.missing_bytes / 0.9)
     assert toy(5, machine(4, memory=enough + 1)).status == "OPTIMAL"
     with pytest.raises(NoDeploymentError):
         toy(5, machine(4, memory=enough - 5))
-    toy(5, machine(4, int(caught.value.relaxation["devices"]) // 4, memory=3e4))
+    toy(5, machine(4, int(caught.value.would_do["devices"]) // 4, memory=3e4))
 
 
 def test_no_consistent_shape_is_bad_input() -> None:

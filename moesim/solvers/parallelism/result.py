@@ -172,10 +172,10 @@ class NoDeploymentError(InfeasibleError):
     """No deployment of the declared space is feasible; says what is missing least and what would help."""
 
     def __init__(self, message: str, *, requirement: str, missing_bytes: float | None = None, relaxation: Mapping[str, float] | None = None) -> None:
-        super().__init__(message)
-        self.requirement = requirement
-        """`memory`, `slo` or `arrival`."""
+        would_do = " or ".join(f"{name} = {value:.6g}" for name, value in (relaxation or {}).items())
+        # requirement: `memory`, `slo`, `arrival` or `deadline`
+        super().__init__(message, requirement=requirement, missing=missing_bytes, relaxation=would_do or None)
         self.missing_bytes = missing_bytes
         """Fewest bytes that any point lacks on a device, if memory is what is missing."""
-        self.relaxation = dict(relaxation or {})
+        self.would_do = dict(relaxation or {})
         """Requirement → value that would be feasible."""
