@@ -101,6 +101,8 @@ class Instance:
                 self.free_s[stage] = at
                 at += hop
             self.idle.remove(index)
+            for replica in self.replicas:
+                replica.lanes[index].flying = True
             at -= hop
             self.until = at
             sums.steps += 1
@@ -125,5 +127,9 @@ class Instance:
             if work.decodes:
                 done += [(replica, one) for one in replica.stepped(lane)]
             first += [(replica, one) for one in work.finished_prompts]
+            lane.flying = False
+            for sequence in lane.joining:
+                replica.decode(lane, sequence)
+            lane.joining.clear()
         self.idle.append(flight.lane)
         return first, done

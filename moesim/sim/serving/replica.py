@@ -37,6 +37,7 @@ class Sequence:
         "since",
         "epoch",
         "lane",
+        "turn",
         "swapped",
         "source",
         "moving",
@@ -60,6 +61,8 @@ class Sequence:
         self.epoch = 0
         """Grows when it leaves a lane: entries of the calendar that name an older epoch are void."""
         self.lane: Lane | None = None
+        self.turn = 0
+        """Number of its latest admission."""
         self.swapped = False
         self.source: tuple[Any, Replica, Sequence] | None = None
         """Prefill instance, replica and sequence there that still hold its KV cache."""
@@ -70,7 +73,7 @@ class Sequence:
 class Lane:
     """The sequences that step together; an instance has one per pipeline stage."""
 
-    __slots__ = ("decoding", "contexts", "steps", "needs", "ends", "running", "partial")
+    __slots__ = ("decoding", "contexts", "steps", "needs", "ends", "running", "partial", "flying", "joining")
 
     def __init__(self) -> None:
         self.decoding = 0
@@ -86,6 +89,10 @@ class Lane:
         """In order of admission."""
         self.partial: list[Sequence] = []
         """Sequences whose prompts are not computed, in order of admission."""
+        self.flying = False
+        """Whether a step runs."""
+        self.joining: list[Sequence] = []
+        """Sequences whose KV cache has come while a step runs; they decode from the next one on."""
 
 
 class Work:
@@ -121,6 +128,7 @@ class Replica:
         """Sequences that were given blocks for a KV cache from a prefill instance, and wait for it."""
         self.preemptions = 0
         self.recomputed_tokens = 0
+        self._admitted = 0
         self._verify = 1 + settings.draft_tokens
         self._gain = settings.acceptance
 
@@ -152,6 +160,7 @@ class Replica:
         due = lane.needs.pop(lane.steps, None)
         if due is None:
             return
+        due.sort(key=lambda one: one[0].turn)
         for sequence, epoch in due:
             # A preemption for one before it may have sent it away.
             while sequence.epoch == epoch:
@@ -172,11 +181,10 @@ class Replica:
                 break
             if sequence.lane is not lane:
                 continue  # preempted for one before it
-            size = min(sequence.target - sequence.computed, budget)
-            while not self.pool.grow(sequence.held, sequence.computed + size):
+            size, decoding = min(sequence.target - sequence.computed, budget), lane.decoding
+            while sequence.lane is lane and not self.pool.grow(sequence.held, sequence.computed + size):
                 self._preempt(lane, work)
-                if sequence.lane is not lane:
-                    break
+            budget += (decoding - lane.decoding) * self._verify
             if sequence.lane is lane:
                 self._chunk(lane, work, sequence, size)
                 budget -= size
@@ -232,6 +240,8 @@ class Replica:
 
     def _enter(self, lane: Lane, sequence: Sequence) -> None:
         sequence.lane = lane
+        self._admitted += 1
+        sequence.turn = self._admitted
         lane.running[sequence] = None
         self.running += 1
 

@@ -243,7 +243,10 @@ class Simulation:
         assert original.lane is not None
         kept.leave(original.lane, original)
         sequence.source, sequence.moving = None, False
-        replica.decode(sequence.lane, sequence)
+        if sequence.lane.flying:
+            sequence.lane.joining.append(sequence)
+        else:
+            replica.decode(sequence.lane, sequence)
         self._dirty[id(there)] = there
         self._dirty[id(instance)] = instance
 

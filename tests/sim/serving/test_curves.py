@@ -1,0 +1,83 @@
+"""Tabulated step times against the step model itself, on real tables."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moesim.costs.group import Group
+from moesim.costs.group_loads import capped_LE, linear_placement
+from moesim.costs.model import CostModel
+from moesim.costs.step import Batch, StepModel
+from moesim.hardware.load import load_cluster
+from moesim.model.hf_config import load_model
+from moesim.sim.serving.curves import Line, StepCurves
+from moesim.sim.serving.replica import Sequence, Work
+from moesim.traces.requests.document import Request
+
+MODELS = {"llama-3.1-8b": Group(1, 1, 1, 1, 0), "qwen3-30b-a3b": Group(2, 2, 4, 1, 32), "deepseek-v3": Group(1, 8, 8, 1, 32)}
+
+
+def work(chunks: list[tuple[int, int]], decodes: int, context: float) -> Work:
+    found = Work()
+    blank = Sequence(Request("x", 0.0, 1, 1), 0.0)
+    found.chunks = [(new, end, blank) for new, end in chunks]
+    found.decodes, found.contexts = decodes, decodes * context
+    return found
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def built(request: pytest.FixtureRequest) -> tuple[StepModel, StepCurves]:
+    cluster, model = load_cluster("h100-sxm-8"), load_model(request.param)
+    assign = capped_LE(1.0 / np.arange(1.0, model.num_experts + 1)[None] ** 0.5, model.top_k) if model.num_experts else np.zeros((0, 0))
+    steps = StepModel(model, cluster, CostModel(cluster, model, backend="vllm"), assign, linear_placement)
+    return steps, StepCurves(steps, MODELS[request.param], pp=1, max_tokens=2048, max_seqs=256, max_context=32768)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_look_ups_agree_with_the_model(built: tuple[StepModel, StepCurves], seed: int) -> None:
+    steps, curves = built
+    rng = np.random.default_rng(seed)
+    for kind in ("decode", "prefill", "mixed") * 5:
+        decodes = int(rng.integers(1, 256)) if kind != "prefill" else 0
+        count = int(rng.integers(1, 4)) if kind != "decode" else 0
+        new = int(rng.integers(1, (2048 - decodes) // max(count, 1))) if count else 0
+        prefix, context = float(rng.integers(0, 8000)) * (rng.random() < 0.5), float(rng.integers(16, 20000))
+        batch = Batch(
+            prefill_seqs_n=np.array([float(count)]),
+            prefill_tokens_n=np.array([float(count * new)]),
+            prefill_context_n=np.array([new + prefix]) * (count > 0),
+            decode_seqs_n=np.array([float(decodes)]),
+            decode_tokens_n=np.array([float(decodes)]),
+            decode_context_n=np.array([context]) * (decodes > 0),
+        )
+        exact = float(steps.times(curves.group, batch).total_n[0])
+        one = work([(new, int(new + prefix))] * count, decodes, context)
+        times, _, _ = curves.stages([one] * curves.group.dp)
+        assert sum(times) == pytest.approx(exact, rel=0.02), (kind, decodes, count, new, prefix, context)
+
+
+def test_stages_share_the_layers() -> None:
+    cluster, model = load_cluster("h100-sxm-8"), load_model("llama-3.1-8b")
+    steps = StepModel(model, cluster, CostModel(cluster, model, backend="vllm"), np.zeros((0, 0)), linear_placement)
+    one, three = (StepCurves(steps, Group(1, 1, 1, 1, 0), pp=pp, max_tokens=64, max_seqs=64, max_context=4096) for pp in (1, 3))
+    batch = work([], 32, 1000.0)
+    times, hop, _ = three.stages([batch])
+    assert hop > 0 and sum(times) == pytest.approx(one.stages([batch])[0][0]) and three.share == [11 / 32, 11 / 32, 10 / 32]
+
+
+def test_skewed_routing_costs_more_than_even() -> None:
+    cluster, model = load_cluster("h100-sxm-8"), load_model("qwen3-30b-a3b")
+    group = Group(1, 8, 8, 1, 16)
+    found = []
+    for exponent in (0.0, 0.6, 1.2):
+        assign = capped_LE(1.0 / np.arange(1.0, 129.0)[None] ** exponent, 8)
+        steps = StepModel(model, cluster, CostModel(cluster, model, backend="vllm"), assign, linear_placement, draw_seed=1)
+        curves = StepCurves(steps, group, pp=1, max_tokens=512, max_seqs=256, max_context=8192)
+        found.append(curves.stages([work([], 256, 2000.0)] * 8)[2])
+    assert found[0] < 0.9 * found[1] < 0.81 * found[2]
+
+
+def test_a_line_goes_through_its_points() -> None:
+    line = Line(np.array([1.0, 2.0, 4.0]), np.array([3.0, 5.0, 6.0]))
+    assert [line(x) for x in (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)] == [3.0, 3.0, 4.0, 5.0, 5.5, 6.0, 7.0]

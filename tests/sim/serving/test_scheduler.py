@@ -1,0 +1,247 @@
+"""Continuous batching against a scheduler that visits every sequence, against closed forms, and against what must be conserved."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moesim.errors import InputError
+from moesim.sim.serving.settings import ServingSettings
+from moesim.sim.serving.simulate import Simulation
+from moesim.traces.requests.document import Request
+from moesim.traces.requests.open import open_requests
+from tests.sim.serving.toys import pool, reference, requests_of, run
+
+
+def linear(prompt: int, decodes: int) -> float:
+    """A step of a fixed part, prompt tokens and decoding sequences; binary fractions, so that sums are exact in any order."""
+    return (64 + prompt + 2 * decodes) / 4096
+
+
+def draw(seed: int, count: int, *, prompt: int, output: int, gap: float) -> list[Request]:
+    rng = np.random.default_rng(seed)
+    at = np.floor(np.cumsum(rng.exponential(gap, count)) * 4096) / 4096
+    return [Request(str(i), float(at[i]), int(rng.integers(1, prompt + 1)), int(rng.integers(1, output + 1))) for i in range(count)]
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    seqs=st.integers(1, 6),
+    budget=st.integers(6, 60),
+    size=st.integers(1, 7),
+    spare=st.integers(0, 12),
+    gap=st.sampled_from([0.0, 0.02, 0.1]),
+)
+@settings(max_examples=120, deadline=None)
+def test_every_request_has_the_times_of_a_scheduler_that_visits_every_sequence(seed: int, seqs: int, budget: int, size: int, spare: int, gap: float) -> None:
+    rows = draw(seed, 12, prompt=40, output=30, gap=gap)
+    blocks = max(-(-(row.prompt_tokens + row.output_tokens) // size) for row in rows) + spare
+    chosen = ServingSettings(max_num_seqs=seqs, max_num_batched_tokens=budget, block_size=size)
+    done, times = run(rows, chosen, pool(linear, blocks=blocks))
+    true, preempted = reference(rows, chosen, blocks, linear)
+    assert times == true
+    assert done.preemptions == preempted
+    assert done.kv_peak <= 1.0
+
+
+def test_tight_memory_really_preempts() -> None:
+    chosen = ServingSettings(max_num_seqs=4, max_num_batched_tokens=64, block_size=4)
+    rows = [Request(str(i), 0.0, 16, 40) for i in range(4)]
+    done, times = run(rows, chosen, pool(linear, blocks=20))
+    assert done.preemptions > 0 and len(times) == 4
+    # Every position is computed once, and what was given up once more.
+    needed = sum(row.prompt_tokens + row.output_tokens - 1 for row in rows)
+    assert done.recomputed_tokens > 0
+    assert done.sums.prompt_tokens + done.sums.decodes == needed + done.recomputed_tokens
+
+
+def test_swapped_sequences_come_back_without_computing_again() -> None:
+    rows = [Request(str(i), 0.0, 16, 40) for i in range(4)]
+    chosen = ServingSettings(max_num_seqs=4, max_num_batched_tokens=64, block_size=4, preemption="swap")
+    done, times = run(rows, chosen, pool(linear, blocks=20, swap_s_per_token=2.0**-20))
+    free, _ = run(rows, chosen, pool(linear, blocks=20))
+    assert done.preemptions > 0 and len(times) == 4 and done.recomputed_tokens == 0
+    assert done.sums.prompt_tokens == 64 and done.sums.decodes == 4 * 39
+    assert done.simulated_s > free.simulated_s
+
+
+def test_chunks_are_what_the_budget_leaves() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def note(prompt: int, decodes: int) -> float:
+        seen.append((prompt, decodes))
+        return 1.0
+
+    rows = [Request("a", 0.0, 10, 8), Request("b", 1.0, 70, 2)]
+    run(rows, ServingSettings(max_num_seqs=4, max_num_batched_tokens=32), pool(note))
+    assert seen == [(10, 0), (31, 1), (31, 1), (8, 1), (0, 2), (0, 1), (0, 1), (0, 1)]
+
+
+def test_whole_prompts_wait_until_they_fit() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def note(prompt: int, decodes: int) -> float:
+        seen.append((prompt, decodes))
+        return 1.0
+
+    rows = [Request("a", 0.0, 20, 1), Request("b", 0.0, 20, 1), Request("c", 0.0, 50, 1)]
+    run(rows, ServingSettings(max_num_seqs=4, max_num_batched_tokens=32, chunked_prefill=False), pool(note))
+    assert seen == [(20, 0), (20, 0), (50, 0)]
+
+
+def test_separate_batches_never_mix() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def note(prompt: int, decodes: int) -> float:
+        seen.append((prompt, decodes))
+        return 1.0
+
+    rows = draw(1, 30, prompt=50, output=10, gap=2.0)
+    done, _ = run(rows, ServingSettings(max_num_seqs=4, max_num_batched_tokens=32, batches="separate"), pool(note))
+    assert done.finished == 30 and all(not prompt or not decodes for prompt, decodes in seen)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    mode=st.sampled_from(["mixed", "separate"]),
+    swap=st.booleans(),
+    chunked=st.booleans(),
+    pp=st.integers(1, 3),
+    gain=st.sampled_from([1.0, 1.7, 3.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_nothing_is_lost(seed: int, mode: str, swap: bool, chunked: bool, pp: int, gain: float) -> None:
+    rows = draw(seed, 25, prompt=60, output=30, gap=0.03)
+    chosen = ServingSettings(
+        max_num_seqs=5,
+        max_num_batched_tokens=48,
+        block_size=4,
+        batches=mode,
+        preemption="swap" if swap else "recompute",
+        chunked_prefill=chunked,
+        pp=pp,
+        acceptance=gain,
+        draft_tokens=2 if gain > 1 else 0,
+    )
+    simulation = Simulation(requests_of(rows), chosen, pool(linear, blocks=26, pp=pp, dp=2, coupled=True))
+    done = simulation()
+    assert done.finished + sum(done.refused.values()) == 25
+    assert done.kv_peak <= 1.0
+    for instance in simulation._decode:
+        for replica in instance.replicas:
+            assert replica.pool.free == replica.pool.capacity and replica.running == 0
+            assert all(lane.decoding == 0 and abs(lane.contexts) < 1e-6 and not lane.running for lane in replica.lanes)
+
+
+def test_a_request_that_no_replica_can_hold_is_refused_alone() -> None:
+    rows = [Request("a", 0.0, 100, 1), Request("b", 0.0, 10, 1), Request("c", 0.0, 500, 1)]
+    done, times = run(rows, ServingSettings(max_num_seqs=4, max_num_batched_tokens=512, block_size=10), pool(linear, blocks=5), max_context=200)
+    assert list(times) == ["b"] and sorted(done.refused.values()) == [1, 1]
+
+
+# --- closed forms ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
+def test_one_request_at_a_time_waits_as_in_m_d_1(load: float) -> None:
+    service = 0.01
+    requests = open_requests(f"synthetic:poisson:{load / service},prompt=8,output=1,n=40000", seed=3)
+    done, _ = run(requests, ServingSettings(max_num_seqs=1, max_num_batched_tokens=8), pool(lambda prompt, decodes: service))
+    waited = done.ttft.mean - service
+    assert waited == pytest.approx(load * service / (2 * (1 - load)), rel=0.06)
+    assert done.sums.busy_s / done.simulated_s == pytest.approx(load, rel=0.02)
+
+
+def test_little_holds_in_a_closed_loop() -> None:
+    requests = open_requests("synthetic:closed:16,prompt=4-40,output=5-25,n=3000", seed=1)
+    done, _ = run(requests, ServingSettings(max_num_seqs=8, max_num_batched_tokens=64), pool(linear))
+    throughput = done.finished / done.simulated_s
+    assert throughput * done.latency.mean == pytest.approx(16, rel=0.01)
+
+
+def test_decode_alone_takes_the_steps_it_takes() -> None:
+    done, times = run([Request("a", 0.5, 10, 9)], ServingSettings(max_num_seqs=1), pool(lambda prompt, decodes: 1.0))
+    assert times["a"] == (1.5, 9.5) and done.tpot.mean == 1.0 and done.ttft.mean == 1.0
+
+
+@pytest.mark.parametrize(("gain", "steps"), [(1.0, 20), (2.0, 10), (2.5, 8), (3.0, 7)])
+def test_speculation_divides_the_steps_by_its_gain(gain: float, steps: int) -> None:
+    chosen = ServingSettings(max_num_seqs=1, acceptance=gain, draft_tokens=3)
+    done, times = run([Request("a", 0.0, 10, 21)], chosen, pool(lambda prompt, decodes: 1.0, draft_s=0.25))
+    assert times["a"] == (1.0, 1.0 + 1.25 * steps)
+
+
+def test_two_stages_serve_two_batches_in_the_time_of_one() -> None:
+    rows = [Request("a", 0.0, 8, 101), Request("b", 0.5, 8, 101)]
+    one: Callable[[int, int], float] = lambda prompt, decodes: 1.0  # noqa: E731
+    _, alone = run(rows[:1], ServingSettings(max_num_seqs=4, max_num_batched_tokens=8), pool(one, pp=2))
+    _, both = run(rows, ServingSettings(max_num_seqs=4, max_num_batched_tokens=8), pool(one, pp=2))
+    assert alone["a"] == (1.0, 101.0)
+    # The second batch follows half a step behind and never waits.
+    assert both == {"a": (1.0, 101.0), "b": (1.5, 101.5)}
+
+
+def test_coupled_replicas_wait_for_the_slowest() -> None:
+    rows = [Request("a", 0.0, 10, 5), Request("b", 0.0, 90, 5)]
+    time: Callable[[int, int], float] = lambda prompt, decodes: 1.0 + prompt / 10  # noqa: E731
+    chosen = ServingSettings(max_num_seqs=4, max_num_batched_tokens=128)
+    _, apart = run(rows, chosen, pool(time, dp=2))
+    _, together = run(rows, chosen, pool(time, dp=2, coupled=True))
+    assert apart["a"] == (2.0, 6.0) and apart["b"] == (10.0, 14.0)
+    assert together["a"] == together["b"] == (10.0, 14.0)
+
+
+def test_the_kv_cache_crosses_the_link_once_and_one_after_another() -> None:
+    rows = [Request("a", 0.0, 10, 4), Request("b", 0.0, 10, 4)]
+    chosen = ServingSettings(max_num_seqs=4, max_num_batched_tokens=64)
+    one: Callable[[int, int], float] = lambda prompt, decodes: 1.0  # noqa: E731
+    done, times = run(rows, chosen, pool(one), prefill=pool(one), transfer_s=lambda tokens: tokens * 0.1)
+    assert (done.transfers, done.transfer_s) == (2, 2.0)
+    # Both prompts end at 1; transfers take 1 s each: at 2 and 3. a decodes 2-3, then both: 3-4, 4-5, b alone 5-6.
+    assert times == {"a": (1.0, 5.0), "b": (1.0, 6.0)}
+
+
+def test_goodput_counts_what_meets_both_levels() -> None:
+    rows = [Request("a", 0.0, 10, 3), Request("b", 0.0, 10, 3), Request("c", 0.0, 10, 3)]
+    chosen = ServingSettings(max_num_seqs=1, max_num_batched_tokens=16, slo_ttft_ms=4500, slo_tpot_ms=1000)
+    done, _ = run(rows, chosen, pool(lambda prompt, decodes: 1.0))
+    assert (done.finished, done.good) == (3, 2)
+
+
+def test_a_session_goes_on_after_its_pause() -> None:
+    rows = [Request("s/0", 1.0, 10, 2, (), Request("s/1", 0.0, 10, 1), 5.0)]
+    _, times = run(rows, ServingSettings(max_num_seqs=1), pool(lambda prompt, decodes: 1.0))
+    assert times == {"s/0": (2.0, 3.0), "s/1": (9.0, 9.0)}
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(InputError, match="max_num_batched_tokens = 8 must be >= max_num_seqs"):
+        ServingSettings(max_num_seqs=9, max_num_batched_tokens=8)
+    with pytest.raises(InputError, match=r"acceptance = 2.0 must be <= 1 \+ serving.draft_tokens"):
+        ServingSettings(acceptance=2.0)
+
+
+def test_a_hundred_thousand_requests_take_no_more_memory_than_those_in_flight() -> None:
+    def peak(count: int) -> int:
+        requests = open_requests(f"synthetic:poisson:2000,prompt=8,output=1-3,n={count}", seed=1)
+        simulation = Simulation(requests, ServingSettings(max_num_seqs=64, max_num_batched_tokens=512), pool(lambda prompt, decodes: 0.01))
+        tracemalloc.start()
+        assert simulation().finished == count
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert peak(100_000) < 16 * 2**20
+
+
+def test_equal_runs_are_equal() -> None:
+    first, second = (
+        run(draw(5, 60, prompt=50, output=20, gap=0.02), ServingSettings(max_num_seqs=4, max_num_batched_tokens=32), pool(linear, blocks=40))[1]
+        for _ in range(2)
+    )
+    assert first == second
