@@ -53,7 +53,7 @@ class FanoutProblem:
         return self.num_ranks // self.ranks_per_node
 
 
-def solve_fanout(problem: FanoutProblem, *, method: str = "co-activation", rounds: int = 16, deadline: Deadline = None) -> AffinityResult:
+def solve_fanout(problem: FanoutProblem, *, method: str = "co-activation", rounds: int = 10, deadline: Deadline = None) -> AffinityResult:
     """Return a placement whose tokens reach few ranks and nodes. method: `co-activation`, or the baseline `contiguous`.
 
     rounds: most rounds of swaps by saved messages, >= 0.
