@@ -58,8 +58,8 @@ class Requests:
         last = 0.0
         for row, request in enumerate(self.read(), start=1):
             if request.arrival_s < last:
-                rule = f"must be >= the arrival before it, {last:.6f} s"
-                raise TraceError(describe(self.source, f"request {row} ({request.id}): arrival", f"{request.arrival_s:.6f} s", rule, "sort by arrival"))
+                rule = f"s must be >= the arrival before it, {last:.6f} s"
+                raise TraceError(describe(self.source, f"request {row} ({request.id}): arrival", request.arrival_s, rule, "sort by arrival"))
             last = request.arrival_s
             yield request
 

@@ -50,7 +50,7 @@ def open_requests(ref: str | Path, *, seed: int = 0) -> Requests:
     if not first:
         raise TraceError(f"{path}: holds no requests; it is empty")
     is_json = first.lstrip().startswith("{")
-    found = _json_format(path, first) if is_json else _csv_format(path, next(csv.reader([first])))
+    found = _json_format(path, first) if is_json else _csv_format(path, _cells(f"{path}: line 1", first))
     requests = Requests(source=text, format=found.name, block_tokens=found.block_tokens, read=lambda: _read(path, found, is_json, requests))
     return requests
 
@@ -73,6 +73,13 @@ def _lines(path: Path, file: IO[str]) -> Iterator[tuple[int, str]]:
             raise TraceError(describe(f"{path}: line {number}", "length", f"> {MAX_LINE}", "characters is too long for a request"))
         if line.strip():
             yield number, line.strip()
+
+
+def _cells(place: str, line: str) -> list[str]:
+    try:
+        return next(csv.reader([line]))
+    except csv.Error as cause:
+        raise TraceError(f"{place}: is no row of a CSV file ({cause}); this is not the kind of file expected here") from None
 
 
 def _csv_format(path: Path, header: list[str]) -> Format:
@@ -118,7 +125,7 @@ def _read(path: Path, found: Format, is_json: bool, requests: Requests) -> Itera
                     raise TraceError(f"{place}: must be a JSON object, one request")
                 _check_known(place, found, list(row), "key")
             else:
-                cells = next(csv.reader([line]))
+                cells = _cells(place, line)
                 if not names:
                     names = [name.strip() for name in cells]
                     continue

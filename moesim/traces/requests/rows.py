@@ -101,9 +101,7 @@ def _token_blocks(place: str, row: Row, prompt: int) -> tuple[int, ...]:
     if not ids:
         return ()
     if not isinstance(ids, list) or len(ids) != prompt or any(type(one) is not int for one in ids):
-        raise TraceError(
-            describe(place, "input_tok_ids", f"{len(ids) if isinstance(ids, list) else type(ids).__name__}", f"must be a list of {prompt} integers")
-        )
+        raise TraceError(describe(place, "input_tok_ids", ids, f"must be a list of {prompt} integers"))
     blocks, before = [], 0
     for start in range(0, prompt - TOKEN_BLOCK + 1, TOKEN_BLOCK):
         before = hash((before, *ids[start : start + TOKEN_BLOCK]))

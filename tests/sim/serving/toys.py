@@ -94,7 +94,8 @@ def reference(rows: list[Request], settings: ServingSettings, blocks: int, time_
         while coming and coming[0].arrival_s <= now:
             waiting.append(_Plain(coming[0], coming[0].prompt_tokens))
             coming.pop(0)
-        budget, batch, evicted = settings.max_num_batched_tokens, {}, False
+        batch: dict[int, tuple[_Plain, int]] = {}
+        budget, evicted = settings.max_num_batched_tokens, False
         for one in sorted(running, key=lambda one: not one.decoding):
             if one not in running:
                 continue
