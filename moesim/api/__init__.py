@@ -1,8 +1,8 @@
 """What notebooks and users import: replay a trace, solve for a plan, search a split, weigh rebalancing, serve requests – names or paths in, reports out.
 
 `replay` → `Replay` (report, ledger, plan); `solve` → `Solution` (report, plan); `trace_statistics` → `TraceStatistics` (report, arrays);
-`serve` → `Serving` (report, times of every request); `parallelize`, `rebalance` and `validate_run` → report. A report is the JSON object that the
-command line prints; its keys are stable. Bad input raises an `InputError` that says what to change.
+`serve` → `Serving` (report, times of every request); `parallelize`, `rebalance`, `validate_run` and `validate_kernels` → report. A report is the
+JSON object that the command line prints; its keys are stable. Bad input raises an `InputError` that says what to change.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moesim.api.solving import Solution, solve
     from moesim.api.statistics import TraceStatistics, trace_statistics
     from moesim.api.validation import validate_run
+    from moesim.api.validation_kernels import validate_kernels
 
 __all__ = [
     "Replay",
@@ -33,6 +34,7 @@ __all__ = [
     "solve",
     "trace_shape",
     "trace_statistics",
+    "validate_kernels",
     "validate_run",
 ]
 
@@ -48,6 +50,7 @@ _HOME = {
     "trace_shape": "documents",
     "TraceStatistics": "statistics",
     "trace_statistics": "statistics",
+    "validate_kernels": "validation_kernels",
     "validate_run": "validation",
 }
 

@@ -8,18 +8,17 @@ reason. Errors are relative, predicted / measured − 1. Quantities are named by
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moesim.costs.holdout import GRIDS, codes_of, leave_one_out, merge_repeats
-from moesim.costs.predict import Predictor, engine_of
-from moesim.costs.provenance import Provenance
-from moesim.costs.tables import Rows, Tables, kind_of
-from moesim.errors import CostError, HardwareError, InputError, MoesimError, describe
+from moesim.api.kernel_scores import merge_counts, quantity_of, score_models, score_table
+from moesim.costs.holdout import GRIDS, codes_of
+from moesim.costs.tables import kind_of
+from moesim.errors import HardwareError, InputError, MoesimError, describe
 from moesim.files import read_yaml
 from moesim.hardware import Cluster, load_cluster
 from moesim.hardware.load import PACKAGE
@@ -31,32 +30,7 @@ SCHEMA = "moesim.validate/1"
 MAX_FILES = 2000
 OWNED = 0.5
 """Share of a file's rows that must be rows of the hardware's own table for it to own the file."""
-PEERS = Path(__file__).with_name("peers.yaml")
 PUBLISHED = PACKAGE / "published"
-
-
-@dataclass(slots=True, kw_only=True)
-class Score:
-    """Predictions of one table's rows."""
-
-    table: Measured
-    method: str
-    """`leave_one_out`, `tables` (other tables of the hardware) or `transfer` (a donor's); what most rows were predicted by."""
-    measured: np.ndarray
-    predicted: np.ndarray
-    """NaN: not scored."""
-    codes: np.ndarray
-    excluded: dict[str, int]
-    calibrated: int
-    """Rows that were used and never scored: the border of the grid, or another table's rows."""
-    floor: float | None
-    axes: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def errors(self) -> np.ndarray:
-        """Return the relative errors of the scored rows."""
-        known = np.isfinite(self.predicted)
-        return np.asarray(self.predicted[known] / self.measured[known] - 1.0)
 
 
 def facts_of(model: MoEModel | None, cluster: Cluster | None = None) -> dict[str, float]:
@@ -108,21 +82,21 @@ def validate_kernels(
     for name, path in files:
         try:
             tables = read_measured(path, facts_of(known or _model_beside(path), cluster))
-            scores = [_score(table, cluster, owned, backend, strict) for table in tables]
+            scores = [score_table(table, cluster, owned, backend, strict) for table in tables]
         except MoesimError as error:
             if alone:
                 raise
             refused[name] = str(error)
             continue
-        quantities[name] = _quantity(scores)
+        quantities[name] = quantity_of(scores)
         if own and cluster.calibrated_from is not None and any(score.method == "leave_one_out" for score in scores):
             # The same rows without the device's own tables: what the donor alone would have predicted.
             bare = replace(cluster, tables=None)
-            quantities[name]["transfer"] = _quantity([_score(table, bare, None, backend, False) for table in read_measured(path)])
+            quantities[name]["transfer"] = quantity_of([score_table(table, bare, None, backend, False) for table in read_measured(path)])
     if not quantities:
         raise HardwareError(next(iter(refused.values())) if refused else f"{source}: holds no table ({', '.join(SUFFIXES)})")
     if own:
-        quantities |= _link_model(cluster, only)
+        quantities |= score_models(cluster, lambda name: _wanted(name, only))
     return _report(cluster, known, source, quantities, refused)
 
 
@@ -226,193 +200,7 @@ def _shared(own: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> fl
     return float(np.isin(code[size:], code[:size]).mean())
 
 
-def _score(table: Measured, cluster: Cluster, owned: _Owned | None, backend: str | None, strict: bool) -> Score:
-    excluded = dict(table.excluded)
-    if table.kind not in GRIDS:
-        count = len(table.rows["latency_s"])
-        if count:
-            excluded[_NOT_SCORED.get(table.kind, "no operator of the cost model computes it")] = count
-        empty = np.zeros(0)
-        return Score(table=table, method="none", measured=empty, predicted=empty, codes=empty, excluded=excluded, calibrated=0, floor=None)
-    is_own = owned is not None and owned(table)
-    rows, merged, floor = merge_repeats(table.kind, table.rows) if len(table.rows["latency_s"]) else (table.rows, {}, None)
-    for reason, count in merged.items():
-        excluded[reason] = excluded.get(reason, 0) + count
-    axes: dict[str, np.ndarray] = {}
-    if not len(rows["latency_s"]):
-        empty = np.zeros(0)
-        return Score(table=table, method="none", measured=empty, predicted=empty, codes=empty, excluded=excluded, calibrated=0, floor=floor)
-    if is_own:
-        predicted, axes = leave_one_out(table.kind, rows)
-        border = int(np.isnan(predicted).sum())
-        codes = np.full(len(predicted), int(Provenance.INTERPOLATED), dtype=np.uint8)
-        if border:
-            excluded["border of the grid: no neighbours to predict it from"] = border
-        method, calibrated = "leave_one_out", border
-    else:
-        predictor = Predictor(cluster, backend or engine_of(table.stem, table.source, table.rows), strict=strict)
-        predicted, codes, reasons, calibrated = predictor(table.kind, rows)
-        names, counts = np.unique(reasons[np.isnan(predicted)].astype(str), return_counts=True)
-        for reason, count in zip(names.tolist(), counts.tolist(), strict=True):
-            excluded[reason] = excluded.get(reason, 0) + count
-        known = np.isfinite(predicted)
-        if strict and (codes[known] > Provenance.TRACE).any():
-            worst = Provenance(int(codes[known].max())).name.lower()
-            raise CostError(f"{cluster.name}: {table.stem}: only {worst} times are left for some rows, and --strict refuses them; drop --strict")
-        method = "transfer" if known.any() and np.median(codes[known]) == Provenance.EXTRAPOLATED else "tables"
-    return Score(
-        table=table,
-        method=method,
-        measured=rows["latency_s"],
-        predicted=predicted,
-        codes=codes,
-        excluded=excluded,
-        calibrated=calibrated,
-        floor=floor,
-        axes=axes,
-    )
-
-
-_NOT_SCORED = {"wideep_moe_context": "the meaning of num_tokens (total, per rank, received) is not settled in the source"}
-
-
-# --- link model, rank load ----------------------------------------------------------------------------------------
-
-
-class _Without(Tables):
-    """Tables without the rows of one number of nodes; one node alone has a table of its own, of another version, which stays."""
-
-    held_nodes = 0
-
-    def rows(self, kind: str, *columns: str, where: Mapping[str, Any] | None = None, transfer: bool = True) -> Rows | None:
-        found = super().rows(kind, *columns, where=where, transfer=transfer)
-        if found is None or "node_num" not in found or kind.endswith("_1node"):
-            return found
-        keep = found["node_num"] != self.held_nodes
-        kept = Rows({name: values[keep] for name, values in found.items()})
-        kept.worst = found.worst
-        return kept if keep.any() else None
-
-
-def _link_model(cluster: Cluster, only: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-    """Return DeepEP times of every number of nodes, predicted by the link model from the others; and the timed rank of the load-balancing table."""
-    result: dict[str, dict[str, Any]] = {}
-    if cluster.tables is None:
-        return result
-    for path in sorted(path for path in cluster.tables.glob("deepep_*_1to8nodes_*.parquet") if _wanted(path.stem, only)):
-        scores = []
-        for table in read_measured(path):
-            if table.kind == "deepep_normal":
-                table.leave_out(table.rows["sms"] != 20, "other than 20 SMs for communication")
-            rows, merged, floor = merge_repeats(table.kind, table.rows)
-            predicted = np.full(len(rows["latency_s"]), np.nan)
-            codes = np.full(len(predicted), int(Provenance.CALIBRATED), dtype=np.uint8)
-            for nodes in np.unique(rows["node_num"]).tolist():
-                mine = rows["node_num"] == nodes
-                tables = _Without(cluster, "sglang")
-                tables.held_nodes = int(nodes)
-                one = {name: values[mine] for name, values in rows.items()}
-                predicted[mine], codes[mine], _, _ = Predictor(cluster, "sglang", tables=tables)(table.kind, one)
-            excluded = {**table.excluded, **merged}
-            scores.append(
-                Score(
-                    table=table,
-                    method="leave_one_out",
-                    measured=rows["latency_s"],
-                    predicted=predicted,
-                    codes=codes,
-                    excluded=excluded,
-                    calibrated=0,
-                    floor=floor,
-                    axes={f"{int(nodes)} nodes": np.where(rows["node_num"] == nodes, predicted, np.nan) for nodes in np.unique(rows["node_num"])},
-                )
-            )
-        result[f"{path.stem}, link model"] = _quantity(scores)
-    for path in sorted(path for path in cluster.tables.glob("wideep_moe_eplb_*.parquet") if _wanted(path.stem, only)):
-        for table in read_measured(path):
-            rows, merged, floor = merge_repeats(table.kind, table.rows)
-            predicted, codes, _, _ = Predictor(cluster, "trtllm")(table.kind, rows)
-            axes = {name: np.where(rows["op_name"] == name, predicted, np.nan) for name in np.unique(rows["op_name"].astype(str))}
-            score = Score(
-                table=table,
-                method="tables",
-                measured=rows["latency_s"],
-                predicted=predicted,
-                codes=codes,
-                excluded=merged,
-                calibrated=0,
-                floor=floor,
-                axes=axes,
-            )
-            result[f"{path.stem}, from rank load"] = _quantity([score])
-    return result
-
-
 # --- report -------------------------------------------------------------------------------------------------------
-
-
-def _figures(errors: np.ndarray) -> dict[str, Any]:
-    if not len(errors):
-        return {"n": 0, "mean_error": None, "mean_abs_error": None, "median_abs_error": None, "p90_abs_error": None}
-    size = np.abs(errors)
-    return {
-        "n": len(errors),
-        "mean_error": float(errors.mean()),
-        "mean_abs_error": float(size.mean()),
-        "median_abs_error": float(np.median(size)),
-        "p90_abs_error": float(np.quantile(size, 0.9)),
-    }
-
-
-def _shares(codes: np.ndarray) -> dict[str, float]:
-    return {item.name.lower(): float((codes == item).mean()) for item in Provenance if (codes == item).any()}
-
-
-def _merge(items: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    result: dict[str, int] = {}
-    for item in items:
-        for reason, count in item.items():
-            if count:
-                result[reason] = result.get(reason, 0) + count
-    return dict(sorted(result.items()))
-
-
-def _quantity(scores: list[Score]) -> dict[str, Any]:
-    errors = np.concatenate([score.errors for score in scores])
-    codes = np.concatenate([score.codes[np.isfinite(score.predicted)] for score in scores])
-    floors = [score.floor for score in scores if score.floor is not None]
-    methods = [score.method for score in scores if len(score.errors)]
-    method = max(dict.fromkeys(methods), key=methods.count) if methods else "none"
-    parts = {}
-    if len(scores) > 1:
-        parts = {score.table.part or score.table.kind: {**_figures(score.errors), "method": score.method} for score in scores}
-    for score in scores:
-        prefix = f"{score.table.part}, " if len(scores) > 1 and score.table.part else ""
-        if len(score.axes) > 1:
-            for axis, predicted in score.axes.items():
-                known = np.isfinite(predicted)
-                parts[f"{prefix}along {axis}" if score.method == "leave_one_out" else f"{prefix}{axis}"] = _figures(
-                    predicted[known] / score.measured[known] - 1.0
-                )
-    return {
-        **_figures(errors),
-        "method": method,
-        "rows_scored": len(errors),
-        "rows_calibrated": sum(score.calibrated for score in scores),
-        "rows_excluded": _merge(score.excluded for score in scores),
-        "error_floor": float(np.mean(floors)) if floors else None,
-        "provenance": _shares(codes),
-        "parts": parts,
-        "peers": _peers(scores, method),
-    }
-
-
-def _peers(scores: list[Score], method: str) -> list[dict[str, Any]]:
-    published = read_yaml(PEERS, error=InputError)["kernels"]
-    chosen = [*published["transfer" if method == "transfer" else "measured"]] if method != "none" else []
-    for kind in dict.fromkeys(score.table.kind for score in scores):
-        chosen += published.get(kind, [])
-    return chosen
 
 
 def _report(
@@ -434,7 +222,7 @@ def _report(
         "quantities": quantities,
         "rows_scored": scored,
         "rows_calibrated": sum(item["rows_calibrated"] for item in quantities.values()),
-        "rows_excluded": _merge(item["rows_excluded"] for item in quantities.values()),
+        "rows_excluded": merge_counts(item["rows_excluded"] for item in quantities.values()),
         "error_floor": float(np.mean(floors)) if floors else None,
         "provenance": dict(sorted(classes.items())),
         "files_refused": refused,

@@ -30,10 +30,13 @@ EXPERT_DTYPES = {"fp8_block": "fp8", "fp8": "fp8", "bfloat16": "bfloat16", "BF16
 """`moe_dtype` of a table → expert dtype of a model."""
 JOINED: tuple[str, ...] = (
     *("gemm", "moe", "wideep_moe_generation", "attn_context", "attn_generation", "mla_context", "mla_generation"),
-    *("wideep_mla_context", "wideep_mla_generation", "custom_allreduce"),
+    *("wideep_mla_context", "wideep_mla_generation", "custom_allreduce", "moe_a2a"),
 )
 """Kinds whose rows are looked up by key before the operator is asked."""
+TABLE_KINDS = {"moe_a2a": "moe_a2a_1node"}
+"""Kind → kind of the stem, where they differ."""
 MAX_SLOTS = 4096
+MAX_RANKS = 512
 Columns = Mapping[str, np.ndarray]
 
 
@@ -88,23 +91,24 @@ class Predictor:
         for shape in np.unique(shapes):
             at = np.flatnonzero(shapes == shape)
             try:
-                timed = ask({name: values[at] for name, values in rows.items()})
+                with np.errstate(all="ignore"):  # what overflows comes back as no time
+                    timed = ask({name: values[at] for name, values in rows.items()})
             except (MoesimError, ValueError, OverflowError, MemoryError) as cause:
                 reason[place[at]] = " ".join(str(cause).split())[:160]
                 continue
             if isinstance(timed, str):
                 reason[place[at]] = timed
             else:
-                seconds[place[at]] = np.where(timed.seconds > 0, timed.seconds, np.nan)
+                seconds[place[at]] = np.where((timed.seconds > 0) & np.isfinite(timed.seconds), timed.seconds, np.nan)
                 codes[place[at]] = np.broadcast_to(timed.provenance, timed.seconds.shape)
 
     def _reference(self, kind: str, rows: Columns) -> Rows | None:
-        grid = GRIDS[kind]
+        grid, stem_kind = GRIDS[kind], TABLE_KINDS.get(kind, kind)
         axes = [axis for axis, _ in grid.axes]
-        columns = [name for name in (*grid.groups, *axes) if name in rows and name != "kernel_source" and self.tables.has(kind, name)]
+        columns = [name for name in (*grid.groups, *axes) if name in rows and name != "kernel_source" and self.tables.has(stem_kind, name)]
         if not set(axes) <= set(columns):
             return None
-        found = self.tables.rows(kind, *columns, "latency_s")
+        found = self.tables.rows(stem_kind, *columns, "latency_s")
         if found is not None and "prefix" in rows and "prefix" not in found:
             found["prefix"] = np.zeros(len(found["latency_s"]))
         return found
@@ -119,8 +123,8 @@ class Predictor:
         dtype = EXPERT_DTYPES.get(str(rows["moe_dtype"][0]))
         if dtype is None:
             return f"expert dtype {rows['moe_dtype'][0]} is not known"
-        if not 1 <= slots <= MAX_SLOTS:
-            return f"slots must be in 1..{MAX_SLOTS}"
+        if not 1 <= slots <= MAX_SLOTS or rows["inter_size"][0] < 1:
+            return f"experts of a device must be in 1..{MAX_SLOTS}, and no narrower than 1"
         model = _model(hidden=int(rows["hidden_size"][0]), ffn=int(rows["inter_size"][0]), experts=slots, top_k=8, expert_dtype=dtype)
         law = ExpertCost(model, self.tables, self._roofline, self._policy).law(1)
         active = np.clip(np.rint(rows["active"]), 1, slots)[:, None]
@@ -228,9 +232,11 @@ class Predictor:
             return f"other than {COMMUNICATION_SMS} SMs for communication"
         return self._exchange("normal", rows)
 
-    def _exchange(self, algorithm: str, rows: Columns) -> Timing:
+    def _exchange(self, algorithm: str, rows: Columns) -> Timing | str:
         nodes, hidden, top_k, experts = (int(rows[name][0]) for name in ("node_num", "hidden_size", "num_topk", "num_experts"))
         devices = self._cluster.devices_per_node if nodes > 1 else min(8, self._cluster.devices_per_node)
+        if nodes * devices > MAX_RANKS:
+            return f"more than {MAX_RANKS} ranks"
         model = _model(hidden=hidden, experts=experts, top_k=top_k, expert_dtype="fp8")
         cost = ExchangeCost(model, devices, self.tables, self._links, self._policy)
         limit = 4 if algorithm == "normal" else None

@@ -65,7 +65,7 @@ POSITIVE = frozenset(
         "rank0_num_tokens",
     )
 )
-"""Columns that must hold numbers above zero."""
+"""Columns that must hold numbers from 1 on."""
 Columns = dict[str, np.ndarray]
 Facts = Mapping[str, float]
 
@@ -140,11 +140,11 @@ def _finish(table: Measured, ragged: int) -> None:
     for name, values in table.rows.items():
         if values.dtype.kind == "f":
             bad |= ~np.isfinite(values) | (values < 0) | (values > MAX_SIZE)
-            zero |= (values == 0) & (name in POSITIVE)
+            zero |= (values < 1) & (name in POSITIVE)
         elif name in POSITIVE:
             bad |= True
     table.leave_out(bad, "a size is missing, negative, too large or not a number")
-    table.leave_out(zero[~bad], "a size is zero")
+    table.leave_out(zero[~bad], "a size is below 1")
 
 
 # --- reading ------------------------------------------------------------------------------------------------------

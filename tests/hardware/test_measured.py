@@ -134,7 +134,7 @@ def test_rows_that_cannot_be_read_are_counted_and_stop_no_other(tmp_path: Path) 
         "time is missing or not a number": 2,
         "time is not positive and finite": 1,
         "a size is missing, negative, too large or not a number": 3,
-        "a size is zero": 1,
+        "a size is below 1": 1,
     }
 
 
