@@ -22,8 +22,8 @@ import numpy as np
 
 from moesim.errors import InputError, describe
 from moesim.solvers import metrics
-from moesim.solvers.activation import Decode, activated_L, serve_once_LS
-from moesim.solvers.objective import Objective
+from moesim.solvers.activation import activated_L, serve_once_LS
+from moesim.solvers.objective import Decode, Objective
 from moesim.solvers.problem import PlacementProblem
 from moesim.solvers.recount import recount
 from moesim.solvers.registry import solve

@@ -13,11 +13,10 @@ from moesim.costs.model import CostModel
 from moesim.errors import InputError, TraceError, describe
 from moesim.hardware.cluster import Cluster
 from moesim.model.moe_model import MoEModel
-from moesim.solvers.activation import Decode
 from moesim.solvers.affinity.plan import AffinityEvidence, gather_evidence
 from moesim.solvers.affinity.result import APPLIES_TO, FANOUT, AffinityResult
 from moesim.solvers.affinity.routes import TokenRoutes, read_routes, split_routes
-from moesim.solvers.objective import ExpertSeconds, Objective, parse_weights
+from moesim.solvers.objective import Decode, ExpertSeconds, Objective, parse_weights
 from moesim.solvers.result import PlacementResult
 from moesim.traces.routing_trace import DECODE, DUMMY, RoutingTrace
 from moesim.traces.transform import subset

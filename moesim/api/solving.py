@@ -57,6 +57,7 @@ def solve(
     time_limit_s: float | None = None,
     map_layers: str | None = None,
     dispatch: str = "equal",
+    target_balance: float | None = None,
     seed: int = 0,
     predict: bool = True,
 ) -> Solution:
@@ -66,9 +67,10 @@ def solve(
     `moesim.solvers.objective` knows: balance, activated, latency, traffic, hops, or a sum like `balance+activated:0.5`. batch: decode tokens
     per step over all ranks, for activated and latency; None takes the trace's. redundant: extra slots per layer; slots: instead, slots of
     every rank; speeds: relative speed of every rank; weight_memory_bytes: of a device, that weights may take. dispatch: how replicas share an
-    expert's tokens: `equal`, `lp` (optimal for these loads) or `fast`. previous with move_budget_bytes or move_budget_s (of migration on idle
-    links): repair this plan within the budget; frontier: also report what every smaller budget buys. time_limit_s caps the search; one cut
-    short says TIME_LIMIT. Raises InfeasibleError if no placement satisfies the requirements.
+    expert's tokens: `equal`, `lp` (optimal for these loads), `fast`, or `once` (one copy serves a decode batch). target_balance: find the fewest
+    slots per rank that reach it. previous with move_budget_bytes or move_budget_s (of migration on idle links): repair this plan within the budget;
+    frontier: also report what every smaller budget buys. time_limit_s caps the search; one cut short says TIME_LIMIT.
+    Raises InfeasibleError if no placement satisfies the requirements.
     """
     from moesim.api.migrating import break_even_steps, frontier_rows, migration_cost, moved_bytes, placed
     from moesim.api.objectives import asked_for
@@ -79,6 +81,7 @@ def solve(
     from moesim.solvers.registry import solve as run_solver
     from moesim.solvers.result import ObjectiveResult
     from moesim.solvers.robust import RobustResult
+    from moesim.solvers.validate import validate
 
     began = time.perf_counter()
     moe_model, cluster = model_of(model), cluster_of(hardware)
@@ -96,7 +99,7 @@ def solve(
     slots_R = slots_per_rank(moe_model, cluster, redundant, slots, old)
     check_memory(moe_model, cluster, slots_R, weight_memory_bytes)
     if old is not None:
-        old.check_model(name=moe_model.name, num_experts=moe_model.num_experts, moe_layer_ids=moe_model.moe_layer_ids)
+        old.check_model(name=moe_model.name, num_experts=moe_model.num_experts, moe_layer_ids=moe_model.moe_layer_ids, experts_L=moe_model.experts_L)
     load_KLE = windows_of(asked.routings, named)
     expert_bytes = sizes.expert_bytes(moe_model)
     problem = PlacementProblem(
@@ -105,6 +108,7 @@ def solve(
         slots_per_rank_R=slots_R,
         ranks_per_node=cluster.devices_per_node,
         num_groups=moe_model.num_groups,
+        experts_L=moe_model.experts_L,
         previous=None if old is None else old.slot_to_expert_LS,
         move_budget_slots=None if move_budget_bytes is None else int(move_budget_bytes // expert_bytes),
         device_speed_R=None if speeds is None else np.asarray(speeds, dtype=np.float64),
@@ -116,18 +120,42 @@ def solve(
     if move_budget_s is not None and old is not None:
         running = old
         options["fits"] = lambda table: migration_cost(running, placed(running, table), cluster, expert_bytes).total_s <= move_budget_s
-    result = run_solver(problem, chosen, seed=seed, deadline=limit, options=options)
+    redundancy = None
+    if target_balance is None:
+        result = run_solver(problem, chosen, seed=seed, deadline=limit, options=options)
+    else:
+        from moesim.solvers.redundancy import redundancy_for
+
+        if named != "balance" or len(routings) > 1 or redundant or slots is not None or old is not None or solver is not None:
+            raise InputError(
+                "solve: --target-balance searches the slots for one trace; leave out --objective, --redundant, --slots-per-rank, --from and --solver"
+            )
+        redundancy = redundancy_for(problem, target_balance, seed=seed, deadline=limit)
+        slots_R = np.full(cluster.num_ranks, redundancy.slots_per_rank)
+        check_memory(moe_model, cluster, slots_R, weight_memory_bytes)
+        problem, result = replace(problem, slots_per_rank_R=slots_R), redundancy.result
+        validate(problem, result)
     evidence = asked.evidence(result, cluster, seed)
     plan = to_plan(
         result,
         model=moe_model.name,
         num_experts=moe_model.num_experts,
         moe_layer_ids=moe_model.moe_layer_ids,
+        experts_L=moe_model.experts_L,
         slots_per_rank_R=slots_R,
         parallel=Parallel(ep=cluster.num_ranks, dp=cluster.num_ranks),
         fingerprints={"model": moe_model.sha256, "hardware": cluster.sha256, "trace": ",".join(item.fingerprint for item in routings)},
     )
-    if dispatch != "equal":
+    cost = getattr(result, "cost", None)
+    if dispatch == "once":
+        from moesim.solvers.activation import activated_L, serve_once_LS
+        from moesim.solvers.dispatch import with_shares
+
+        if asked.objective.decode is None or asked.objective.alone != "activated":
+            raise InputError("solve: --dispatch once lets one copy serve a decode batch; it needs --objective activated")
+        share_LS = serve_once_LS(problem, result.slot_to_expert_LS, asked.objective.decode)
+        plan, cost = with_shares(plan, share_LS), float(activated_L(problem, result.slot_to_expert_LS, share_LS, asked.objective.decode).sum())
+    elif dispatch != "equal":
         from moesim.solvers.dispatch import solve_dispatch, with_shares
 
         shares = solve_dispatch(plan, (load_KLE / np.maximum(load_KLE.sum(axis=(1, 2), keepdims=True), 1e-300)).sum(axis=0), method=dispatch)
@@ -135,7 +163,6 @@ def solve(
     rank_load_KLR = np.stack([plan.rank_load_LR(load) for load in load_KLE])
     most = rank_load_KLR.max(axis=2)
     moved, written = (None, None) if old is None else moved_bytes(old, plan.slot_to_expert_LS, expert_bytes)
-    cost = getattr(result, "cost", None)
     report: dict[str, Any] = {
         "schema": "moesim.solve/1",
         "model": moe_model.name,
@@ -173,6 +200,9 @@ def solve(
         "predicted": None,
         "migration": None,
         "frontier": None,
+        "redundancy": None
+        if redundancy is None
+        else {key: getattr(redundancy, key) for key in ("target", "slots_per_rank", "redundant", "least_possible", "tried")},
         "break_even_steps": None,
     }
     others = {} if old is None else {"running": old}
@@ -234,7 +264,9 @@ class Outlook:
     def add_to(self, report: dict[str, Any], plan: Plan, others: Mapping[str, Plan]) -> None:
         """Add what is predicted of the plan, of linear placement and of others."""
         model = self._model
-        plain = linear(model=model.name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids, num_ranks=self._cluster.num_ranks)
+        plain = linear(
+            model=model.name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids, experts_L=model.experts_L, num_ranks=self._cluster.num_ranks
+        )
         runs = {name: self.report(one) for name, one in {"linear": plain, "plan": plan, **others}.items()}
         after = runs["plan"]
         report["traffic"] = {"distinct_remote_ranks": after["traffic"]["distinct_remote_ranks"], "inter_node_bytes": after["bytes"]["inter_node"]}

@@ -27,9 +27,17 @@ def solve(
     batch: Annotated[int | None, typer.Option("--batch", help="decode tokens per step over all ranks; else the mean of the trace's steps")] = None,
     redundant: Annotated[int, typer.Option("--redundant", help="extra slots per layer, over all ranks")] = 0,
     slots: Annotated[str | None, typer.Option("--slots-per-rank", help="instead: slots of every rank, like 9 or 9,9,8,8")] = None,
+    target_balance: Annotated[
+        float | None, typer.Option("--target-balance", help="instead: the fewest slots per rank that reach this balance, like 0.95")
+    ] = None,
     speeds: Annotated[str | None, typer.Option("--speeds", help="relative speed of every rank, like 1,1,0.5,1")] = None,
     weight_memory: Annotated[str | None, typer.Option("--weight-memory", help="memory of a device that weights may take, like 60GB")] = None,
-    dispatch: Annotated[str, typer.Option("--dispatch", help="how replicas share tokens: equal, lp (optimal for these loads) or fast")] = "equal",
+    dispatch: Annotated[
+        str,
+        typer.Option(
+            "--dispatch", help="how replicas share tokens: equal, lp (optimal for these loads), fast, or once (one copy serves; for --objective activated)"
+        ),
+    ] = "equal",
     previous: Annotated[Path | None, typer.Option("--from", help="plan that runs now; the new one is a repair of it")] = None,
     move_budget: Annotated[str | None, typer.Option("--move-budget", help="what may change: bytes of weights (20GB) or time of the migration (2s)")] = None,
     frontier: Annotated[bool, typer.Option("--frontier", help="with --from: also what every smaller budget buys")] = False,
@@ -66,6 +74,7 @@ def solve(
             time_limit_s=time_limit,
             map_layers=map_layers,
             dispatch=dispatch,
+            target_balance=target_balance,
             seed=seed,
         )
     except InfeasibleError as error:
@@ -120,6 +129,10 @@ def print_solution(report: dict[str, Any]) -> None:
         ("bound", f"{report['bound']:.4f} (gap {report['gap']:.2%}), {report['status']}"),
         ("planned balance", f"{report['balance']['planned']:.4f}, worst layer {report['balance']['per_layer_min']:.4f}"),
     ]
+    if report["redundancy"] is not None:
+        found = report["redundancy"]
+        rows.append((f"for balance {found['target']:g}", f"{found['slots_per_rank']} slots a rank ({found['redundant']} redundant)"))
+        rows.append(("fewer slots", f"none with less than {found['least_possible']} a rank can; tried {', '.join(_tried(one) for one in found['tried'])}"))
     if report["cost"] is not None:
         cost = report["cost"]
         least = "" if cost["bound"] is None else f", no placement below {cost['bound']:.6g}"
@@ -156,6 +169,11 @@ def print_solution(report: dict[str, Any]) -> None:
     table("", ["", "value"], rows)
     if report["frontier"] is not None:
         table("", ("slots", "bytes", "balance", "gain per GB", "migration", "step ms", "pays after"), [_frontier_row(row) for row in report["frontier"]])
+
+
+def _tried(one: tuple[int, float, float]) -> str:
+    slots, value, bound = one
+    return f"{slots}: {value:.4f} (at most {bound:.4f})"
 
 
 def _steps(count: int) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moesim.costs.provenance import Provenance
+from moesim.errors import InputError, describe
 from moesim.sim.evaluate import Times
 from moesim.sim.ops import Op, Program
 
@@ -274,19 +275,69 @@ class Ledger:
         total = self.class_s.sum()
         return {name: float(value / total) if total else 0.0 for name, value in zip(CLASSES, self.class_s, strict=True)}
 
-    # --- exports ---------------------------------------------------------------------------------
+    # --- tables ----------------------------------------------------------------------------------
 
     def to_pandas(self, table: str = "steps") -> Any:
-        """Return a pandas DataFrame: `steps`, `ranks`, `intervals`, `loads` or `counters` (see `moesim.report.frames`, which needs pandas)."""
-        import importlib  # by name: exports live on a floor above
+        """Return one of the tables of `columns` as a DataFrame. Raises InputError for another name, or if pandas is not installed."""
+        data = self.columns(table)
+        try:
+            import pandas
+        except ImportError:
+            raise InputError("to_pandas: needs pandas, which is not installed; install moesim[report]") from None
+        return pandas.DataFrame(data)
 
-        return importlib.import_module("moesim.report.frames").frame(self, table)
+    def columns(self, table: str) -> dict[str, np.ndarray]:
+        """Return the columns of a table; seconds and bytes.
 
-    def plot(self, kind: str = "breakdown") -> Any:
-        """Return a matplotlib Figure: `breakdown`, `load`, `links` or `timeline` (see `moesim.report.figures`, which needs matplotlib)."""
-        import importlib
+        `steps`: one row per pass with its seconds per label (the mean of its block where passes were merged). `ranks`: one row per rank with seconds per
+        lane, label and port, bytes per port, tokens. `intervals`: one row per Op and rank of the kept passes. `loads`: one row per MoE layer and rank.
+        `counters`: one row per counter, moment and rank. Conservation can be read off: bytes out and in have the same sum over `ranks`, no lane is taken
+        for longer than `elapsed_s`, labels add up to the step.
+        """
+        tables = {"steps": self._steps, "ranks": self._ranks, "intervals": self._interval_rows, "loads": self._loads, "counters": self._counters}
+        if table not in tables:
+            raise InputError(describe("to_pandas", "table", table, f"must be one of {', '.join(tables)}"))
+        return tables[table]()
 
-        return importlib.import_module("moesim.report.figures").figure(self, kind)
+    def _steps(self) -> dict[str, np.ndarray]:
+        block = np.arange(len(self.step)) // self.sums.block
+        result = {"step": np.array(self.step), "start_s": np.array(self.start_s), "duration_s": np.array(self.duration_s)}
+        return {**result, **{f"{label}_s": values[block] for label, values in self.breakdown_s().items()}}
+
+    def _ranks(self) -> dict[str, np.ndarray]:
+        result: dict[str, np.ndarray] = {"rank": np.arange(self.num_ranks), "elapsed_s": np.full(self.num_ranks, float(np.sum(self.duration_s)))}
+        for prefix, values in (("lane", self.lane_s), ("label", self.label_s), ("port", self.port_s)):
+            result.update({f"{prefix}.{name}_s": values[name] for name in sorted(values)})
+        result.update({f"{port}_bytes": value for port, value in sorted(self.port_bytes.items())})
+        result["load"] = self.load_LR.sum(axis=0)
+        return {name: values for name, values in result.items() if len(values) == self.num_ranks}
+
+    def _interval_rows(self) -> dict[str, np.ndarray]:
+        parts, ranks = list(self.intervals()), self.num_ranks
+        result: dict[str, np.ndarray] = {
+            name: np.repeat(np.array([getattr(part, name) for part in parts], dtype=kind), ranks)
+            for name, kind in (("step", np.int64), ("layer", np.int64), ("label", object), ("lane", object))
+        }
+        result["rank"] = np.tile(np.arange(ranks), len(parts))
+        for name in ("start", "end"):
+            result[f"{name}_s"] = np.concatenate([getattr(part, f"{name}_R") for part in parts]) if parts else np.zeros(0)
+        result["gate_s"] = np.concatenate([np.full(ranks, np.nan) if part.gate is None else part.gate for part in parts]) if parts else np.zeros(0)
+        return result
+
+    def _loads(self) -> dict[str, np.ndarray]:
+        layers, ranks = self.load_LR.shape
+        return {
+            "layer": np.repeat(np.array(self.moe_layer_ids, dtype=np.int64), ranks),
+            "rank": np.tile(np.arange(ranks), layers),
+            "load": self.load_LR.reshape(-1),
+        }
+
+    def _counters(self) -> dict[str, np.ndarray]:
+        rows = [
+            (name, at_s, rank, float(value)) for name, levels in sorted(self.levels.items()) for at_s, value_R in levels for rank, value in enumerate(value_R)
+        ]
+        kinds = {"counter": object, "at_s": np.float64, "rank": np.int64, "value": np.float64}
+        return {name: np.array([row[index] for row in rows], dtype=kind) for index, (name, kind) in enumerate(kinds.items())}
 
 
 def _add(table: dict[Any, np.ndarray], key: Any, values: np.ndarray) -> None:

@@ -1,46 +1,14 @@
-"""Activated experts of a decode batch: how likely a slot is to be active, and which copy should serve.
+"""Which copy of an expert serves a decode batch: one alone activates fewer slots than a split.
 
-A token picks expert e of a layer with probability p = top_k · load / Σ load (at most 1); a slot that serves the share s of its
-expert's tokens is active in a batch of n tokens with probability 1 - (1 - p·s)^n. One serving copy activates less than a split.
-Shapes: K windows, L layers, E experts, S slots.
+See `moesim.solvers.objective.Decode` for how likely a slot is to be active. Shapes: K windows, L layers, E experts, S slots.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from moesim.errors import InputError, describe
-
-if TYPE_CHECKING:
-    from moesim.solvers.problem import PlacementProblem
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decode:
-    """The batch whose activations count."""
-
-    tokens: int
-    """n, tokens of the batch over all ranks."""
-    top_k: int
-    """Experts that a token picks in a layer."""
-
-    def __post_init__(self) -> None:
-        for key, value in (("tokens", self.tokens), ("top_k", self.top_k)):
-            if value < 1:
-                raise InputError(describe("objective", key, value, "must be >= 1"))
-
-    def pick_KLE(self, load_KLE: np.ndarray) -> np.ndarray:
-        """Return float64 [K, L, E]: probability that a token picks an expert."""
-        total = load_KLE.sum(axis=2, keepdims=True)
-        return np.minimum(np.divide(self.top_k * load_KLE, total, out=np.zeros_like(load_KLE), where=total > 0), 1.0)
-
-    def active(self, pick: np.ndarray) -> np.ndarray:
-        """Return the probability that a batch activates a slot that a token picks with probability `pick`."""
-        with np.errstate(divide="ignore"):
-            return -np.expm1(self.tokens * np.log1p(-np.asarray(pick)))
+from moesim.solvers.objective import Decode
+from moesim.solvers.problem import PlacementProblem
 
 
 def serve_once_LS(problem: PlacementProblem, table_LS: np.ndarray, decode: Decode) -> np.ndarray:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from moesim.errors import InputError, describe
-from moesim.solvers.activation import Decode
 
 if TYPE_CHECKING:
     from moesim.solvers.affinity.routes import TokenRoutes
@@ -52,6 +51,35 @@ def parse_weights(text: str) -> tuple[tuple[str, float], ...]:
     if (free == 0 and abs(left) > 1e-9) or left < -1e-9:
         raise InputError(describe("solve", "objective", text, f"has weights that sum to {sum(known):g}, must be 1", "leave one term without a weight"))
     return tuple((name, max(left, 0.0) / free if weight is None else weight) for name, weight in zip(names, given, strict=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decode:
+    """A decode batch and what it activates.
+
+    A token picks expert e of a layer with probability p = top_k · load / Σ load (at most 1); a slot that serves the share s of its expert's tokens is
+    active in a batch of n tokens with probability 1 - (1 - p·s)^n.
+    """
+
+    tokens: int
+    """n, tokens of the batch over all ranks."""
+    top_k: int
+    """Experts that a token picks in a layer."""
+
+    def __post_init__(self) -> None:
+        for key, value in (("tokens", self.tokens), ("top_k", self.top_k)):
+            if value < 1:
+                raise InputError(describe("objective", key, value, "must be >= 1"))
+
+    def pick_KLE(self, load_KLE: np.ndarray) -> np.ndarray:
+        """Return float64 [K, L, E]: probability that a token picks an expert."""
+        total = load_KLE.sum(axis=2, keepdims=True)
+        return np.minimum(np.divide(self.top_k * load_KLE, total, out=np.zeros_like(load_KLE), where=total > 0), 1.0)
+
+    def active(self, pick: np.ndarray) -> np.ndarray:
+        """Return the probability that a batch activates a slot that a token picks with probability `pick`."""
+        with np.errstate(divide="ignore"):
+            return -np.expm1(self.tokens * np.log1p(-np.asarray(pick)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -12,8 +12,8 @@ from dataclasses import replace
 import numpy as np
 
 from moesim.solvers import metrics
-from moesim.solvers.activation import Decode
 from moesim.solvers.bounds import layer_bound_KL
+from moesim.solvers.objective import Decode
 from moesim.solvers.packing import from_slots_LRC
 from moesim.solvers.problem import PlacementProblem
 

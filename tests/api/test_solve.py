@@ -101,3 +101,24 @@ def test_what_cannot_be_is_refused() -> None:
         api.solve("flame-moe-290m", **FLAME, redundant=-1)
     with pytest.raises(InfeasibleError, match="26 slots per rank fit: use at least 10 devices"):
         api.solve("synthetic:balanced,tokens=64", model="deepseek-v3", hardware="h100-sxm-8")
+
+
+def test_the_fewest_slots_for_a_target_balance() -> None:
+    trace = "synthetic:zipf:1.2,tokens=2048"
+    found = api.solve(trace, **FLAME, target_balance=0.95, predict=False)
+    needed = found.report["redundancy"]
+    assert found.report["balance"]["planned"] >= 0.95 and found.plan.num_slots == 64 + needed["redundant"] == 8 * needed["slots_per_rank"]
+    assert all(value < 0.95 for slots, value, _ in needed["tried"] if slots < needed["slots_per_rank"])
+    fewer = api.solve(trace, **FLAME, slots=needed["slots_per_rank"] - 1, predict=False).report
+    assert fewer["balance"]["planned"] < 0.95
+    with pytest.raises(InputError, match="target-balance"):
+        api.solve(trace, **FLAME, target_balance=0.95, redundant=8)
+
+
+def test_one_copy_serves_a_decode_batch() -> None:
+    trace = "synthetic:zipf:1.0,tokens=64,steps=8,phase=decode"
+    equal, once = (api.solve(trace, **FLAME, redundant=8, objective="activated", solver="eplb", dispatch=name, predict=False) for name in ("equal", "once"))
+    assert once.report["cost"]["value"] < equal.report["cost"]["value"] and once.plan.map_sha256 == equal.plan.map_sha256
+    assert once.plan.share_LS is not None and set(np.unique(once.plan.share_LS)) == {0.0, 1.0}
+    with pytest.raises(InputError, match="once"):
+        api.solve(trace, **FLAME, redundant=8, dispatch="once")

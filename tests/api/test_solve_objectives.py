@@ -19,7 +19,7 @@ from moesim.hardware.load import load_cluster
 from moesim.model import load_model
 from moesim.model.sizes import expert_bytes
 from moesim.plan import Plan
-from moesim.solvers.activation import Decode
+from moesim.solvers.objective import Decode
 from moesim.traces.open import open_trace
 
 FLAME: dict[str, Any] = {"model": "flame-moe-290m", "hardware": "h100-sxm-8"}
@@ -123,7 +123,7 @@ def test_a_budget_of_time_is_kept_on_the_real_links(running: api.Solution, share
     limit = whole.report["migration"]["total_s"] * share
     part = api.solve(DRIFTED, **FLAME, previous=running.plan, move_budget_s=limit, predict=False)
     cluster, one = load_cluster(FLAME["hardware"]), expert_bytes(load_model(FLAME["model"]))
-    assert 0 < part.report["moved"]["slots"] and migration_cost(running.plan, part.plan, cluster, one).total_s <= limit
+    assert part.report["moved"]["slots"] > 0 and migration_cost(running.plan, part.plan, cluster, one).total_s <= limit
     assert running.plan.result["value"] < 1 and part.report["value"] < whole.report["value"]
 
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import InputError
-from moesim.solvers.activation import Decode, activated_L, serve_once_LS
+from moesim.solvers.activation import activated_L, serve_once_LS
 from moesim.solvers.affinity.routes import TokenRoutes
-from moesim.solvers.objective import ExpertSeconds, Objective
+from moesim.solvers.objective import Decode, ExpertSeconds, Objective
 from moesim.solvers.problem import PlacementProblem
 from moesim.solvers.recount import recount
 from moesim.solvers.registry import SOLVERS, default_solver, solve
