@@ -8,6 +8,7 @@ Shapes: R ranks, N nodes, C slots of a rank (padded).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import numpy as np
 
@@ -42,7 +43,7 @@ class CostModel:
         self.cluster = cluster
         self.model = model
         self._policy = Policy(strict=strict, place=cluster.name)
-        tables = Tables(cluster, backend)
+        tables = self._tables = Tables(cluster, backend)
         self._bytes = DTYPE_BYTES.get(model.dtype, 2.0)
         self._linear = _linear_dtype(model)
         self.roofline = Roofline(cluster, tables, self._policy)
@@ -118,6 +119,20 @@ class CostModel:
     def sampling(self, sequences: np.ndarray) -> Timing:
         """Return the time of sampling the next token of `sequences` [...] sequences from their logits."""
         return self.roofline.sampling(_float(sequences), self.model.vocab_size)
+
+    @cached_property
+    def weight_Bps(self) -> float:
+        """Highest bytes/s at which a measured product has read weights twice as large as the last-level cache; the memory's peak where no table tells.
+
+        Repeated products of a small matrix find it in the cache, those of a model's layers, one after another, do not.
+        """
+        peak, cache = self.roofline.memory_Bps, self.cluster.device.l2_bytes
+        rows = self._tables.rows("gemm", "m", "n", "k", "latency_s", where={"gemm_dtype": "bfloat16"}, transfer=False) if cache else None
+        if rows is None:
+            return peak
+        moved = 2.0 * rows["n"].astype(np.float64) * rows["k"]
+        large = (moved >= 2.0 * float(cache or 0.0)) & (rows["m"] <= 16)
+        return min(float((moved[large] / rows["latency_s"][large]).max()), peak) if large.any() else peak
 
     def embedding(self, tokens: np.ndarray) -> Timing:
         """Return the time of looking up `tokens` embeddings."""

@@ -3,7 +3,8 @@
 A layer is attention (all-reduced over tp), then a dense FFN (all-reduced) or gate → dispatch → experts, shared experts → combine. Tokens of a replica are
 dealt evenly to its tp ranks, which are the sources of the exchange; shards of an expert gather what their experts receive and reduce what they give.
 A group may instead gather all tokens on all ranks and reduce the results (one all-reduce if dp = 1); the faster way is taken. In a batch of both phases
-projections and FFNs see all tokens at once, scores are computed phase by phase, and the exchange is that of prefill.
+projections and FFNs see all tokens at once, scores are computed phase by phase, and the exchange is that of prefill. Dense products take no less than
+reading their weights from memory takes: tables of repeated products of one small matrix have it in the cache.
 Shapes: n micro-batches, L layers, R ranks. Seconds.
 """
 
@@ -18,6 +19,7 @@ import numpy as np
 from moesim.costs.group import Group, nodes_of
 from moesim.costs.group_loads import GroupLoads, Placement
 from moesim.hardware.cluster import Cluster
+from moesim.model import sizes
 from moesim.model.moe_model import DTYPE_BYTES, MoEModel
 
 PARTS = ("attention", "all_reduce", "dense_ffn", "gate", "exchange", "experts", "imbalance", "shared_experts", "ends", "floor")
@@ -31,7 +33,8 @@ DRAWS = 32
 class Costs(Protocol):
     """What a step asks of a cost model; `moesim.costs.CostModel` is one."""
 
-    def attention(self, *, phase: str, sequences: np.ndarray, new_tokens: np.ndarray, context: np.ndarray, tp: int = 1) -> Any: ...
+    @property
+    def weight_Bps(self) -> float: ...
     def attention_projections(self, tokens: np.ndarray, tp: int = 1) -> Any: ...
     def attention_core(self, *, phase: str, sequences: np.ndarray, new_tokens: np.ndarray, context: np.ndarray, tp: int = 1) -> Any: ...
     def gate(self, tokens: np.ndarray) -> Any: ...
@@ -39,6 +42,7 @@ class Costs(Protocol):
     def shared_experts(self, tokens: np.ndarray) -> Any: ...
     def dense_ffn(self, tokens: np.ndarray, tp: int = 1) -> Any: ...
     def head(self, tokens: np.ndarray, tp: int = 1) -> Any: ...
+    def sampling(self, sequences: np.ndarray) -> Any: ...
     def embedding(self, tokens: np.ndarray) -> Any: ...
     def all_reduce(self, nbytes: np.ndarray, ranks: int, *, nodes: int = 1) -> Any: ...
     def all_gather(self, nbytes: np.ndarray, ranks: int, *, nodes: int = 1) -> Any: ...
@@ -185,15 +189,21 @@ class StepModel:
 
     def attention(self, batch: Batch, tp: int) -> np.ndarray:
         """Return float64 [n]: one layer's attention block."""
-        phase = batch.phase
-        if phase != "mixed":
-            seqs, tokens, context = (getattr(batch, f"{phase}_{name}_n") for name in ("seqs", "tokens", "context"))
-            return np.asarray(self.costs.attention(phase=phase, sequences=seqs, new_tokens=tokens, context=context, tp=tp).seconds, dtype=np.float64)
-        total = np.asarray(self.costs.attention_projections(batch.tokens_n, tp).seconds)
+        total = self.projections(batch.tokens_n, tp)
         for phase in ("prefill", "decode"):
             seqs, tokens, context = (getattr(batch, f"{phase}_{name}_n") for name in ("seqs", "tokens", "context"))
-            total = total + np.asarray(self.costs.attention_core(phase=phase, sequences=seqs, new_tokens=tokens, context=context, tp=tp).seconds)
+            if tokens.any():
+                total = total + np.asarray(self.costs.attention_core(phase=phase, sequences=seqs, new_tokens=tokens, context=context, tp=tp).seconds)
         return total
+
+    def projections(self, tokens: np.ndarray, tp: int) -> np.ndarray:
+        """Return float64 [n]: what of one layer's attention block follows from its tokens alone (for MLA, whose tables hold the block, the norm)."""
+        found = np.asarray(self.costs.attention_projections(tokens, tp).seconds, dtype=np.float64)
+        return found if self.model.attention.kind == "mla" else self._read(found, tokens, sizes.attention_weight_bytes(self.model, tp))
+
+    def _read(self, seconds: np.ndarray, tokens: np.ndarray, nbytes: float) -> np.ndarray:
+        """Return times held above that of reading weights."""
+        return np.where(tokens > 0, np.maximum(seconds, nbytes / self.costs.weight_Bps), seconds)
 
     def by_tokens(self, group: Group, tokens: np.ndarray) -> TokenTimes:
         """Return what follows from the tokens [n] of a replica alone, whatever their phase."""
@@ -209,15 +219,22 @@ class StepModel:
         moe = bool(model.moe_layer_ids)
         return TokenTimes(
             reduce_n=seconds(costs.all_reduce(hidden, tp, nodes=nodes_of(tp, self.cluster))) if tp > 1 else zero,
-            dense_n=seconds(costs.dense_ffn(tokens, tp=tp)) if len(model.moe_layer_ids) < model.num_layers else zero,
+            dense_n=self._read(seconds(costs.dense_ffn(tokens, tp=tp)), tokens, sizes.dense_ffn_bytes(model, tp))
+            if len(model.moe_layer_ids) < model.num_layers
+            else zero,
             gate_n=seconds(costs.gate(per_rank)) if moe else zero,
             shared_n=seconds(costs.shared_experts(per_rank)) if moe and model.num_shared_experts else zero,
             embedding_n=seconds(costs.embedding(tokens)),
         )
 
     def head(self, positions: np.ndarray, tp: int) -> np.ndarray:
-        """Return float64 [n]: final norm and head for `positions` [n] tokens of a replica."""
-        return self._seconds(("head", tp, positions.tobytes()), lambda: self.costs.head(positions, tp=tp))
+        """Return float64 [n]: final norm, head and sampling for `positions` [n] tokens of a replica."""
+        return self._once(("head", tp, positions.tobytes()), lambda: self._head(positions, tp))
+
+    def _head(self, positions: np.ndarray, tp: int) -> np.ndarray:
+        weights = sizes.embedding_bytes(self.model, tp) / (1 if self.model.tie_embeddings else 2)
+        product = self._read(np.asarray(self.costs.head(positions, tp=tp).seconds, dtype=np.float64), positions, weights)
+        return product + np.asarray(self.costs.sampling(positions).seconds, dtype=np.float64)
 
     def hops(self, tp: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return float64 [n] twice: handing hidden states to the next stage, in the node and to another; all ranks send their part side by side."""

@@ -91,6 +91,11 @@ class ToyCosts:
     def attention(self, *, phase: str, sequences: np.ndarray, new_tokens: np.ndarray, context: np.ndarray, tp: int = 1) -> Timing:
         return self._timed("attention" + phase, sequences, new_tokens, context, tp)
 
+    weight_Bps = float("inf")
+
+    def sampling(self, sequences: np.ndarray) -> Timing:
+        return self._timed("sampling", sequences)
+
     def attention_projections(self, tokens: np.ndarray, tp: int = 1) -> Timing:
         return self._timed("projections", tokens, tp)
 

@@ -62,7 +62,7 @@ class StepCurves:
         self._width = -(-max(max_tokens, 1) // MAX_EXACT)
         tokens = np.arange(0, max_tokens // self._width + 2, dtype=np.float64) * self._width
         by = steps.by_tokens(group, tokens)
-        projections = np.asarray(steps.costs.attention_projections(tokens, group.tp).seconds)
+        projections = steps.projections(tokens, group.tp)
         body = layers * (projections + by.reduce_n) + (layers - moe) * (by.dense_n + (by.reduce_n if moe < layers else 0.0)) + moe * (by.gate_n + by.shared_n)
         self._body: list[float] = body.tolist()
         self._embed: list[float] = by.embedding_n.tolist()
