@@ -21,13 +21,12 @@ from moesim.hardware.load import load_cluster
 from moesim.model.hf_config import load_model
 from moesim.plan import Plan, linear
 from moesim.sim.balancer import Balancer
-from moesim.sim.batch import pass_shape
+from moesim.sim.batch import Part, Pass, pass_shape
 from moesim.sim.build import ProgramBuilder
 from moesim.sim.change import run_with_change
 from moesim.sim.change_report import ChangeRun, sweep_periods, verdict
 from moesim.sim.membership import Event, Membership
 from moesim.sim.migration import MigrationSettings
-from moesim.sim.replay import Part, Pass
 from moesim.sim.settings import Settings
 from moesim.traces.open import open_trace
 from moesim.traces.steps import iter_steps

@@ -9,10 +9,10 @@ import numpy as np
 
 from moesim.hardware.cluster import Cluster
 from moesim.plan import Plan
+from moesim.sim.batch import Pass
 from moesim.sim.build import ProgramBuilder
 from moesim.sim.change_replay import run_change
 from moesim.sim.change_report import ChangeRun
-from moesim.sim.replay import Pass
 
 
 def change_run(
@@ -35,6 +35,7 @@ def planner_for(cluster: Cluster) -> Callable[[np.ndarray, Plan, int | None], Pl
             num_ranks=plan.num_ranks,
             slots_per_rank_R=np.bincount(plan.slot_rank_S, minlength=plan.num_ranks),
             ranks_per_node=cluster.devices_per_node,
+            experts_L=plan.experts_L,
             previous=plan.slot_to_expert_LS,
             move_budget_slots=budget_slots,
         )

@@ -17,11 +17,12 @@ from moesim.errors import InputError, TraceError, describe
 from moesim.hardware.cluster import Cluster
 from moesim.model.moe_model import MoEModel
 from moesim.plan import Plan, linear
+from moesim.sim.batch import Pass
 from moesim.sim.build import ProgramBuilder
 from moesim.sim.loads import LoadCompiler
 from moesim.sim.ops import Program
 from moesim.sim.recorded import RecordedTimes
-from moesim.sim.replay import Pass, build_batch
+from moesim.sim.replay import build_batch
 from moesim.sim.settings import Settings
 from moesim.traces.routing_trace import RoutingTrace
 
@@ -93,7 +94,7 @@ def recorded_times(routing: RoutingTrace, model: MoEModel, cluster: Cluster, set
     plan_of = _plans(routing, model, ranks)
     assumed = not plan_of
     if assumed:
-        plan_of = {0: linear(model=model.name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids, num_ranks=ranks)}
+        plan_of = {0: linear(model=model.name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids, experts_L=model.experts_L, num_ranks=ranks)}
     else:
         times.epoch_S = _epochs(routing, times.step_S)
         missing = sorted(set(times.epoch_S.tolist()) - set(plan_of))
@@ -119,7 +120,7 @@ def _plans(routing: RoutingTrace, model: MoEModel, ranks: int) -> dict[int, Plan
         raise TraceError(describe(place, "keys", str(node)[:80], f"must be 1..{MAX_PLANS} epochs, each with a plan", "record the trace again"))
     result = {int(key): Plan.from_content(content, f"{place}[{key}]") for key, content in node.items()}
     for plan in result.values():
-        plan.check_model(name=model.name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids)
+        plan.check_model(name=model.name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids, experts_L=model.experts_L)
         if plan.num_ranks != ranks:
             raise TraceError(describe(plan.source, "num_ranks", plan.num_ranks, f"must equal the {ranks} recorded ranks", "record the trace again"))
     return result

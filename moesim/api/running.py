@@ -17,10 +17,10 @@ from moesim.model.moe_model import MoEModel
 from moesim.plan import Plan
 from moesim.report.summary import replay_report
 from moesim.sim import memory
-from moesim.sim.batch import micro_batch_T, pass_shape
+from moesim.sim.batch import Part, Pass, micro_batch_T, pass_shape
 from moesim.sim.build import ProgramBuilder
 from moesim.sim.ledger import KV_ENTRIES, Ledger
-from moesim.sim.replay import Part, Pass, ReplayRun, compiler_of, run_passes
+from moesim.sim.replay import ReplayRun, compiler_of, run_passes
 from moesim.sim.routers import Router
 from moesim.sim.settings import Settings
 from moesim.traces.routing_trace import RoutingTrace
@@ -52,7 +52,7 @@ class Replay:
 
 def builder_of(cluster: Cluster, model: MoEModel, plan: Plan, costs: CostModel, settings: Settings) -> ProgramBuilder:
     """Check that plan, model and cluster fit each other, weights included, and return what builds their Programs."""
-    plan.check_model(name=model.name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids)
+    plan.check_model(name=model.name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids, experts_L=model.experts_L)
     settings = replace(settings, offload=settings.offload.with_policies(plan.policies), change=settings.change.with_policies(plan.policies))
     builder = ProgramBuilder(cluster=cluster, model=model, plan=plan, costs=costs, settings=settings)
     training = settings.pipeline if settings.pipeline.train else None
@@ -146,9 +146,7 @@ def run_of(passes: Iterable[Pass], builder: ProgramBuilder, seed: int, progress:
         return change_run(passes, builder, lambda plan: rebuilt(builder, plan), progress).as_replay()
     run = run_passes(passes, builder=builder, compiler=compiler_of(builder), progress=progress)
     training, entries = settings.pipeline if settings.pipeline.train else None, run.kv_entries_peak * builder.tp
-    held = memory.account(
-        cluster, model, plan, attention_tp=builder.tp, kv_entries=entries, tokens=run.tokens_peak, stages=builder.stages, training=training
-    )
+    held = memory.account(cluster, model, plan, attention_tp=builder.tp, kv_entries=entries, tokens=run.tokens_peak, stages=builder.stages, training=training)
     run.memory = held.by_use()
     weights_R, entry_R = (part(model, plan, attention_tp=builder.tp, stages=builder.stages) for part in (memory.weight_bytes_R, memory.kv_bytes_R))
     for at_s, entries_R in run.ledger.levels.get(KV_ENTRIES, []):

@@ -67,6 +67,34 @@ class PassShape:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The tokens of one micro-batch of a pass; sorted by source rank."""
+
+    shape: PassShape
+    experts_TLK: np.ndarray
+    rank_T: np.ndarray
+    valid_TLK: np.ndarray | None
+    weights_TLK: np.ndarray | None = None
+    """Router weights, where they were recorded; decisions about missing experts look at them."""
+    predicted_TLK: np.ndarray | None = None
+    """Predicted experts, where they were recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward pass as a trace gives it; the passes of a run have equally many micro-batches."""
+
+    step: int
+    shape: PassShape
+    parts: tuple[Part, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens over all ranks."""
+        return sum(len(part.rank_T) for part in self.parts)
+
+
 def pass_shape(*, rank_T: np.ndarray, phase_T: np.ndarray, request_T: np.ndarray, position_T: np.ndarray, num_ranks: int) -> PassShape:
     """Return the shape (P = 1) of a pass from its tokens; a sequence is a (rank, request) pair."""
     result: dict[str, np.ndarray] = {}

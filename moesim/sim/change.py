@@ -18,6 +18,7 @@ from moesim.model import sizes
 from moesim.plan import Plan
 from moesim.sim import memory
 from moesim.sim.balancer import Balancer, Decision, LoadView, LoadWindow, check_budget, check_next, plan_balance
+from moesim.sim.batch import Pass
 from moesim.sim.build import ProgramBuilder
 from moesim.sim.change_report import Change, ChangeRun, Epoch
 from moesim.sim.engine import Engine
@@ -26,7 +27,7 @@ from moesim.sim.loads import LoadCompiler
 from moesim.sim.membership import FAIL, JOIN, Event, Membership, alive_of, lost_LE, refill, reshard
 from moesim.sim.migration import CHECKPOINT, MigrationSettings, Moves, Transfer, install_s, mixed, moves_between, way_of
 from moesim.sim.network import Network
-from moesim.sim.replay import Pass, ReplayRun, build_batch, one_pass, since
+from moesim.sim.replay import ReplayRun, build_batch, one_pass, since
 
 Steps = Generator[Any, Any, None]
 REBALANCE = "rebalance"
@@ -314,8 +315,13 @@ class _Run:
             self.out.rebalances += 1
         self.out.changes.append(
             Change(
-                reason=change.reason, decided_s=change.decided_s, installed_s=self.engine.now, decided_pass=change.decided_pass,
-                installed_pass=self.out.replay.steps, moved_bytes=change.moved_bytes, pause_s=change.pause_s,
+                reason=change.reason,
+                decided_s=change.decided_s,
+                installed_s=self.engine.now,
+                decided_pass=change.decided_pass,
+                installed_pass=self.out.replay.steps,
+                moved_bytes=change.moved_bytes,
+                pause_s=change.pause_s,
             )  # fmt: skip
         )
         self.log("installed", reason=change.reason, moved_bytes=change.moved_bytes, pause_s=change.pause_s)

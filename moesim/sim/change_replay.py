@@ -9,13 +9,13 @@ import numpy as np
 from moesim.errors import InputError, describe
 from moesim.plan import Plan
 from moesim.sim.balancer import Balancer, Planner
+from moesim.sim.batch import Pass
 from moesim.sim.build import ProgramBuilder
 from moesim.sim.change import run_with_change
 from moesim.sim.change_report import ChangeRun
 from moesim.sim.change_settings import ChangeSettings
 from moesim.sim.membership import Event, Membership, alive_of, ladder, refill
 from moesim.sim.migration import MigrationSettings
-from moesim.sim.replay import Pass
 
 
 def run_change(

@@ -13,8 +13,7 @@ import numpy as np
 
 from moesim.errors import InputError, SimulationError, describe
 from moesim.plan import Plan
-from moesim.sim.batch import PassShape
-from moesim.sim.replay import Part, Pass
+from moesim.sim.batch import Part, Pass, PassShape
 
 FAIL, LEAVE, JOIN = "fail", "leave", "join"
 
@@ -85,7 +84,7 @@ def alive_of(plan: Plan) -> np.ndarray:
 def lost_LE(plan: Plan, alive_R: np.ndarray) -> np.ndarray:
     """Return bool [L, E]: experts that no live rank holds."""
     table = np.where(alive_R[plan.slot_rank_S], plan.slot_to_expert_LS, -1)
-    return np.asarray(plan.replicas_LE_of(table, plan.num_experts) == 0)
+    return np.asarray((plan.replicas_LE_of(table, plan.num_experts) == 0) & plan.present_LE)
 
 
 def refill(plan: Plan, alive_R: np.ndarray, load_LE: np.ndarray) -> Plan:
@@ -100,9 +99,9 @@ def refill(plan: Plan, alive_R: np.ndarray, load_LE: np.ndarray) -> Plan:
         raise SimulationError("membership: no rank is left; at least one must serve")
     new = [rank for rank in ranks if not alive_of(plan)[rank]]
     tables: list[dict[int, list[int]]] = []
-    for row, load_E in zip(plan.slot_to_expert_LS, load_LE, strict=True):
+    for row, load_E, present_E in zip(plan.slot_to_expert_LS, load_LE, plan.present_LE, strict=True):
         slots = {rank: row[plan.slot_rank_S == rank].tolist() for rank in ranks}
-        _place_lost(slots, load_E)
+        _place_lost(slots, load_E[present_E])
         if new:
             _level(slots, new)
         tables.append(slots)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.plan import Plan
+from moesim.sim.batch import Part
 from moesim.sim.loads import StepLoads
-from moesim.sim.replay import Part
 
 _NEVER = np.iinfo(np.int64).max
 

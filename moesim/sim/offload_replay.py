@@ -17,7 +17,7 @@ import numpy as np
 
 from moesim.costs.provenance import Provenance
 from moesim.errors import InputError, describe
-from moesim.sim.batch import stack
+from moesim.sim.batch import Pass, stack
 from moesim.sim.build import ProgramBuilder, Traffic
 from moesim.sim.cache import Counts
 from moesim.sim.engine import Engine
@@ -29,7 +29,7 @@ from moesim.sim.offload_demand import Demand, Demands, demands_of, held_RLE
 from moesim.sim.offload_tiers import Tiers, computing_s, tiers_of
 from moesim.sim.ops import Job, Op, Program
 from moesim.sim.predictors import PredictorView, predict
-from moesim.sim.replay import Pass, ReplayRun, build_batch, chunks, one_pass, since
+from moesim.sim.replay import ReplayRun, build_batch, chunks, one_pass, since
 from moesim.sim.stores import Store
 
 LOAD, EXPERTS = "expert_load", "experts"

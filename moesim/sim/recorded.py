@@ -22,7 +22,7 @@ from moesim.sim.ops import Job, Op, Program
 from moesim.traces.manifest import STAGES
 
 if TYPE_CHECKING:
-    from moesim.sim.replay import Pass
+    from moesim.sim.batch import Pass
 
 OPS = {
     "attention": "attention",

@@ -14,7 +14,7 @@ import numpy as np
 
 from moesim.balance import Balance
 from moesim.plan import Plan
-from moesim.sim.batch import PassShape, stack
+from moesim.sim.batch import Part, Pass, stack
 from moesim.sim.build import ProgramBuilder, Traffic
 from moesim.sim.engine import Engine
 from moesim.sim.evaluate import Times
@@ -25,34 +25,6 @@ from moesim.sim.ops import Op, Program
 MAX_PASSES = 64
 MAX_TOKENS = 1 << 18
 MAX_PAIR_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The tokens of one micro-batch of a pass; sorted by source rank."""
-
-    shape: PassShape
-    experts_TLK: np.ndarray
-    rank_T: np.ndarray
-    valid_TLK: np.ndarray | None
-    weights_TLK: np.ndarray | None = None
-    """Router weights, where they were recorded; decisions about missing experts look at them."""
-    predicted_TLK: np.ndarray | None = None
-    """Predicted experts, where they were recorded."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """One forward pass as a trace gives it; the passes of a run have equally many micro-batches."""
-
-    step: int
-    shape: PassShape
-    parts: tuple[Part, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens over all ranks."""
-        return sum(len(part.rank_T) for part in self.parts)
 
 
 @dataclass(slots=True)

@@ -15,11 +15,10 @@ from moesim.model.hf_config import load_model
 from moesim.model.moe_model import MoEModel
 from moesim.plan import Plan, linear
 from moesim.sim import memory
-from moesim.sim.batch import pass_shape
+from moesim.sim.batch import Part, Pass, pass_shape
 from moesim.sim.build import ProgramBuilder
 from moesim.sim.change import run_with_change
 from moesim.sim.change_report import ChangeRun
-from moesim.sim.replay import Part, Pass
 from moesim.sim.settings import Settings
 from moesim.traces.open import open_trace
 from moesim.traces.routing_trace import TraceShape

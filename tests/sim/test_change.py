@@ -15,13 +15,12 @@ from moesim.hardware.cluster import Tier
 from moesim.model import sizes
 from moesim.plan import Plan
 from moesim.sim.balancer import Balancer, Decision
-from moesim.sim.batch import PassShape
+from moesim.sim.batch import Pass, PassShape
 from moesim.sim.change import _Run
 from moesim.sim.change_report import ChangeRun
 from moesim.sim.membership import Event, Membership, alive_of, ladder, lost_LE, refill, reshard
 from moesim.sim.migration import CHECKPOINT, MigrationSettings, held_LER
 from moesim.sim.policies import Policy
-from moesim.sim.replay import Pass
 from moesim.sim.settings import Settings
 from tests.sim import changes
 from tests.sim.changes import cluster_of, greedy, model_of, passes_of, replicated, simulate, start_plan

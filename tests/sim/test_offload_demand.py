@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from moesim.plan import Plan, linear
-from moesim.sim.batch import pass_shape
+from moesim.sim.batch import Part, pass_shape
 from moesim.sim.loads import LoadCompiler
 from moesim.sim.offload_demand import Demands, demands_of, held_RLE
-from moesim.sim.replay import Part, compile_batch
+from moesim.sim.replay import compile_batch
 
 
 def plan_of(ranks: int = 2) -> Plan:
