@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.errors import InputError, describe
+from moesim.solvers.greedy import solve_greedy
 from moesim.solvers.problem import PlacementProblem
-from moesim.solvers.registry import solve
 
 PLACE = "affinity problem"
 
@@ -99,7 +99,7 @@ def check_ranks(experts: int, ranks: int, ranks_per_node: int) -> None:
 def balanced_group_LE(load_LE: np.ndarray, ranks: int) -> np.ndarray:
     """Return int64 [L, E]: rank of every expert in the best balanced plan found."""
     layers, experts = load_LE.shape
-    table = solve(PlacementProblem(load_KLE=load_LE, num_ranks=ranks, slots_per_rank_R=np.array(experts // ranks)), "greedy").slot_to_expert_LS
+    table = solve_greedy(PlacementProblem(load_KLE=load_LE, num_ranks=ranks, slots_per_rank_R=np.array(experts // ranks))).slot_to_expert_LS
     group = np.empty((layers, experts), dtype=np.int64)
     np.put_along_axis(group, table.astype(np.int64), np.broadcast_to(np.arange(experts) // (experts // ranks), table.shape), axis=1)
     return group
