@@ -40,6 +40,13 @@ class _Core:
     over_prefix: Grid | None = None
     """One sequence's new tokens over a cached prefix, where the table has them."""
 
+    def rescaled(self, seconds: np.ndarray, scale: float) -> np.ndarray:
+        """Return times for another shape: all but what the smallest call takes grows by `scale`."""
+        if scale == 1.0:
+            return seconds
+        least = float(self.grid.seconds.min())
+        return least + (seconds - least) * scale
+
 
 class AttentionCost:
     """Times of the attention block of one model on one device."""
@@ -152,7 +159,7 @@ class AttentionCost:
     ) -> Timing:
         if phase == "decode":
             timed = found.grid(tokens, kv_length)
-            return timed.scaled(scale, worst)
+            return Timing(seconds=found.rescaled(timed.seconds, scale), provenance=np.maximum(timed.provenance, np.uint8(worst)))
         new = tokens / batch
         timed = found.grid(batch, new)
         prefix = kv_length - new
@@ -164,10 +171,10 @@ class AttentionCost:
             alone, over = found.over_prefix(new, np.zeros(new.shape)), found.over_prefix(new, prefix)
             more = np.where(cached, np.maximum(over.seconds - alone.seconds, 0.0) * batch, 0.0)
             codes = np.where(cached & (batch > 1), np.uint8(Provenance.CALIBRATED), np.maximum(timed.provenance, over.provenance))
-            seconds = np.where(cached & (batch == 1), over.seconds, timed.seconds + more) * scale
+            seconds = found.rescaled(np.where(cached & (batch == 1), over.seconds, timed.seconds + more), scale)
             return Timing(seconds=seconds, provenance=np.maximum(codes, np.uint8(worst)))
         pairs = np.where(cached, batch * new * prefix, 0.0)
-        seconds = (timed.seconds + pairs * found.pair_s) * scale
+        seconds = found.rescaled(timed.seconds + pairs * found.pair_s, scale)
         # Few new tokens over a long prefix: reading the cache is what takes the time.
         seconds = np.where(cached, np.maximum(seconds, self._roofline.launch_s + read / self._roofline.reached_Bps), seconds)
         codes = np.where(cached, np.uint8(Provenance.CALIBRATED), timed.provenance)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from moesim.costs import CostModel, Provenance
+from moesim.costs.tables import Rows, Tables
 from moesim.errors import CostError
 from moesim.hardware import Cluster, load_cluster
 from moesim.hardware.tables import read_table
@@ -75,6 +77,30 @@ def test_attention_grows_with_tokens_and_context_and_shrinks_with_tp(h100: Clust
     short, long = (costs.attention(phase=phase, sequences=batch, new_tokens=tokens, context=np.full(4, length)) for length in (1024, 16384))
     assert short.seconds[0] == 0 and (np.diff(short.seconds) > 0).all() and (long.seconds[1:] > short.seconds[1:]).all()
     assert (costs.attention(phase=phase, sequences=batch, new_tokens=tokens, context=np.full(4, 16384), tp=2).seconds[1:] < long.seconds[1:]).all()
+
+
+@pytest.mark.parametrize(("phase", "limit"), [("decode", 0.1), ("prefill", 0.1)])
+def test_a_shape_that_is_left_out_is_predicted_from_its_neighbour(h100: Cluster, monkeypatch: pytest.MonkeyPatch, phase: str, limit: float) -> None:
+    kind, length = ("attn_generation", "step") if phase == "decode" else ("attn_context", "isl")
+    held = {"num_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "window_size": 0}
+    where: dict[str, str | int | float] = {**held, "kv_cache_dtype": "bfloat16", "attn_dtype": "bfloat16"}
+    rows = read_table(h100, f"{kind}_sglang0.5.14", where=where)
+    batch, tokens = rows["batch_size"].astype(float), rows["batch_size"] * (1.0 if phase == "decode" else rows[length])
+    shape = {"heads": 32, "kv_heads": 8, "head_dim": 128}
+    read = Tables.rows
+
+    def without(self: Tables, *names: str, **options: Any) -> Rows | None:
+        found = read(self, *names, **options)
+        if found is None or "num_key_value_heads" not in found:
+            return found
+        keep = ~np.logical_and.reduce([found[name] == value for name, value in held.items()])
+        return Rows({name: values[keep] for name, values in found.items()})
+
+    monkeypatch.setattr(Tables, "rows", without)
+    costs = CostModel(h100, load_model("qwen3-235b-a22b"))
+    timed = costs._attention.core(phase, batch, tokens, rows[length] + (phase == "decode"), **shape)
+    assert (timed.provenance == Provenance.CALIBRATED).all()
+    assert np.median(np.abs(timed.seconds / rows["latency_s"] - 1)) < limit
 
 
 def test_a_cached_prefix_costs_less_than_computing_it(qwen_costs: CostModel, v3_costs: CostModel) -> None:
