@@ -47,7 +47,7 @@ _USED = {
     "enable_prefix_caching": "serving.prefix_cache",
 }
 """Argument of the engine → setting."""
-_OTHERS = ("model", "data_parallel_size", "enable_expert_parallel", "kv_cache_dtype")
+_OTHERS = ("all2all_backend", "model", "data_parallel_size", "enable_expert_parallel", "kv_cache_dtype")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +198,9 @@ def _deployment(
     items = {setting: str(run.engine[key]) for key, setting in _USED.items() if run.engine.get(key) is not None}
     if run.blocks is not None:
         items.setdefault("serving.num_gpu_blocks", str(run.blocks))
+    # vLLM gathers all tokens on all ranks unless it is given a library of all-to-all kernels.
+    backend = str(run.engine.get("all2all_backend") or "allgather_reducescatter")
+    items["serving.all2all"] = "gather" if backend in ("allgather_reducescatter", "naive") else "exchange"
     settings = Settings.parse({**items, **overrides})
     dp = run.engine.get("data_parallel_size") or 1
     if type(dp) is not int or not 1 <= dp <= 65536:

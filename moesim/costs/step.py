@@ -129,14 +129,15 @@ class TokenTimes:
 class StepModel:
     """Evaluates groups; what depends on few of the degrees is computed once."""
 
-    def __init__(self, model: MoEModel, cluster: Cluster, costs: Costs, assign_LE: np.ndarray, placement: Placement, *, draw_seed: int | None = None) -> None:
+    def __init__(self, model: MoEModel, cluster: Cluster, costs: Costs, assign_LE: np.ndarray, placement: Placement, *, draw_seed: int | None = None, all2all: str = "auto") -> None:
         """assign_LE: expected choices of every expert by one token, [MoE layers or 1, E]; its rows sum to top_k. placement: where experts lie.
         draw_seed: experts' times are means over random draws of a batch's choices; None: every slot has its expected tokens.
+        all2all: how tokens reach their experts: `exchange`, `gather`, or `auto`, the faster of both.
         """
         self.model, self.cluster, self.costs = model, cluster, costs
         self._placement = placement
         self._assign_LE = assign_LE
-        self._draw_seed = draw_seed
+        self._draw_seed, self._all2all = draw_seed, all2all
         self._bytes = DTYPE_BYTES[model.dtype]
         self._cache: dict[Hashable, Any] = {}
 
@@ -257,7 +258,9 @@ class StepModel:
         own = shared[:, None]
         total = busiest + own
         if group.ranks > 1:
-            total = np.minimum(exchanged, self._gather(group, tokens * group.dp)[:, None] + total)
+            gathered = self._gather(group, tokens * group.dp)[:, None] + total
+            # Shards of one expert have nothing to exchange.
+            total = gathered if self._all2all == "gather" or group.ep == 1 else exchanged if self._all2all == "exchange" else np.minimum(exchanged, gathered)
         return {"total": total, "exchange": total - busiest - own, "experts": mean, "imbalance": busiest - mean}
 
     def _moe_times(self, group: Group, phase: str, all_tokens: np.ndarray, shared: np.ndarray) -> np.ndarray:

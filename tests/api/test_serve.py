@@ -46,8 +46,15 @@ def test_the_report_says_what_was_served() -> None:
 
 
 def test_routing_decides_the_times() -> None:
-    found = [serve(trace=trace)["requests"]["tpot_ms"]["mean"] for trace in ("synthetic:balanced", "synthetic:zipf:0.6", "synthetic:zipf:1.2")]
-    assert found[0] < found[1] < found[2]
+    """Many tokens on many ranks wait for the busiest; few tokens on one rank read fewer experts the more alike they choose."""
+
+    def moe(requests: str, hardware: str) -> list[float]:
+        traces = ("synthetic:balanced", "synthetic:zipf:0.6", "synthetic:zipf:1.2")
+        return [serve(requests, trace=trace, hardware=hardware)["breakdown_ms"]["moe"] for trace in traces]
+
+    many, few = moe("synthetic:closed:800,prompt=64,output=20,n=1600", "h100-sxm-4"), moe("synthetic:closed:8,prompt=1,output=99,n=16", "h100-sxm-1")
+    assert many[0] < many[1] < many[2]
+    assert few[0] > few[1] > few[2]
 
 
 def test_a_plan_that_balances_makes_skewed_routing_cheaper() -> None:
@@ -122,7 +129,7 @@ def two_ranks() -> tuple[Deployment, dict[str, Any]]:
     """Qwen3-30B-A3B on two replicas that share the experts."""
     cluster, model = cluster_of("h100-sxm-2"), model_of("qwen3-30b-a3b")
     engine = {"model": "qwen3-30b-a3b", "data_parallel_size": 2, "enable_expert_parallel": True, "max_num_seqs": 16, "max_num_batched_tokens": 512, "seed": 1}
-    settings = Settings.parse({"serving.max_num_seqs": "16", "serving.max_num_batched_tokens": "512"})
+    settings = Settings.parse({"serving.max_num_seqs": "16", "serving.max_num_batched_tokens": "512", "serving.all2all": "gather"})
     routing = routing_of("synthetic:balanced", model)
     return deployment_of(cluster, model, settings, group=group_with(model, tp=1, dp=2, expert_tp=1), routing=routing), engine
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from moesim.errors import InputError, describe
 
 BATCHES = ("mixed", "separate")
+ALL2ALL = ("auto", "exchange", "gather")
 PREEMPTION = ("recompute", "swap")
 
 
@@ -34,6 +35,8 @@ class ServingSettings:
     """What happens to a sequence that gives its KV blocks up: `recompute` or `swap` (to the host, over its link)."""
     prefix_cache: bool = True
     """Whether prompts that begin alike share KV blocks; takes effect where the requests have block ids."""
+    all2all: str = "auto"
+    """How tokens reach their experts: `exchange` (all-to-all kernels), `gather` (all tokens on all ranks, then reduce), or the faster of both."""
     expert_tp: int = 1
     """Ranks that share one expert."""
     pp: int = 1
@@ -78,7 +81,7 @@ class ServingSettings:
                 raise InputError(describe("--set", f"serving.{name}", value, f"must be in {low}..{high}"))
         if not 0 < self.memory_share <= 1:
             raise InputError(describe("--set", "serving.memory_share", self.memory_share, "must be in (0, 1]"))
-        for name, allowed in (("batches", BATCHES), ("preemption", PREEMPTION)):
+        for name, allowed in (("batches", BATCHES), ("preemption", PREEMPTION), ("all2all", ALL2ALL)):
             if getattr(self, name) not in allowed:
                 raise InputError(describe("--set", f"serving.{name}", getattr(self, name), f"must be one of {', '.join(allowed)}"))
         if self.acceptance > 1 + self.draft_tokens:
