@@ -27,6 +27,8 @@ WORK = {
 }
 NEIGHBOURS = 3
 """Measured shapes that correct the estimate of another."""
+CACHED = 1e-3
+"""Weight of a shape, among those that correct an estimate, where its weights came from the cache."""
 FILLED = 0.5
 """Share of the keys of a grid that make a table a full one."""
 
@@ -158,22 +160,33 @@ class Gemm:
         if distance[nearest[0]] == 0 and shapes.dtype == dtype:
             return _floored(shapes.curves[nearest[0]], Provenance.MEASURED)
         self._policy.fall_back(operator, self._tables.label("gemm"), f"gemm_dtype={dtype}, n={n}, k={k}", Provenance.CALIBRATED)
-        weights = 1.0 / (distance[nearest] + 0.25) ** 2
+        near = 1.0 / (distance[nearest] + 0.25) ** 2
         estimate = self._estimate(n, k, dtype)
-        # What the measured shapes show of the estimate, at every measured m; seconds beyond the launch are what scales.
+        # What the measured shapes show of the estimate, at every measured m.
         curves = [shapes.curves[index] for index in nearest.tolist()]
         keys = np.unique(np.concatenate([curve.keys for curve in curves]))
-        logs = np.zeros(len(keys))
-        for index, curve, weight in zip(nearest.tolist(), curves, weights / weights.sum(), strict=True):
+        logs, weights = np.zeros(len(keys)), np.zeros(len(keys))
+        for index, curve, weight in zip(nearest.tolist(), curves, near, strict=True):
             other_n, other_k = (int(size) for size in shapes.sizes[index])
             inside = np.clip(keys, curve.keys[0], curve.keys[-1])
-            logs += weight * np.log(curve(inside).seconds / self._estimate(other_n, other_k, shapes.dtype)(inside).seconds)
+            share = weight * np.where(self._cached(other_n, other_k, shapes.dtype, keys), CACHED, 1.0)
+            logs += share * np.log(curve(inside).seconds / self._estimate(other_n, other_k, shapes.dtype)(inside).seconds)
+            weights += share
+        logs /= weights
 
         def law(m: np.ndarray) -> Timing:
             ratio = np.exp(np.interp(np.log2(np.maximum(m, 1.0)), np.log2(keys), logs))
             return Timing(seconds=estimate(m).seconds * ratio, provenance=np.full(m.shape, Provenance.CALIBRATED, dtype=np.uint8))
 
         return law
+
+    def _cached(self, n: int, k: int, dtype: str, m: np.ndarray) -> np.ndarray:
+        """Return where a measured product reads weights that stayed in the cache, which those of a model with many layers do not."""
+        if self._tables.donor is not None:
+            return np.zeros(m.shape, dtype=bool)  # the donor's table, with which it is compared, was measured the same way
+        width = DTYPE_BYTES.get(COMPUTE_DTYPE.get(dtype, dtype), 2.0)
+        reading, computing = n * k * width / self._roofline.memory_Bps, 2.0 * m * n * k / self._roofline.flops(COMPUTE_DTYPE.get(dtype, dtype))
+        return (n * k * width <= self._roofline.l2_bytes) & (reading > computing)
 
     def _estimate(self, n: int, k: int, dtype: str) -> Law:
         donor = self._from_cube(n, k, dtype, transfer=True)

@@ -39,6 +39,7 @@ class Roofline:
         self.reached_Bps = tier.read_Bps * device.memory_efficiency
         self.declared_Bps = tier.read_Bps * device.memory_efficiency
         self.declared_launch_s = device.kernel_launch_s
+        self.l2_bytes = device.l2_bytes or 0.0
         self.is_cpu = device.kind == "cpu"
         self.launch_s = device.kernel_launch_s
         self.provenance = Provenance.ROOFLINE

@@ -33,6 +33,15 @@ def test_a_product_of_another_dtype_is_calibrated_on_the_dtype_that_was_measured
     assert (narrow.provenance == Provenance.CALIBRATED).all() and (narrow.seconds < wide.seconds).all()
 
 
+def test_weights_of_a_large_model_are_read_from_memory_not_from_the_cache() -> None:
+    card = load_cluster("rtx-pro-6000-1")
+    costs = CostModel(card, load_model("llama-3.1-8b"))
+    for n, k in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
+        assert costs.gemm("test", np.array([1.0]), n, k, "bfloat16").seconds[0] > 2.0 * n * k / card.memory.read_Bps
+    # The measured products of small weights, timed again and again, were read from the cache.
+    assert costs.gemm("test", np.array([1.0]), 2048, 4096, "bfloat16").seconds[0] < 2.0 * 2048 * 4096 / card.memory.read_Bps
+
+
 @pytest.mark.parametrize(
     ("hardware", "stem", "model", "worst"),
     [
