@@ -157,7 +157,8 @@ def deployment_of(
             routing = replace(routing, assign_LE=np.repeat(routing.assign_LE, len(table), axis=0))
     costs = CostModel(cluster, model, strict=strict, backend=backend)
     assign = routing.assign_LE if routing is not None else np.zeros((0, 0))
-    steps = StepModel(model, cluster, costs, assign, placement, draw_seed=None if routing is None or routing.is_even else seed)
+    draw = None if routing is None or routing.is_even else seed
+    steps = StepModel(model, cluster, costs, assign, placement, draw_seed=draw, all2all=chosen.all2all)
     context = chosen.max_model_len or model.max_position
     blocks = chosen.num_gpu_blocks or kv_blocks(cluster, model, group, chosen)
     curves = StepCurves(

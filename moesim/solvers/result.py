@@ -136,6 +136,7 @@ def to_plan(
     slots_per_rank_R: np.ndarray | None = None,
     parallel: Parallel | None = None,
     fingerprints: Mapping[str, str] | None = None,
+    experts_L: tuple[int, ...] | None = None,
 ) -> Plan:
     """Wrap a result as a plan document.
 
@@ -160,6 +161,7 @@ def to_plan(
         slot_rank_S=np.repeat(np.arange(num_ranks), slots_per_rank_R),
         num_ranks=num_ranks,
         share_LS=result.share_LS,
+        experts_L=experts_L,
         parallel=Parallel(ep=num_ranks, dp=num_ranks) if parallel is None else parallel,
         fingerprints=dict(fingerprints or {}),
         source=f"solver {result.solver}",
