@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from moesim.counts import normal_counts, present_LE
 from moesim.errors import PlanError, describe
 from moesim.files import canonical_json, read_json, sha256_hex, write_atomic
 
@@ -51,7 +52,7 @@ class Plan:
     model: str
     """Name of the model the plan was made for."""
     num_experts: int
-    """E, logical experts per MoE layer."""
+    """E, logical experts per MoE layer (the most, where layers differ)."""
     moe_layer_ids: tuple[int, ...]
     """Index in the model (from 0) of every row of `slot_to_expert_LS`."""
     slot_to_expert_LS: np.ndarray
@@ -71,6 +72,8 @@ class Plan:
     """What the solver reported: objective, value, bound, gap, status, solver, version."""
     source: str = "plan"
     """Where the plan came from, for error messages; not part of its identity."""
+    experts_L: tuple[int, ...] | None = None
+    """Experts of every row of `slot_to_expert_LS` where they differ; None: E in all of them."""
 
     def __post_init__(self) -> None:
         place = self.source
@@ -99,7 +102,18 @@ class Plan:
                     f"must be an expert in 0..{self.num_experts - 1}, or -1 for an empty slot",
                 )
             )
-        missing = self.replicas_LE_of(table, self.num_experts) == 0
+        object.__setattr__(
+            self,
+            "experts_L",
+            normal_counts(self.experts_L, self.num_experts, layers, lambda value, rule: PlanError(describe(place, "experts_per_layer", value, rule))),
+        )
+        present = self.present_LE
+        replicas = self.replicas_LE_of(table, self.num_experts)
+        if self.experts_L is not None and (replicas[~present] > 0).any():
+            layer, expert = np.argwhere((replicas > 0) & ~present)[0]
+            rule = f"must be below the {self.experts_L[layer]} experts of that layer, or -1 for an empty slot"
+            raise PlanError(describe(place, f"slot_to_expert[{layer}][{int((table[layer] == expert).argmax())}]", int(expert), rule))
+        missing = present & (replicas == 0)
         if missing.any():
             layer, expert = np.argwhere(missing)[0]
             raise PlanError(
@@ -121,8 +135,9 @@ class Plan:
         total = np.zeros((table.shape[0], self.num_experts))
         layer, slot = np.nonzero(table >= 0)
         np.add.at(total, (layer, table[layer, slot]), share[layer, slot])
-        if np.abs(total - 1).max() > 1e-6:
-            row, expert = divmod(int(np.abs(total - 1).argmax()), self.num_experts)
+        off = np.abs(total - 1) * self.present_LE
+        if off.max() > 1e-6:
+            row, expert = divmod(int(off.argmax()), self.num_experts)
             raise PlanError(describe(place, f"shares of layer {row}, expert {expert}", float(total[row, expert]), "must sum to 1"))
         share.setflags(write=False)
         return share
@@ -145,6 +160,11 @@ class Plan:
         return int(self.slot_to_expert_LS.shape[1])
 
     @property
+    def present_LE(self) -> np.ndarray:
+        """bool [L, E]: experts that the layer has."""
+        return present_LE(self.experts_L, self.num_experts, self.num_layers)
+
+    @property
     def replicas_LE(self) -> np.ndarray:
         """int64 [L, E]: number of slots of every expert."""
         return self.replicas_LE_of(self.slot_to_expert_LS, self.num_experts)
@@ -164,7 +184,7 @@ class Plan:
         np.add.at(result.T, self.slot_rank_S, slot_load.T)
         return result
 
-    def check_model(self, *, name: str, num_experts: int, moe_layer_ids: Sequence[int]) -> None:
+    def check_model(self, *, name: str, num_experts: int, moe_layer_ids: Sequence[int], experts_L: tuple[int, ...] | None = None) -> None:
         """Raise PlanError if the plan was not made for a model with these experts and MoE layers."""
         if self.num_experts != num_experts:
             raise PlanError(
@@ -186,6 +206,10 @@ class Plan:
                     f"the plan was made for {self.model}; solve again for {name}",
                 )
             )
+        if self.experts_L != experts_L:
+            rule = f"must equal the experts of the MoE layers of {name}, {experts_L or num_experts}"
+            remedy = f"the plan was made for {self.model}; solve again for {name}"
+            raise PlanError(describe(self.source, "experts_per_layer", self.experts_L or self.num_experts, rule, remedy))
 
     # --- identity and files ---------------------------------------------------------------------
 
@@ -195,6 +219,7 @@ class Plan:
             "schema": SCHEMA,
             "model": self.model,
             "num_experts": self.num_experts,
+            **({} if self.experts_L is None else {"experts_per_layer": list(self.experts_L)}),
             "moe_layer_ids": list(self.moe_layer_ids),
             "num_ranks": self.num_ranks,
             "parallel": {name: getattr(self.parallel, name) for name in Parallel.__dataclass_fields__},
@@ -216,7 +241,8 @@ class Plan:
         """SHA-256 of the placement alone: what a running deployment has to agree on."""
         table = np.ascontiguousarray(self.slot_to_expert_LS, dtype="<i4")
         ranks = np.ascontiguousarray(self.slot_rank_S, dtype="<i4")
-        return sha256_hex(repr((table.shape, self.num_experts, self.num_ranks)).encode() + table.tobytes() + ranks.tobytes())
+        counts = () if self.experts_L is None else (self.experts_L,)
+        return sha256_hex(repr((table.shape, self.num_experts, self.num_ranks, *counts)).encode() + table.tobytes() + ranks.tobytes())
 
     def write(self, path: Path) -> None:
         """Write the plan to `path`, whole or not at all."""
@@ -252,9 +278,11 @@ class Plan:
             "fingerprints",
             "result",
         }
-        if set(node) != required:
+        if set(node) - {"experts_per_layer"} != required:
             extra, missing = sorted(set(node) - required), sorted(required - set(node))
-            raise PlanError(f"{place}: unknown keys {extra}, missing keys {missing}; a plan has exactly {sorted(required)}")
+            raise PlanError(
+                f"{place}: unknown keys {extra}, missing keys {missing}; a plan has exactly {sorted(required)}, and experts_per_layer where it differs"
+            )
         if stamp != sha256_hex(canonical_json(node)):
             raise PlanError(describe(place, "sha256", stamp, "must be the SHA-256 of the content", "the file was changed or damaged; solve again"))
         parallel = node["parallel"]
@@ -273,6 +301,7 @@ class Plan:
             policies=_typed(node["policies"], dict, place, "policies"),
             fingerprints=_typed(node["fingerprints"], dict, place, "fingerprints"),
             result=_typed(node["result"], dict, place, "result"),
+            experts_L=tuple(_int_array(node["experts_per_layer"], place, "experts_per_layer", 1).tolist()) if "experts_per_layer" in node else None,
             source=place,
         )
 
@@ -281,24 +310,33 @@ class Plan:
         return replace(self, result=result)
 
 
-def linear(*, model: str, num_experts: int, moe_layer_ids: Sequence[int], num_ranks: int, kind: str = "linear", seed: int = 0) -> Plan:
+def linear(
+    *,
+    model: str,
+    num_experts: int,
+    moe_layer_ids: Sequence[int],
+    num_ranks: int,
+    kind: str = "linear",
+    seed: int = 0,
+    experts_L: tuple[int, ...] | None = None,
+) -> Plan:
     """Return a placement without replicas: `linear` blocks, `round_robin`, or a seeded `random` permutation per layer.
 
-    Ranks get ⌈E/R⌉ or ⌊E/R⌋ slots when E is not a multiple of R.
+    Ranks get ⌈E/R⌉ or ⌊E/R⌋ slots when E is not a multiple of R; a layer with fewer experts (`experts_L`) fills the first slots of every rank alike.
     """
-    slot_rank = np.sort(np.arange(num_experts) % num_ranks).astype(np.int32)
-    layers = len(moe_layer_ids)
-    if kind == "linear":
-        row = np.arange(num_experts)
-        table = np.tile(row, (layers, 1))
-    elif kind == "round_robin":
-        row = np.argsort(np.arange(num_experts) % num_ranks, kind="stable")
-        table = np.tile(row, (layers, 1))
-    elif kind == "random":
-        generator = np.random.Generator(np.random.PCG64(seed))
-        table = np.stack([generator.permutation(num_experts) for _ in range(layers)])
-    else:
+    if kind not in ("linear", "round_robin", "random"):
         raise PlanError(describe("placement", "kind", kind, "must be linear, round_robin or random"))
+    slot_rank = np.sort(np.arange(num_experts) % num_ranks).astype(np.int32)
+    place_in_rank_S = np.arange(num_experts) - np.searchsorted(slot_rank, slot_rank)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    table = np.full((len(moe_layer_ids), num_experts), -1)
+    for row, count in zip(table, experts_L or (num_experts,) * len(table), strict=True):
+        order = np.arange(count)
+        if kind == "round_robin":
+            order = np.argsort(order % num_ranks, kind="stable")
+        elif kind == "random":
+            order = generator.permutation(count)
+        row[place_in_rank_S < np.bincount(np.arange(count) % num_ranks, minlength=num_ranks)[slot_rank]] = order
     return Plan(
         model=model,
         num_experts=num_experts,
@@ -306,6 +344,7 @@ def linear(*, model: str, num_experts: int, moe_layer_ids: Sequence[int], num_ra
         slot_to_expert_LS=table,
         slot_rank_S=slot_rank,
         num_ranks=num_ranks,
+        experts_L=experts_L,
         parallel=Parallel(ep=num_ranks, dp=num_ranks),
         result={"solver": kind, "status": "BASELINE"},
         source=f"--placement {kind}",

@@ -28,6 +28,7 @@ def trace_shape(model: MoEModel) -> TraceShape:
         moe_layer_ids=model.moe_layer_ids,
         num_groups=model.num_groups,
         top_k_groups=model.top_k_groups,
+        experts_L=model.experts_L,
     )
 
 

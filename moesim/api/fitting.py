@@ -75,7 +75,7 @@ def check_memory(model: MoEModel, cluster: Cluster, slots_R: np.ndarray, weight_
             raise InputError(describe("solve", "weight_memory", weight_memory, "must be > 0 bytes"))
         room = weight_memory
     ranks, experts = cluster.num_ranks, model.num_experts
-    plain = linear(model=model.name, num_experts=experts, moe_layer_ids=model.moe_layer_ids, num_ranks=ranks)
+    plain = linear(model=model.name, num_experts=experts, moe_layer_ids=model.moe_layer_ids, experts_L=model.experts_L, num_ranks=ranks)
     slot_bytes = sizes.expert_bytes(model) * len(model.moe_layer_ids)
     fixed = float((memory.weight_bytes_R(model, plain, attention_tp=1) - np.bincount(plain.slot_rank_S, minlength=ranks) * slot_bytes).max())
     need_R = fixed + slots_R * slot_bytes

@@ -105,7 +105,7 @@ def plans_of(result: ParallelismResult, workload: Workload, model: MoEModel, clu
             },
             source=f"moesim parallel, {pool.role} pool",
         )
-        plans[pool.role].check_model(name=model.name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids)
+        plans[pool.role].check_model(name=model.name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids, experts_L=model.experts_L)
     return plans
 
 

@@ -92,5 +92,13 @@ def placed_plan(ref: str | Path | Plan | None, placement: str, routing: RoutingT
     if placement == "eplb":
         return solve(routing, model=model, hardware=cluster, objective="balance", solver="eplb", weight_memory_bytes=math.inf, seed=seed, predict=False).plan
     ranks = cluster.num_ranks // stages
-    plan = linear(model=model.name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids, num_ranks=ranks, kind=placement, seed=seed)
+    plan = linear(
+        model=model.name,
+        num_experts=model.num_experts,
+        moe_layer_ids=model.moe_layer_ids,
+        experts_L=model.experts_L,
+        num_ranks=ranks,
+        kind=placement,
+        seed=seed,
+    )
     return replace(plan, parallel=replace(plan.parallel, pp=stages))

@@ -258,7 +258,7 @@ def serve(
     asked = requests if isinstance(requests, Requests) else open_requests(requests, seed=seed)
     placed = read_plan(plan) if plan is not None else None
     if placed is not None:
-        placed.check_model(name=moe_model.name, num_experts=moe_model.num_experts, moe_layer_ids=moe_model.moe_layer_ids)
+        placed.check_model(name=moe_model.name, num_experts=moe_model.num_experts, moe_layer_ids=moe_model.moe_layer_ids, experts_L=moe_model.experts_L)
     if placed is None and placement != "linear":
         from moesim.api.replaying import placed_plan
 

@@ -77,7 +77,8 @@ def show(ref: Annotated[str, typer.Argument(metavar="M", help="A library name, a
     one, with_input = model.attention, counts.active_with_embedding
     note(f"{model.name}: {counts.total / 1e9:.2f} B parameters, {counts.active / 1e9:.2f} B active ({with_input / 1e9:.2f} B with the input embedding)")
     note(f"{model.num_layers} layers of width {model.hidden_size}, {len(model.moe_layer_ids)} of them with experts:")
-    note(f"  {model.num_experts} experts ({model.expert_dtype}), top-{model.top_k}, {model.num_shared_experts} shared")
+    experts = model.num_experts if model.experts_L is None else f"{min(model.experts_L)}..{model.num_experts}"
+    note(f"  {experts} experts ({model.expert_dtype}), top-{model.top_k}, {model.num_shared_experts} shared")
     note(f"  attention {one.kind}, {one.num_heads} heads, {one.num_kv_heads} KV heads; weights {model.weight_dtype}, KV {model.kv_dtype}")
     table("\nBytes", ("what", "bytes"), [(name, format_bytes(value)) for name, value in weights.items()])
     table("\nFLOPs per token", ("what", "MFLOP"), [(name, f"{value / 1e6:.2f}") for name, value in flops.items()])

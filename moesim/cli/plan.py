@@ -102,7 +102,7 @@ def _fit(plan: Any, model: str | None, hardware: str | None) -> tuple[list[str],
 
         moe_model = load_model(model)
         try:
-            plan.check_model(name=moe_model.name, num_experts=moe_model.num_experts, moe_layer_ids=moe_model.moe_layer_ids)
+            plan.check_model(name=moe_model.name, num_experts=moe_model.num_experts, moe_layer_ids=moe_model.moe_layer_ids, experts_L=moe_model.experts_L)
         except PlanError as error:
             problems.append(str(error))
     if hardware is not None:
@@ -160,7 +160,7 @@ def export(
         from moesim.model import load_model
 
         moe_model = load_model(name)
-        document.check_model(name=moe_model.name, num_experts=moe_model.num_experts, moe_layer_ids=moe_model.moe_layer_ids)
+        document.check_model(name=moe_model.name, num_experts=moe_model.num_experts, moe_layer_ids=moe_model.moe_layer_ids, experts_L=moe_model.experts_L)
         layers = moe_model.num_layers
     export_plan(document, format, output, num_hidden_layers=layers, mtp_layers=mtp_layers, layer_updates_per_iter=updates)
     if json:
@@ -198,6 +198,7 @@ def import_(
         model=moe_model.name,
         num_experts=moe_model.num_experts,
         moe_layer_ids=moe_model.moe_layer_ids,
+        experts_L=moe_model.experts_L,
         num_ranks=ranks,
         num_hidden_layers=moe_model.num_layers,
     )

@@ -44,6 +44,7 @@ def shape_of(name: str | None) -> TraceShape | None:
         moe_layer_ids=tuple(model.moe_layer_ids),
         num_groups=model.num_groups,
         top_k_groups=model.top_k_groups,
+        experts_L=model.experts_L,
     )
 
 

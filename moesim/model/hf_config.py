@@ -1,7 +1,8 @@
 """Model documents: a library name, a Hugging Face `config.json` or its folder in, a `MoEModel` out. Never the network.
 
 A config is understood by its keys, not by its architecture's name, so that models nobody has heard of work if the keys are there. What would make
-sizes wrong (linear attention, zero-computation experts, unknown quantization) is refused. Layers are numbered from 0.
+sizes wrong (linear attention, zero-computation experts, unknown quantization) is refused. Layers are numbered from 0. The key that counts the
+routed experts may hold a list: one count per MoE layer, or one per layer with 0 (or any number, if another key says so) where a layer is dense.
 """
 
 from __future__ import annotations
@@ -92,16 +93,14 @@ def parse_config(node: Any, name: str, place: str) -> MoEModel:
     layers = keys.need("num_hidden_layers", "num_layers", "n_layer", low=1, high=2000)
     _refuse_foreign_layers(keys, layers)
     hidden = keys.need("hidden_size", "n_embd", "d_model", low=1, high=1_000_000)
-    experts = keys.whole(*EXPERTS, low=0, high=65_536, required=False) or 0
+    experts, moe_layers, counts = _counts(keys, layers)
     _agree(keys, EXPERTS)
     family = keys.text("model_type", default="") or ""
-    moe_layers = _moe_layers(keys, layers) if experts else ()
-    if not moe_layers:
-        experts = 0
     types = precision(keys)
     facts: dict[str, Any] = {
         "num_experts": experts,
         "moe_layer_ids": moe_layers,
+        "experts_L": counts,
         "top_k": 0,
         "expert_ffn_size": 0,
         "num_shared_experts": 0,
@@ -111,7 +110,7 @@ def parse_config(node: Any, name: str, place: str) -> MoEModel:
         "gate_activation": "softmax",
     }
     if experts:
-        facts.update(_experts(keys, experts, family))
+        facts.update(_experts(keys, counts or (experts,), family))
     dense = 0
     if len(moe_layers) < layers:
         dense = keys.need(*(("intermediate_size_mlp",) if family.startswith("llama4") else ("intermediate_size", "ffn_hidden_size")), low=1, high=10_000_000)
@@ -138,6 +137,8 @@ def parse_config(node: Any, name: str, place: str) -> MoEModel:
         **facts,
     )
     identity = {key: value for key, value in asdict(model).items() if key not in ("name", "source", "sha256", "architecture")}
+    if model.experts_L is None:
+        del identity["experts_L"]  # equal layers keep the fingerprint that they had before layers could differ
     return MoEModel(**{**{key: getattr(model, key) for key in MoEModel.__dataclass_fields__}, "sha256": sha256_hex(canonical_json(identity))})
 
 
@@ -145,6 +146,24 @@ def _agree(keys: Keys, names: tuple[str, ...]) -> None:
     stated = {name: keys.node[name] for name in names if keys.node.get(name) is not None}
     if len({str(value) for value in stated.values()}) > 1:
         raise ModelError(describe(keys.place, " and ".join(stated), list(stated.values()), "must agree: all of them count the routed experts"))
+
+
+def _counts(keys: Keys, layers: int) -> tuple[int, tuple[int, ...], tuple[int, ...] | None]:
+    """Return E, the layers with experts, and the experts of each of them where the config lists them."""
+    name, value = keys.get(*EXPERTS)
+    if not isinstance(value, list):
+        experts = keys.whole(*EXPERTS, low=0, high=65_536, required=False) or 0
+        moe_layers = _moe_layers(keys, layers) if experts else ()
+        return (experts if moe_layers else 0), moe_layers, None
+    listed = keys.whole_list(name, low=0, high=65_536) or []
+    moe_layers = _moe_layers(keys, layers)
+    if len(listed) == layers:
+        moe_layers = tuple(layer for layer in moe_layers if listed[layer])
+        listed = [listed[layer] for layer in moe_layers]
+    elif len(listed) != len(moe_layers) or 0 in listed:
+        rule = f"must list the experts of the {len(moe_layers)} MoE layers (each >= 1), or of all {layers} layers (0: dense)"
+        raise ModelError(describe(keys.place, name, value, rule))
+    return max(listed, default=0), moe_layers, tuple(listed) if moe_layers else None
 
 
 def _moe_layers(keys: Keys, layers: int) -> tuple[int, ...]:
@@ -174,7 +193,8 @@ def _moe_layers(keys: Keys, layers: int) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def _experts(keys: Keys, experts: int, family: str) -> dict[str, Any]:
+def _experts(keys: Keys, counts: tuple[int, ...], family: str) -> dict[str, Any]:
+    experts = min(counts)  # what holds in the smallest layer holds in all
     top_k = keys.need(*TOP_K, low=1, high=experts)
     # Without a size of their own, experts have the only FFN size there is (Mixtral, gpt-oss, OLMoE).
     ffn = keys.need(*EXPERT_FFN, "intermediate_size", low=1, high=10_000_000)
@@ -192,8 +212,8 @@ def _experts(keys: Keys, experts: int, family: str) -> dict[str, Any]:
     if keys.text("topk_method") == "greedy":
         groups = 1
     chosen = groups if groups == 1 else keys.need("topk_group", "num_limited_groups", low=1, high=groups, default=groups)
-    if experts % groups:
-        raise ModelError(describe(keys.place, "n_group", groups, f"must divide the number of experts ({experts})"))
+    if any(count % groups for count in counts):
+        raise ModelError(describe(keys.place, "n_group", groups, f"must divide the number of experts ({', '.join(map(str, sorted(set(counts))))})"))
     if top_k > chosen * (experts // groups):
         raise ModelError(describe(keys.place, "topk_group", chosen, f"must leave at least {top_k} experts to choose from (groups of {experts // groups})"))
     gate = keys.text("scoring_func", "moe_router_activation_func", "score_func", default="sigmoid" if family.startswith("llama4") else "softmax")

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moesim.counts import normal_counts
+from moesim.errors import ModelError, describe
+
 DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0, "fp4": 0.5, "mxfp4": 0.53125, "int4": 0.5}
 """Bytes per element; mxfp4 holds one scale byte per 32 elements."""
 
@@ -48,7 +51,7 @@ class MoEModel:
     moe_layer_ids: tuple[int, ...]
     """Layers with experts; empty for a dense model."""
     num_experts: int
-    """E, routed experts per MoE layer; 0 for a dense model."""
+    """E, routed experts per MoE layer (the most, where layers differ); 0 for a dense model."""
     top_k: int
     expert_ffn_size: int
     num_shared_experts: int
@@ -75,3 +78,19 @@ class MoEModel:
     architecture: str = ""
     sha256: str = ""
     source: str = ""
+    experts_L: tuple[int, ...] | None = None
+    """Routed experts of every MoE layer where they differ (pyramid or pruned models); None: E in all of them."""
+
+    def __post_init__(self) -> None:
+        counts = normal_counts(
+            self.experts_L,
+            self.num_experts,
+            len(self.moe_layer_ids),
+            lambda value, rule: ModelError(describe(self.source or self.name, "experts per layer", value, rule)),
+        )
+        object.__setattr__(self, "experts_L", counts)
+
+    @property
+    def expert_counts_L(self) -> tuple[int, ...]:
+        """Routed experts of every MoE layer."""
+        return (self.num_experts,) * len(self.moe_layer_ids) if self.experts_L is None else self.experts_L

@@ -97,10 +97,10 @@ def parameters(model: MoEModel) -> Parameters:
     attention = layers * _elements(attention_matrices(model))
     dense = (layers - moe) * _elements(ffn_matrices(model, model.dense_ffn_size))
     shared = moe * _elements(ffn_matrices(model, model.shared_ffn_size))
-    router = moe * model.hidden_size * model.num_experts
+    router = model.hidden_size * sum(model.expert_counts_L)
     norms = (2 * layers + 1) * model.hidden_size
     embedding = model.vocab_size * model.hidden_size
-    routed = moe * model.num_experts * expert
+    routed = sum(model.expert_counts_L) * expert
     common = attention + dense + shared + router + norms
     active = common + moe * model.top_k * expert + embedding
     return Parameters(
@@ -141,9 +141,9 @@ def shared_ffn_bytes(model: MoEModel, tp: int = 1) -> float:
     return _bytes(ffn_matrices(model, model.shared_ffn_size, tp), model.expert_dtype, model.weight_block)
 
 
-def router_bytes(model: MoEModel) -> float:
-    """Return the bytes of one MoE layer's router."""
-    return model.hidden_size * model.num_experts * DTYPE_BYTES[model.dtype]
+def router_bytes(model: MoEModel, experts: int | None = None) -> float:
+    """Return the bytes of the router of a MoE layer with so many experts (None: E)."""
+    return model.hidden_size * (model.num_experts if experts is None else experts) * DTYPE_BYTES[model.dtype]
 
 
 def embedding_bytes(model: MoEModel, tp: int = 1) -> float:
@@ -158,9 +158,9 @@ def norm_bytes(model: MoEModel) -> float:
 
 def total_weight_bytes(model: MoEModel) -> float:
     """Return the bytes of all weights in one copy."""
-    moe, dense = len(model.moe_layer_ids), model.num_layers - len(model.moe_layer_ids)
-    per_moe_layer = model.num_experts * expert_bytes(model) + shared_ffn_bytes(model) + router_bytes(model)
-    return model.num_layers * attention_weight_bytes(model) + moe * per_moe_layer + dense * dense_ffn_bytes(model) + embedding_bytes(model) + norm_bytes(model)
+    moe, dense, experts = len(model.moe_layer_ids), model.num_layers - len(model.moe_layer_ids), sum(model.expert_counts_L)
+    in_moe_layers = experts * expert_bytes(model) + moe * shared_ffn_bytes(model) + router_bytes(model, experts)
+    return model.num_layers * attention_weight_bytes(model) + in_moe_layers + dense * dense_ffn_bytes(model) + embedding_bytes(model) + norm_bytes(model)
 
 
 def kv_bytes_per_token_layer(model: MoEModel, tp: int = 1) -> float:
@@ -219,9 +219,9 @@ def shared_ffn_flops(model: MoEModel, tp: int = 1) -> float:
     return 2.0 * _elements(ffn_matrices(model, model.shared_ffn_size, tp))
 
 
-def router_flops(model: MoEModel) -> float:
-    """Return the FLOPs per token of one MoE layer's router."""
-    return 2.0 * model.hidden_size * model.num_experts
+def router_flops(model: MoEModel, experts: int | None = None) -> float:
+    """Return the FLOPs per token of the router of a MoE layer with so many experts (None: E)."""
+    return 2.0 * model.hidden_size * (model.num_experts if experts is None else experts)
 
 
 def head_flops(model: MoEModel, tp: int = 1) -> float:

@@ -7,7 +7,8 @@
 | `vllm-ascend` | JSON for `expert_map_path` | MoE layers, from 0 | listed |
 | `eplb` | JSON or `.npz` of EPLB's three arrays | MoE layers, from 0 | p // (S/R) |
 
-No format can say that a slot is empty, that ranks have unequal slots, or that replicas share unequally: such a plan is refused.
+No format can say that a slot is empty, that ranks have unequal slots, that layers have unequally many experts, or that replicas share unequally:
+such a plan is refused. A file for a model with unequal layers is read if it fills every slot of every layer.
 """
 
 from __future__ import annotations
@@ -52,7 +53,15 @@ def export_plan(plan: Plan, format: str, path: Path, *, num_hidden_layers: int |
 
 
 def import_plan(
-    path: Path, format: str, *, model: str, num_experts: int, moe_layer_ids: Sequence[int], num_ranks: int, num_hidden_layers: int | None = None
+    path: Path,
+    format: str,
+    *,
+    model: str,
+    num_experts: int,
+    moe_layer_ids: Sequence[int],
+    num_ranks: int,
+    num_hidden_layers: int | None = None,
+    experts_L: tuple[int, ...] | None = None,
 ) -> Plan:
     """Read an engine's placement as a plan with status IMPORTED.
 
@@ -75,6 +84,7 @@ def import_plan(
         slot_to_expert_LS=table,
         slot_rank_S=np.arange(slots) // (slots // num_ranks),
         num_ranks=num_ranks,
+        experts_L=experts_L,
         parallel=Parallel(ep=num_ranks, dp=num_ranks),
         result={"status": "IMPORTED", "solver": format},
         source=str(path),

@@ -17,8 +17,11 @@ MAX_LAYERS = 4096
 
 
 def check_exportable(plan: Plan, format: str, *, duplicates: bool) -> None:
-    """Raise PlanError if the format cannot hold the plan: empty slots, unequal ranks, unequal shares, an expert twice on a rank."""
+    """Raise PlanError if the format cannot hold the plan: empty slots, unequal ranks or layers, unequal shares, an expert twice on a rank."""
     place, table = plan.source, plan.slot_to_expert_LS
+    if plan.experts_L is not None:
+        rule = f"must be equal in all layers for {format}, which holds one number of experts"
+        raise PlanError(describe(place, "experts_per_layer", list(plan.experts_L), rule, "keep the plan in moesim's own format"))
     if plan.num_slots % plan.num_ranks or (plan.slot_rank_S != np.arange(plan.num_slots) * plan.num_ranks // plan.num_slots).any():
         per_rank = np.bincount(plan.slot_rank_S, minlength=plan.num_ranks)
         raise PlanError(

@@ -28,6 +28,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "layers": plan.num_layers,
         "moe_layer_ids": list(plan.moe_layer_ids),
         "experts": plan.num_experts,
+        **({} if plan.experts_L is None else {"experts_per_layer": list(plan.experts_L)}),
         "ranks": plan.num_ranks,
         "slots": plan.num_slots,
         "slots_per_rank": {"min": int(per_rank.min()), "max": int(per_rank.max())},
@@ -51,6 +52,7 @@ def difference(old: Plan, new: Plan) -> dict[str, Any]:
     """
     for key, before, after in (
         ("num_experts", old.num_experts, new.num_experts),
+        ("experts_per_layer", old.experts_L, new.experts_L),
         ("moe_layer_ids", list(old.moe_layer_ids), list(new.moe_layer_ids)),
         ("num_slots", old.num_slots, new.num_slots),
         ("num_ranks", old.num_ranks, new.num_ranks),

@@ -30,7 +30,10 @@ def phases_T(index_T: np.ndarray) -> np.ndarray:
 
 
 def slot_of_LEP(plan: Plan) -> np.ndarray:
-    """Return int64 [L, E, PHASES]: the slot that serves each expert at each phase, by inverse CDF of the shares at (phase + 0.5) / PHASES."""
+    """Return int64 [L, E, PHASES]: the slot that serves each expert at each phase, by inverse CDF of the shares at (phase + 0.5) / PHASES.
+
+    An expert that its layer does not have is served by slot S, which is none.
+    """
     layer, slot = np.nonzero(plan.slot_to_expert_LS >= 0)
     expert = plan.slot_to_expert_LS[layer, slot].astype(np.int64)
     order = np.argsort(layer * plan.num_experts + expert, kind="stable")
@@ -44,7 +47,9 @@ def slot_of_LEP(plan: Plan) -> np.ndarray:
     below = np.ceil(PHASES * within / total - 0.5 - 1e-9).astype(np.int64)
     width = np.diff(below, prepend=0)
     width[first] = below[first]
-    return np.repeat(slot, width).reshape(plan.num_layers, plan.num_experts, PHASES)
+    result = np.full((plan.num_layers * plan.num_experts, PHASES), plan.num_slots, dtype=np.int64)
+    result[key[first]] = np.repeat(slot, width).reshape(-1, PHASES)
+    return result.reshape(plan.num_layers, plan.num_experts, PHASES)
 
 
 def replica_classes(slot_LEP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

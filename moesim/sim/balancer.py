@@ -134,7 +134,7 @@ class LoadWindow:
 
     def load_KLE(self, plan: Plan) -> np.ndarray:
         """Return float64 [K, L, E], oldest first; one pass of equal loads where nothing has been seen."""
-        return np.stack(self._loads) if self._loads else np.ones((1, plan.num_layers, plan.num_experts))
+        return np.stack(self._loads) if self._loads else plan.present_LE[None].astype(np.float64)
 
 
 def plan_balance(plan: Plan, load_LE: np.ndarray, alive_R: np.ndarray) -> Balance:

@@ -40,8 +40,9 @@ def held(model: MoEModel, plan: Plan, *, attention_tp: int, stages: Stages | Non
         count += dense * _elements(sizes.ffn_matrices(model, model.dense_ffn_size, attention_tp))
         slots_R = np.zeros(plan.num_ranks)
         if moe:
-            fixed += moe * (sizes.shared_ffn_bytes(model) + sizes.router_bytes(model))
-            count += moe * (_elements(sizes.ffn_matrices(model, model.shared_ffn_size)) + model.hidden_size * model.num_experts)
+            experts = sum(model.expert_counts_L[row] for row in rows)
+            fixed += moe * sizes.shared_ffn_bytes(model) + sizes.router_bytes(model, experts)
+            count += moe * _elements(sizes.ffn_matrices(model, model.shared_ffn_size)) + model.hidden_size * experts
             np.add.at(slots_R, plan.slot_rank_S, table[rows].sum(axis=0).astype(float))
         result.append(Held(layers=len(layers), dense_bytes=fixed, dense_parameters=count, slots_R=slots_R))
     return result

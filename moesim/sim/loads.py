@@ -278,6 +278,11 @@ class LoadCompiler:
             raise TraceError(describe("routing", "valid_TLK", f"{valid_TLK.dtype} {list(valid_TLK.shape)}", f"must be bool {list(shape)}"))
         if starts.ndim != 1 or starts.size < 1 or starts[0] != 0 or bool((np.diff(starts, append=shape[0]) < 0).any()):
             raise TraceError(describe("routing", "pass_start_P", starts[:8].tolist(), f"must rise from 0 to at most {shape[0]}"))
+        if plan.experts_L is not None and shape[0]:
+            highest_L = (experts_TLK if valid_TLK is None else experts_TLK * valid_TLK).max(axis=(0, 2))
+            for layer in np.flatnonzero(highest_L >= np.array(plan.experts_L))[:1]:
+                rule = f"must be below the {plan.experts_L[layer]} experts of layer {plan.moe_layer_ids[layer]}"
+                raise TraceError(describe("routing", "expert", int(highest_L[layer]), rule, f"the plan was made for {plan.model}"))
 
 
 def _rank_starts(slot_rank_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

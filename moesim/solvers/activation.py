@@ -21,6 +21,8 @@ def serve_once_LS(problem: PlacementProblem, table_LS: np.ndarray, decode: Decod
         copies = np.bincount(row[row >= 0], minlength=problem.num_experts)
         # experts without a choice first, then the most active
         for expert in np.lexsort((-activity[layer], copies > 1)):
+            if not copies[expert]:  # the layer does not have it
+                continue
             slots = np.flatnonzero(row == expert)
             burden = (load[ranks[slots]] + activity[layer, expert]) / problem.speed_R[ranks[slots]]
             slot = slots[int(burden.argmin())]

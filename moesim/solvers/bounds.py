@@ -30,6 +30,13 @@ MAX_EXTRA = 512
 def layer_bound_KL(problem: PlacementProblem) -> np.ndarray:
     """Return float64 [K, L]: a time (load / speed) that the slowest rank cannot beat."""
     shape = problem.load_KLE.shape
+    if problem.experts_L is not None:
+        from moesim.solvers.uneven import parts_of
+
+        result = np.empty(shape[:2])
+        for part in parts_of(problem):
+            result[:, part.layers_n] = layer_bound_KL(part.problem)
+        return result
     load_NE = -np.sort(-problem.load_KLE.reshape(-1, shape[2]), axis=1)
     fill = problem.fill_R
     speed = problem.speed_R[fill > 0]

@@ -2,7 +2,8 @@
 
 A window is a stretch of a trace with its own load; K windows say what the plan must be good for. A placement
 fills every slot of every rank, except that a rank never needs more slots than there are experts when an
-expert may not sit twice on one rank: such slots stay empty (-1).
+expert may not sit twice on one rank: such slots stay empty (-1). Where layers have unequally many experts, each has as many extra
+slots as the largest, spread evenly over the ranks, and the rest stay empty; beside a running placement the slots that it fills.
 Shapes: K windows, L MoE layers, E experts, R ranks, S = Σ slots_per_rank_R slots in rank order.
 """
 
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moesim.counts import normal_counts, present_LE
 from moesim.errors import InfeasibleError, InputError, describe
 from moesim.solvers.objective import BALANCE, Objective
 
@@ -45,6 +47,8 @@ class PlacementProblem:
     """float64 [K]: importance of every window, >= 0, made to sum to 1; None: all equal."""
     objective: Objective = BALANCE
     """What a placement is judged by."""
+    experts_L: tuple[int, ...] | None = None
+    """Experts of every layer where they differ: those beyond are absent, without load and without slot; None: E in all layers."""
 
     def __post_init__(self) -> None:
         load = np.array(self.load_KLE, dtype=np.float64)
@@ -61,6 +65,7 @@ class PlacementProblem:
             )
         if not 1 <= self.num_ranks <= 65536:
             raise InputError(describe(PLACE, "num_ranks", self.num_ranks, "must be in 1..65536"))
+        self._check_absent(load)
         slots = np.array(self.slots_per_rank_R)
         if slots.dtype.kind not in "iu":
             raise InputError(describe(PLACE, "slots_per_rank", slots.tolist(), "must hold integers"))
@@ -70,7 +75,7 @@ class PlacementProblem:
         self._set(load_KLE=load, slots_per_rank_R=slots, ranks_per_node=self.ranks_per_node or self.num_ranks)
         if self.ranks_per_node < 1 or (self.num_ranks % self.ranks_per_node and self.ranks_per_node < self.num_ranks):
             raise InputError(describe(PLACE, "ranks_per_node", self.ranks_per_node, f"must divide the {self.num_ranks} ranks"))
-        if not 1 <= self.num_groups <= self.num_experts or self.num_experts % self.num_groups:
+        if not 1 <= self.num_groups <= self.num_experts or any(count % self.num_groups for count in self.experts_L or (self.num_experts,)):
             raise InputError(describe(PLACE, "num_groups", self.num_groups, f"must divide the {self.num_experts} experts"))
         self._set(
             device_speed_R=self._vector("device_speed", self.device_speed_R, self.num_ranks, positive=True),
@@ -80,6 +85,20 @@ class PlacementProblem:
         self._check_room()
         self._check_previous()
         self._check_objective()
+
+    def _check_absent(self, load: np.ndarray) -> None:
+        """Bring the counts of experts into their normal form; experts that a layer does not have must not have load there."""
+        _, layers, experts = load.shape
+        counts = normal_counts(self.experts_L, experts, layers, lambda value, rule: InputError(describe(PLACE, "experts_L", value, rule)))
+        object.__setattr__(self, "experts_L", counts)
+        if counts is None:
+            return
+        for window, layer, expert in np.argwhere(load * ~present_LE(counts, experts, layers))[:1]:
+            rule = f"must be 0: the layer has {counts[layer]} experts"
+            raise InputError(describe(PLACE, f"load of window {window}, layer {layer}, expert {expert}", float(load[window, layer, expert]), rule))
+        if {"traffic", "hops"} & set(self.objective.terms):
+            rule = f"needs equally many experts in all layers, here {sorted(set(counts))}"
+            raise InputError(describe(PLACE, "objective", self.objective.name, rule, "plan for balance, activated or latency"))
 
     def _set(self, **values: object) -> None:
         for name, value in values.items():
@@ -138,8 +157,10 @@ class PlacementProblem:
         if table.min() < -1 or table.max() >= self.num_experts:
             raise InputError(describe(PLACE, "previous", [int(table.min()), int(table.max())], f"must hold experts in 0..{self.num_experts - 1}, or -1"))
         self._set(previous=table)
-        for layer, row in enumerate(table):
-            absent = np.setdiff1d(np.arange(self.num_experts), row)
+        for layer, (row, count) in enumerate(zip(table, self.experts_L or (self.num_experts,) * len(table), strict=True)):
+            if row.max() >= count:
+                raise InputError(describe(PLACE, f"previous placement of layer {layer}", int(row.max()), f"must hold experts in 0..{count - 1}, or -1"))
+            absent = np.setdiff1d(np.arange(count), row)
             if absent.size:
                 raise InputError(
                     f"{PLACE}: previous placement has no slot for expert {absent[0]} in layer {layer} ({absent.size} missing there); it cannot be running"
@@ -174,6 +195,27 @@ class PlacementProblem:
     def fill_R(self) -> np.ndarray:
         """int64 [R]: slots of every rank that a placement fills."""
         return self.slots_per_rank_R if self.allow_duplicates_on_rank else np.minimum(self.slots_per_rank_R, self.num_experts)
+
+    @property
+    def fill_LR(self) -> np.ndarray:
+        """int64 [L, R]: slots of every rank that a placement fills in a layer; `fill_R` in all of them where layers are equal."""
+        if self.experts_L is None:
+            return np.broadcast_to(self.fill_R, (self.num_layers, self.num_ranks))
+        if self.previous is not None:
+            ends = np.cumsum(self.slots_per_rank_R)
+            upto = np.pad(np.cumsum(self.previous >= 0, axis=1), ((0, 0), (1, 0)))
+            return upto[:, ends] - upto[:, ends - self.slots_per_rank_R]
+        extra = int(self.fill_R.sum()) - self.num_experts
+        return np.stack([self._spread_R(experts, extra) for experts in self.experts_L])
+
+    def _spread_R(self, experts: int, extra: int) -> np.ndarray:
+        """Return int64 [R]: the slots of a layer with so many experts and extra slots, dealt out as evenly as the ranks' slots allow."""
+        room = self.slots_per_rank_R if self.allow_duplicates_on_rank else np.minimum(self.slots_per_rank_R, experts)
+        total = min(experts + extra, int(room.sum()))
+        level = np.arange(int(room.max()) + 1)
+        fill = np.minimum(room, np.flatnonzero(np.minimum(room, level[:, None]).sum(axis=1) <= total)[-1])
+        fill[np.flatnonzero(room > fill)[: total - int(fill.sum())]] += 1
+        return np.asarray(fill, dtype=np.int64)
 
     @property
     def speed_R(self) -> np.ndarray:

@@ -76,10 +76,10 @@ def _activated(problem: PlacementProblem, window: list[list[float]], rows: Rows 
 def _latency(problem: PlacementProblem, window: list[list[float]], rows: Rows | None) -> float:
     decode, expert_seconds = problem.objective.decode, problem.objective.expert_seconds
     assert decode is not None and expert_seconds is not None
-    slots, fill = problem.slots_per_rank_R.tolist(), problem.fill_R.tolist()
+    slots = problem.slots_per_rank_R.tolist()
     tokens = np.zeros((len(window), len(slots), max(slots)))
     for layer, loads in enumerate(window):
-        pick, at = _picks(problem, loads), 0
+        pick, at, fill = _picks(problem, loads), 0, problem.fill_LR[layer].tolist()
         copies = Counter() if rows is None else Counter(rows[layer])
         for rank, count in enumerate(slots):
             for slot in range(count):

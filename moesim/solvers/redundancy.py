@@ -15,6 +15,7 @@ from moesim.solvers.greedy import solve_greedy
 from moesim.solvers.problem import PlacementProblem
 from moesim.solvers.result import PlacementResult
 from moesim.solvers.search import Deadline, expired
+from moesim.solvers.uneven import solve_parts
 
 MAX_SLOTS_PER_RANK = 64
 SHORT = 20
@@ -56,9 +57,9 @@ def redundancy_for(problem: PlacementProblem, target: float, *, seed: int = 0, d
             raise InfeasibleError(f"redundancy: time ran out at {slots} slots per rank, before any placement reached {target:g}; best so far {_best(tried)}")
         sized = replace(problem, slots_per_rank_R=np.full(problem.num_ranks, slots, dtype=np.int64))
         # few rounds are enough for most sizes: those that easily reach the target, and those that cannot
-        result = solve_greedy(sized, seed=seed, deadline=deadline, options={"rounds": SHORT, "restarts": 1})
+        result = solve_parts(sized, solve_greedy, seed=seed, deadline=deadline, options={"rounds": SHORT, "restarts": 1})
         if result.value < target <= result.bound:
-            result = solve_greedy(sized, seed=seed, deadline=deadline)
+            result = solve_parts(sized, solve_greedy, seed=seed, deadline=deadline)
         tried.append((slots, result.value, result.bound))
         if result.value >= target:
             redundant = slots * problem.num_ranks - problem.num_experts

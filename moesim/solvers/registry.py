@@ -24,6 +24,7 @@ from moesim.solvers.repair import solve_repair
 from moesim.solvers.result import PlacementResult, to_plan
 from moesim.solvers.robust import solve_robust
 from moesim.solvers.terms import Terms
+from moesim.solvers.uneven import solve_parts
 from moesim.solvers.validate import validate
 
 __all__ = ["SOLVERS", "PlacementProblem", "PlacementResult", "default_solver", "register", "solve", "to_plan", "validate"]
@@ -109,7 +110,9 @@ def solve(
             describe("solve", "solver", solver, f"cannot keep a budget of {problem.move_budget_slots} moved slots", "use the solver repair, or no budget")
         )
     _check_objective(problem, solver, traits)
-    result = SOLVERS[solver](problem, seed=seed, deadline=deadline, options=options)
+    asked: dict[str, Any] = {"seed": seed, "deadline": deadline, "options": options}
+    # a budget of moves is one for all layers: what keeps it sees the whole problem
+    result = SOLVERS[solver](problem, **asked) if traits.keeps_budget else solve_parts(problem, SOLVERS[solver], **asked)
     if traits.baseline and problem.objective.alone != "balance":
         result = score(Terms(problem), result.slot_to_expert_LS, solver=result.solver, status=result.status, iterations=result.iterations)
     validate(problem, result, may_duplicate=traits.may_duplicate)

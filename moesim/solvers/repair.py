@@ -26,6 +26,7 @@ from moesim.solvers.problem import PlacementProblem
 from moesim.solvers.result import FrontierPoint, PlacementResult, cost_weight_KL, make_result
 from moesim.solvers.search import Deadline, expired
 from moesim.solvers.state import SearchState
+from moesim.solvers.uneven import parts_of
 
 FRONTIER_STEP, FINEST = 1.3, 2000
 """Factor from one budget of the frontier to the next; part of the largest that the first one is."""
@@ -47,25 +48,19 @@ def solve_repair(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline
     risk = str(options.get("risk", "mean"))
     if problem.previous is None:
         raise InputError("solver repair: needs the placement that is running now; give `previous` (--from PLAN)")
-    slots = problem.slots_per_rank_R
     whole = problem.num_layers * problem.num_slots
     budget = whole if problem.move_budget_slots is None else min(problem.move_budget_slots, whole)
     weight_KL = cost_weight_KL(problem, problem.weight_K)
     bound_KL = layer_bound_KL(problem)
-    floor = (bound_KL * weight_KL).sum(axis=0)
-    running = from_slots_LRC(problem.previous, slots)
-    state = SearchState.of(problem.load_KLE, weight_KL, running.copy(), problem.speed_R, allow_duplicates=problem.allow_duplicates_on_rank)
-    points = [_Points([0], [float(cost)], [table]) for cost, table in zip(state.cost_L(), running, strict=True)]
-    holes = _fill_holes(problem, state)
-    if holes.any():
-        _record(points, np.flatnonzero(holes), holes, state)
     limit = budget if risk == "mean" else whole
+    found: dict[int, _Points] = {}
     made, late = 0, False
-    for swaps_only in (False, True):
-        steps, cut = _walk(points, _copy(state), floor, limit, swaps_only, deadline)
-        made, late = made + steps, late or cut
-    if not late and budget >= problem.num_slots // 4:
-        late = _add_fresh(problem, points, bound_KL, weight_KL, deadline)
+    for part in parts_of(problem):
+        at = part.layers_n
+        points, steps, late = _candidates(part.problem, bound_KL[:, at], weight_KL[:, at], limit, budget >= problem.num_slots // 4, late, deadline)
+        found |= zip(at.tolist(), points, strict=True)
+        made += steps
+    points = [found[layer] for layer in range(problem.num_layers)]
     chosen = _choose(points, budget)
     if options.get("fits"):
         budget = _largest_fit(problem, points, chosen, budget, options["fits"])
@@ -74,6 +69,27 @@ def solve_repair(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline
     if options.get("frontier"):
         result.frontier = _frontier(problem, points, chosen, budget, risk)
     return result
+
+
+def _candidates(
+    problem: PlacementProblem, bound_KL: np.ndarray, weight_KL: np.ndarray, limit: int, fresh: bool, late: bool, deadline: Deadline
+) -> tuple[list[_Points], int, bool]:
+    """Return what every layer can become within `limit` moves, the moves tried and whether time ran out; fresh: a placement from scratch too."""
+    assert problem.previous is not None
+    floor = (bound_KL * weight_KL).sum(axis=0)
+    running = from_slots_LRC(problem.previous, problem.slots_per_rank_R)
+    state = SearchState.of(problem.load_KLE, weight_KL, running.copy(), problem.speed_R, allow_duplicates=problem.allow_duplicates_on_rank)
+    points = [_Points([0], [float(cost)], [table]) for cost, table in zip(state.cost_L(), running, strict=True)]
+    holes = _fill_holes(problem, state)
+    if holes.any():
+        _record(points, np.flatnonzero(holes), holes, state)
+    made = 0
+    for swaps_only in (False, True):
+        steps, cut = _walk(points, _copy(state), floor, limit, swaps_only, deadline)
+        made, late = made + steps, late or cut
+    if not late and fresh:
+        late = _add_fresh(problem, points, bound_KL, weight_KL, deadline)
+    return points, made, late
 
 
 def _copy(state: SearchState) -> SearchState:
@@ -194,9 +210,13 @@ def _pareto(candidates: _Points) -> list[int]:
 
 
 def _assemble(problem: PlacementProblem, points: list[_Points], chosen_L: np.ndarray) -> np.ndarray:
-    assert problem.previous is not None
-    table = np.stack([layer.table_RC[index] for layer, index in zip(points, chosen_L, strict=True)])
-    return align_LS(to_slots_LS(table, problem.slots_per_rank_R), problem.previous, problem.slots_per_rank_R)
+    result = np.full((problem.num_layers, problem.num_slots), -1, dtype=np.int32)
+    for part in parts_of(problem):
+        own, slots = part.problem.previous, part.problem.slots_per_rank_R
+        assert own is not None
+        table = np.stack([points[layer].table_RC[chosen_L[layer]] for layer in part.layers_n])
+        part.put(result, align_LS(to_slots_LS(table, slots), own, slots))
+    return result
 
 
 def _largest_fit(problem: PlacementProblem, points: list[_Points], chosen: np.ndarray, budget: int, fits: Callable[[np.ndarray], bool]) -> int:

@@ -16,6 +16,7 @@ from moesim.solvers.bounds import layer_bound_KL
 from moesim.solvers.objective import Decode
 from moesim.solvers.packing import from_slots_LRC
 from moesim.solvers.problem import PlacementProblem
+from moesim.solvers.uneven import parts_of
 
 
 def copies_LE(problem: PlacementProblem, table_LS: np.ndarray) -> np.ndarray:
@@ -31,20 +32,33 @@ class Terms:
     def __init__(self, problem: PlacementProblem) -> None:
         self.problem = problem
         self.weights = dict(problem.objective.weights)
+        self._parts = [(part, Terms(part.problem)) for part in parts_of(problem)] if problem.experts_L is not None else []
         decode = problem.objective.decode
         self.decode = Decode(tokens=1, top_k=1) if decode is None else decode
         self.pick_KLE = self.decode.pick_KLE(problem.load_KLE)
         self.most_copies = int(problem.fill_R.sum()) if problem.allow_duplicates_on_rank else int((problem.fill_R > 0).sum())
         self._ideal_K = self._load_KL().sum(axis=1)
         self._ideal = {term: self._ideal_of(term) for term in self.weights}
+        for _, own in self._parts:
+            own._ideal, own._ideal_K = self._ideal, self._ideal_K
 
     def cost_L(self, table_LS: np.ndarray) -> np.ndarray:
         """Return float64 [L]: cost of a placement, in the unit of the only term or relative to the ideal."""
+        if self._parts:
+            return self._joined([own.cost_L(part.of(table_LS)) for part, own in self._parts])
         return np.asarray(sum(self.scale(term) * getattr(self, f"_{term}_L")(table_LS) for term in self.weights))
 
     def bound_L(self) -> np.ndarray:
         """Return float64 [L]: a cost that no placement beats."""
+        if self._parts:
+            return self._joined([own.bound_L() for _, own in self._parts])
         return np.asarray(sum(self.scale(term) * getattr(self, f"_{term}_bound_L")() for term in self.weights))
+
+    def _joined(self, costs: list[np.ndarray]) -> np.ndarray:
+        result = np.empty(self.problem.num_layers)
+        for (part, _), cost in zip(self._parts, costs, strict=True):
+            result[part.layers_n] = cost
+        return result
 
     @property
     def ideal(self) -> float:
@@ -106,6 +120,8 @@ class Terms:
             count_TL = np.full(routes.experts_TLK.shape[:2], routes.experts_TLK.shape[2]) if routes.valid_TLK is None else routes.valid_TLK.sum(axis=2)
             fewest = [float((-(-count_TL // (experts // parts))).mean(axis=0).sum()) for parts in (problem.num_ranks, problem.num_nodes)]
             return (fewest[0] + self._node_weight * fewest[1]) / problem.num_layers
+        if self._parts:
+            return sum(own._ideal_of(term) for _, own in self._parts)
         filled = self._filled_LRC()
         even_KL = self.decode.tokens * self.pick_KLE.sum(axis=2) / problem.fill_R.sum()
         return float(sum(weight * self._seconds_L(filled * one[:, None, None], filled).sum() for weight, one in zip(problem.weight_K, even_KL, strict=True)))

@@ -77,7 +77,7 @@ def _rank_slices(problem: PlacementProblem) -> list[tuple[int, int]]:
 
 
 def _check_layer(problem: PlacementProblem, place: str, layer: int, row: list[int], slices: list[tuple[int, int]], may_duplicate: bool) -> None:
-    experts = problem.num_experts
+    experts = problem.num_experts if problem.experts_L is None else problem.experts_L[layer]
     wrong = [expert for expert in row if not -1 <= expert < experts]
     if wrong:
         raise CheckError(describe(place, f"expert in layer {layer}", wrong[0], f"must be in 0..{experts - 1}, or -1"))
@@ -89,6 +89,10 @@ def _check_layer(problem: PlacementProblem, place: str, layer: int, row: list[in
         held = Counter(expert for expert in row[start:end] if expert >= 0)
         before = Counter(int(expert) for expert in problem.previous[layer, start:end]) if keeps_faults and problem.previous is not None else Counter()
         needed = end - start if problem.allow_duplicates_on_rank else min(end - start, experts)
+        if problem.experts_L is not None:
+            needed = _fill(problem, layer, rank, slices)
+            if sum(held.values()) > needed:
+                raise CheckError(describe(place, f"filled slots of rank {rank} in layer {layer}", sum(held.values()), f"must be {needed}"))
         empty = needed - sum(held.values())
         if empty > 0 and empty > before[-1]:
             raise CheckError(describe(place, f"empty slots of rank {rank} in layer {layer}", empty, "must be 0"))
@@ -97,6 +101,25 @@ def _check_layer(problem: PlacementProblem, place: str, layer: int, row: list[in
         twice = [expert for expert, count in held.items() if count > max(1, before[expert])]
         if twice:
             raise CheckError(f"{place}: rank {rank} holds expert {twice[0]} {held[twice[0]]} times in layer {layer}; at most one copy is allowed")
+
+
+def _fill(problem: PlacementProblem, layer: int, rank: int, slices: list[tuple[int, int]]) -> int:
+    """Return the slots of a rank that a layer fills where layers differ: those that it fills now, or its experts and the extra slots dealt in turn."""
+    assert problem.experts_L is not None
+    if problem.previous is not None:
+        start, end = slices[rank]
+        return sum(int(expert) >= 0 for expert in problem.previous[layer, start:end])
+    twice = problem.allow_duplicates_on_rank
+    widths = [end - start for start, end in slices]
+    extra = sum(width if twice else min(width, problem.num_experts) for width in widths) - problem.num_experts
+    experts = problem.experts_L[layer]
+    room = [width if twice else min(width, experts) for width in widths]
+    fill, left = [0] * len(room), min(experts + extra, sum(room))
+    while left:
+        for one in range(len(room)):
+            if left and fill[one] < room[one]:
+                fill[one], left = fill[one] + 1, left - 1
+    return fill[rank]
 
 
 def _check_moves(problem: PlacementProblem, place: str, rows: list[list[int]]) -> None:

@@ -29,7 +29,7 @@ class MemorySource:
 
 def fingerprint_of(shape: TraceShape, parts: Iterable[np.ndarray | None]) -> str:
     """Return a SHA-256 over a shape and arrays, for traces that were not read from a file."""
-    digest = hashlib.sha256(repr(shape).encode())
+    digest = hashlib.sha256(f"{shape}{shape.experts_L or ''}".encode())
     for part in parts:
         digest.update(b"-" if part is None else repr((part.dtype.str, part.shape)).encode() + np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()

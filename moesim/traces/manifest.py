@@ -22,6 +22,8 @@ SCHEMA = "moetrace/1"
 MAX_ROWS = 1 << 40
 MAX_SHARDS = 65000
 SHAPE_KEYS = ("name", "num_experts", "top_k", "moe_layer_ids", "num_groups", "top_k_groups")
+EXPERTS_PER_LAYER = "experts_per_layer"
+"""Key of the experts of every layer, there only where they differ."""
 MODEL_FACTS = ("num_shared_experts", "router", "expert_bytes", "dtype")
 FACTS = ("parallel", "clock", "sampling", "dropped_rows")
 _KEYS = {"schema", "kind", "model", "ids", "columns", "windows", "num_rows", "provenance", "shards", "sha256", *FACTS}
@@ -94,6 +96,7 @@ class Manifest:
             "moe_layer_ids": list(shape.moe_layer_ids),
             "num_groups": shape.num_groups,
             "top_k_groups": shape.top_k_groups,
+            **({} if shape.experts_L is None else {EXPERTS_PER_LAYER: list(shape.experts_L)}),
         }
         return {
             "schema": SCHEMA,
@@ -208,9 +211,11 @@ def parse_manifest(text: bytes, place: str) -> Manifest:
 
 
 def _shape(node: Any, place: str) -> tuple[TraceShape, dict[str, Any]]:
-    if not isinstance(node, dict) or not set(SHAPE_KEYS) <= set(node) <= {*SHAPE_KEYS, *MODEL_FACTS}:
+    if not isinstance(node, dict) or not set(SHAPE_KEYS) <= set(node) <= {*SHAPE_KEYS, *MODEL_FACTS, EXPERTS_PER_LAYER}:
         raise TraceError(describe(place, "model", node, f"must be an object with the keys {list(SHAPE_KEYS)}, optionally {list(MODEL_FACTS)}"))
-    layers = node["moe_layer_ids"]
+    layers, counts = node["moe_layer_ids"], node.get(EXPERTS_PER_LAYER)
+    if counts is not None and not isinstance(counts, list):
+        raise TraceError(describe(place, f"model.{EXPERTS_PER_LAYER}", counts, "must be a list of integers"))
     if not isinstance(node["name"], str) or len(node["name"]) > 200 or not isinstance(layers, list):
         raise TraceError(describe(place, "model", node, "must have a name and a list of moe_layer_ids"))
     try:
@@ -221,6 +226,7 @@ def _shape(node: Any, place: str) -> tuple[TraceShape, dict[str, Any]]:
             moe_layer_ids=tuple(layers),
             num_groups=node["num_groups"],
             top_k_groups=node["top_k_groups"],
+            experts_L=counts,
         )
     except TypeError:
         raise TraceError(describe(place, "model", node, "must hold integers")) from None

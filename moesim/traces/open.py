@@ -14,7 +14,7 @@ import numpy as np
 from moesim.errors import TraceError, describe
 from moesim.files import canonical_json, sha256_hex
 from moesim.traces.archive import MANIFEST
-from moesim.traces.routing_trace import SYNTHETIC, MappedSource, RoutingTrace, TraceShape
+from moesim.traces.routing_trace import SYNTHETIC, MappedSource, RoutingTrace, TokenBatch, TraceShape, check_batch, check_counts
 
 
 def library() -> dict[str, Path]:
@@ -74,6 +74,7 @@ def check_fits(trace: RoutingTrace, shape: TraceShape, map_layers: str | None = 
         if own.num_layers != trace.rounds * shape.num_layers or map_layers is not None:
             rule = f"must be {trace.rounds} rounds of each of the {shape.num_layers} MoE layers of {shape.model}, without --map-layers"
             raise TraceError(describe(trace.source, "layer rows", own.num_layers, rule))
+        _check_experts(trace, np.repeat(shape.expert_counts_L, trace.rounds).tolist(), shape.model)
         return trace
     if map_layers is None:
         if own.moe_layer_ids != shape.moe_layer_ids:
@@ -86,8 +87,12 @@ def check_fits(trace: RoutingTrace, shape: TraceShape, map_layers: str | None = 
                     "give --map-layers cycle, or --map-layers 0:3,1:4,… (trace layer row:model layer)",
                 )
             )
+        if own.experts_L is None and shape.experts_L is not None:
+            return _narrowed(trace, shape)
+        _check_experts(trace, list(shape.expert_counts_L), shape.model)
         return trace if own == shape else replace(trace, shape=shape)
     rows = _layer_rows(trace, shape, map_layers)
+    _check_experts(trace, list(shape.expert_counts_L), shape.model, rows)
     note = {"map_layers": map_layers, "mapped_from": list(own.moe_layer_ids)}
     common: dict[str, Any] = {
         "shape": shape,
@@ -101,6 +106,29 @@ def check_fits(trace: RoutingTrace, shape: TraceShape, map_layers: str | None = 
         return replace(trace, **common, counts=lambda: np.ascontiguousarray(counts()[:, rows]))
     assert trace.tokens is not None
     return replace(trace, **common, tokens=MappedSource(trace.tokens, lambda batch: batch.take_layers(rows)))
+
+
+def _check_experts(trace: RoutingTrace, wanted: list[int], model: str, rows: list[int] | None = None) -> None:
+    """Raise TraceError unless every layer row that plays a layer has as many experts."""
+    own = [trace.shape.expert_counts_L[row] for row in (range(len(wanted)) if rows is None else rows)]
+    if own != wanted:
+        raise TraceError(describe(trace.source, "experts per layer", own, f"must be the {wanted} of {model}", f"the trace was recorded on {trace.shape.model}"))
+
+
+def _narrowed(trace: RoutingTrace, shape: TraceShape) -> RoutingTrace:
+    """Return a trace that does not say how many experts each layer has as one of `shape`; what it holds is checked as it is read."""
+
+    def checked(batch: TokenBatch) -> TokenBatch:
+        check_batch(batch, shape, trace.source)
+        return batch
+
+    if trace.kind == "counts":
+        assert trace.counts is not None
+        counts = trace.counts()
+        check_counts(counts, shape, len(counts), trace.source)
+        return replace(trace, shape=shape)
+    assert trace.tokens is not None
+    return replace(trace, shape=shape, tokens=MappedSource(trace.tokens, checked))
 
 
 def _layer_rows(trace: RoutingTrace, shape: TraceShape, text: str) -> list[int]:

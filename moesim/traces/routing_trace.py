@@ -8,11 +8,12 @@ Shapes: T tokens, L MoE layers (rows of `moe_layer_ids`), K choices (best first)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
+from moesim.counts import normal_counts, present_LE
 from moesim.errors import TraceError, describe
 
 PREFILL, DECODE, TRAIN, DUMMY = 0, 1, 2, 3
@@ -32,7 +33,7 @@ class TraceShape:
     model: str
     """Name of the model, for people."""
     num_experts: int
-    """E, routed experts per MoE layer."""
+    """E, routed experts per MoE layer; where layers differ, at least the most."""
     top_k: int
     """K, experts per token and layer."""
     moe_layer_ids: tuple[int, ...]
@@ -41,6 +42,8 @@ class TraceShape:
     """Routing groups of equal size; 1: routing is not limited."""
     top_k_groups: int = 1
     """Groups a token may reach."""
+    experts_L: tuple[int, ...] | None = field(default=None, repr=False)
+    """Experts of every layer row where they differ; None: E in all of them."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -55,15 +58,13 @@ class TraceShape:
         ids = self.moe_layer_ids
         if not 1 <= len(ids) <= 4096 or any(not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 65536 for i in ids) or len(set(ids)) != len(ids):
             raise TraceError(describe(f"shape of {self.model}", "moe_layer_ids", list(ids), "must be 1..4096 distinct layers in 0..65535"))
-        if self.num_experts % self.num_groups or self.top_k_groups * (self.num_experts // self.num_groups) < self.top_k:
-            raise TraceError(
-                describe(
-                    f"shape of {self.model}",
-                    "num_groups",
-                    self.num_groups,
-                    f"must divide {self.num_experts} experts, and {self.top_k_groups} groups must hold top-{self.top_k}",
-                )
-            )
+        place = f"shape of {self.model}"
+        counts = normal_counts(self.experts_L, self.num_experts, len(ids), lambda value, rule: TraceError(describe(place, "experts_per_layer", value, rule)))
+        object.__setattr__(self, "experts_L", counts)
+        for experts in sorted(set(counts or (self.num_experts,))):
+            if experts % self.num_groups or self.top_k_groups * (experts // self.num_groups) < self.top_k:
+                rule = f"must divide {experts} experts, and {self.top_k_groups} groups must hold top-{self.top_k}"
+                raise TraceError(describe(place, "num_groups", self.num_groups, rule))
         if self.row_bytes > 1 << 20:
             raise TraceError(describe(f"shape of {self.model}", "bytes of a token's routes", self.row_bytes, "must be <= 1 MiB"))
 
@@ -71,6 +72,15 @@ class TraceShape:
     def num_layers(self) -> int:
         """L."""
         return len(self.moe_layer_ids)
+
+    @property
+    def expert_counts_L(self) -> tuple[int, ...]:
+        """Experts of every layer row."""
+        return (self.num_experts,) * self.num_layers if self.experts_L is None else self.experts_L
+
+    def of_layers(self, rows: Sequence[int], moe_layer_ids: tuple[int, ...]) -> TraceShape:
+        """Return the shape of some layer rows as the given layers of the model."""
+        return replace(self, moe_layer_ids=moe_layer_ids, experts_L=tuple(self.expert_counts_L[row] for row in rows))
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -335,6 +345,10 @@ def check_counts(table: np.ndarray, shape: TraceShape, windows: int, place: str)
         )
     if table.size > MAX_COUNTS:
         raise TraceError(describe(place, "windows × layers × experts", table.size, f"must be <= {MAX_COUNTS}", "merge windows"))
+    if shape.experts_L is not None:
+        for window, layer, expert in np.argwhere(table * ~present_LE(shape.experts_L, shape.num_experts, shape.num_layers))[:1]:
+            rule = f"must be 0: the layer has {shape.experts_L[layer]} experts"
+            raise TraceError(describe(place, f"counts of layer {shape.moe_layer_ids[layer]}, expert {expert}", int(table[window, layer, expert]), rule))
     if table.min() < 0 or table.max() > 1 << 48:
         raise TraceError(describe(place, "counts", [int(table.min()), int(table.max())], "must be in 0..2^48"))
 
@@ -356,5 +370,10 @@ def check_batch(batch: TokenBatch, shape: TraceShape, place: str) -> None:
             raise TraceError(
                 describe(place, "expert id", int(ids.max()), f"must be < {shape.num_experts}, the number of experts", "the model or the id width is wrong")
             )
+        if ids is not None and ids.size and shape.experts_L is not None:
+            highest_L = (ids if batch.valid_TLK is None or name != "experts_TLK" else ids * batch.valid_TLK).max(axis=(0, 2))
+            for layer in np.flatnonzero(highest_L >= np.array(shape.experts_L))[:1]:
+                rule = f"must be < {shape.experts_L[layer]}, the number of experts of that layer"
+                raise TraceError(describe(place, f"expert id of layer {shape.moe_layer_ids[layer]}", int(highest_L[layer]), rule, "the model is wrong"))
     if len(batch) and int(batch.phase_T.max()) > DUMMY:
         raise TraceError(describe(place, "phase", int(batch.phase_T.max()), f"must be 0..3 ({', '.join(PHASES)})"))

@@ -55,9 +55,7 @@ def sharding(trace: RoutingTrace, *, num_ranks: int, tokens_per_step: int | None
     return "tokens"
 
 
-def iter_steps(
-    trace: RoutingTrace, *, num_ranks: int, tokens_per_step: int | None = None, seed: int = 0, as_recorded: bool = False
-) -> Iterator[StepTokens]:
+def iter_steps(trace: RoutingTrace, *, num_ranks: int, tokens_per_step: int | None = None, seed: int = 0, as_recorded: bool = False) -> Iterator[StepTokens]:
     """Yield the forward passes of a trace on `num_ranks` source ranks.
 
     tokens_per_step: tokens per forward pass over all ranks; None keeps the recorded steps. A counts trace is replayed by
@@ -203,7 +201,7 @@ def _sampled(trace: RoutingTrace, tokens_per_step: int | None, seed: int) -> Ite
         for layer in range(shape.num_layers):
             generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, window, layer])))
             try:
-                experts[:, layer] = draw_TK(generator, tokens, count_LE[layer].astype(np.float64), shape)
+                experts[:, layer] = draw_TK(generator, tokens, count_LE[layer, : shape.expert_counts_L[layer]].astype(np.float64), shape)
             except ValueError as cause:
                 raise TraceError(
                     f"{trace.source}: window {trace.stored_windows[window]}, layer {shape.moe_layer_ids[layer]}: {cause}; check the counts and top-k"

@@ -24,6 +24,7 @@ def summarise(trace: RoutingTrace) -> dict[str, Any]:
         "routing": trace.routing,
         "model": shape.model,
         "num_experts": shape.num_experts,
+        **({} if shape.experts_L is None else {"experts_per_layer": list(shape.experts_L)}),
         "top_k": shape.top_k,
         "moe_layer_ids": list(shape.moe_layer_ids),
         "num_groups": shape.num_groups,

@@ -132,7 +132,7 @@ def _open(spec: Synthetic, shape: TraceShape) -> RoutingTrace:
         kind="tokens",
         num_rows=spec.tokens * spec.steps,
         provenance={"tool": "moesim", "synthetic": text},
-        fingerprint=sha256_hex(f"{text}|{shape}".encode()),
+        fingerprint=sha256_hex(f"{text}|{shape}{shape.experts_L or ''}".encode()),
         source=text,
         is_synthetic=True,
         synthetic=text,
@@ -181,7 +181,7 @@ class _Generated:
         for layer in range(shape.num_layers):
             generator = self._generator(1, step, layer)
             if spec.kind == "balanced":
-                result[:, layer] = _balanced(generator, spec.tokens, shape)
+                result[:, layer] = _balanced(generator, spec.tokens, shape, layer)
             elif topic_T is None:
                 result[:, layer] = draw_TK(generator, spec.tokens, self._weights(layer, 0), shape)
             else:
@@ -191,8 +191,8 @@ class _Generated:
         return result
 
     def _weights(self, layer: int, variant: int) -> np.ndarray:
-        """Return float64 [E]: popularity of every expert of a layer, the hot ones at seeded places."""
-        spec, experts = self._spec, self._shape.num_experts
+        """Return float64 [E]: popularity of every expert that a layer has, the hot ones at seeded places."""
+        spec, experts = self._spec, self._shape.expert_counts_L[layer]
         generator = self._generator(0, layer, variant)
         if spec.kind == "power-law":
             # inverse of the distribution function of the density ∝ x^-A on [1, high]
@@ -218,15 +218,26 @@ class _Generated:
         current = self._first_layer(step, slot_T, weights)
         result[:, 0] = current
         for layer in range(1, shape.num_layers):
-            link = _bijection(self._generator(4, layer), shape)
+            link = self._link(layer)
             generator = self._generator(1, step, layer)
-            moved = np.empty_like(weights)
-            moved[link] = weights
-            weights = moved
+            if len(link) == shape.expert_counts_L[layer] and (link >= 0).all():
+                moved = np.empty_like(weights)
+                moved[link] = weights
+                weights = moved
+            else:
+                weights = self._weights(layer, 0)
             linked = np.where(generator.random(current.shape) < spec.parameter, link[current], -1)
             current = sampling.fill_TK(generator, linked, _cumulative(weights), *limits)
             result[:, layer] = current
         return result
+
+    def _link(self, layer: int) -> np.ndarray:
+        """Return int64: the expert of `layer` that every expert of the layer before leads to, -1 where a smaller layer lacks it."""
+        groups = self._shape.num_groups
+        before, after = (count // groups for count in self._shape.expert_counts_L[layer - 1 : layer + 1])
+        size = max(before, after)
+        link = _bijection(self._generator(4, layer), size * groups, groups).reshape(groups, size)[:, :before].ravel()
+        return np.where(link % size < after, link // size * after + link % size, -1)
 
     def _first_layer(self, step: int, slot_T: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Chain the tokens of every request: choice j repeats the one before with probability `temporal`."""
@@ -275,10 +286,11 @@ class _Steps(Sequence[GroupInfo]):
         return GroupInfo(rows=self._spec.tokens, step_min=step, step_max=step)
 
 
-def _balanced(generator: np.random.Generator, tokens: int, shape: TraceShape) -> np.ndarray:
+def _balanced(generator: np.random.Generator, tokens: int, shape: TraceShape, layer: int) -> np.ndarray:
+    experts = shape.expert_counts_L[layer]
     if shape.num_groups > 1:
-        return sampling.balanced_grouped_TK(generator, tokens, shape.num_experts, shape.top_k, shape.num_groups, shape.top_k_groups)
-    return sampling.balanced_TK(generator, tokens, shape.num_experts, shape.top_k)
+        return sampling.balanced_grouped_TK(generator, tokens, experts, shape.top_k, shape.num_groups, shape.top_k_groups)
+    return sampling.balanced_TK(generator, tokens, experts, shape.top_k)
 
 
 def draw_TK(generator: np.random.Generator, tokens: int, weights_E: np.ndarray, shape: TraceShape) -> np.ndarray:
@@ -288,11 +300,11 @@ def draw_TK(generator: np.random.Generator, tokens: int, weights_E: np.ndarray, 
     return sampling.proportional_TK(generator, tokens, weights_E, shape.top_k)
 
 
-def _bijection(generator: np.random.Generator, shape: TraceShape) -> np.ndarray:
+def _bijection(generator: np.random.Generator, experts: int, groups: int) -> np.ndarray:
     """Return int64 [E]: a random bijection that maps groups onto groups."""
-    size = shape.num_experts // shape.num_groups
-    inside = generator.permuted(np.tile(np.arange(size), (shape.num_groups, 1)), axis=1)
-    return (generator.permutation(shape.num_groups)[:, None] * size + inside).ravel()
+    size = experts // groups
+    inside = generator.permuted(np.tile(np.arange(size), (groups, 1)), axis=1)
+    return (generator.permutation(groups)[:, None] * size + inside).ravel()
 
 
 def _cumulative(weights: np.ndarray) -> np.ndarray:

@@ -74,7 +74,7 @@ def subset(
         if not names:
             raise TraceError(describe(trace.source, "steps", steps, f"must select some of the {trace.num_rows} windows"))
         return from_counts(
-            replace(trace.shape, moe_layer_ids=kept),
+            trace.shape.of_layers(rows, kept),
             trace.counts()[window][:, rows],
             names,
             source=trace.source,
@@ -105,7 +105,7 @@ def subset(
             if left == 0:
                 return
 
-    return _build(trace, select(), done, replace(trace.shape, moe_layer_ids=kept))
+    return _build(trace, select(), done, trace.shape.of_layers(rows, kept))
 
 
 def split_steps(trace: RoutingTrace, tokens_per_step: int) -> RoutingTrace:
@@ -185,7 +185,8 @@ def apply_rules(trace: RoutingTrace, text: str) -> RoutingTrace:
     if experts != trace.shape.num_experts:
         groups = (1, 1)
     top_k = batches[0].experts_TLK.shape[2] if batches else 1
-    shape = replace(trace.shape, num_experts=experts, top_k=top_k, num_groups=groups[0], top_k_groups=groups[1])
+    counts = None if trace.shape.experts_L is None else tuple(min(count, experts) for count in trace.shape.experts_L)
+    shape = replace(trace.shape, num_experts=experts, top_k=top_k, num_groups=groups[0], top_k_groups=groups[1], experts_L=counts)
     narrow = shape.dtype
     batches = [replace(item, experts_TLK=item.experts_TLK.astype(narrow), predicted_TLK=_as(narrow, item.predicted_TLK)) for item in batches]
     notes = [*_listed(trace, "notes"), f"rule {name}: {_outcome(tally.report())}"]

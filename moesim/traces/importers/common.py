@@ -117,7 +117,7 @@ def shape_for(
             )
         if len(layers) < model.num_layers:
             notes.append(f"{len(layers)} of the {model.num_layers} MoE layers of {model.model} are recorded")
-        return replace(model, moe_layer_ids=tuple(layers))
+        return model.of_layers([model.moe_layer_ids.index(layer) for layer in layers], tuple(layers))
     experts = options.experts
     if experts is None:
         experts = experts_seen
