@@ -174,7 +174,7 @@ class _Owned:
 
 
 KINDS_OF = {
-    "collective": ("nccl",),
+    "collective": ("nccl", "collective"),
     "deepep_ll": ("deepep_ll_1node", "deepep_ll_1to8nodes"),
     "deepep_normal": ("deepep_normal_1node", "deepep_normal_1to8nodes"),
     "moe_a2a": ("moe_a2a_1node",),

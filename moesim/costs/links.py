@@ -31,6 +31,7 @@ class LinkModel:
         self.out_Bps = self._port_Bps(self._out) / max(cluster.fabric_oversubscription, 1.0) if self._out else float("inf")
         """Bytes/s of a device's share of the scale-out link, one direction."""
         self._curves: dict[tuple[str, int], tuple[Curve, float] | None] = {}
+        self._direct: tuple[Curve, Provenance] | tuple[()] | None = None
         pair = self._curve("alltoall", 2)
         self._call_s = float(pair[0].seconds.min()) if pair is not None else 0.0
         """Seconds of a call that moves next to nothing: what every transfer between nodes costs besides the NIC."""
@@ -130,18 +131,32 @@ class LinkModel:
         """Return the time of one message between two devices of a node, or of two nodes."""
         size = np.maximum(np.asarray(nbytes, dtype=np.float64), 0.0)
         pair = self._curve("alltoall", 2)
-        if pair is not None:
+        direct = self._messages()
+        if direct is not None:
+            curve, worst = direct
+            timed = curve(size)
+            inside = Timing(seconds=timed.seconds, provenance=np.maximum(timed.provenance, np.uint8(worst)))
+            if worst > Provenance.CALIBRATED:
+                self._policy.fall_back("p2p", self._tables.label("collective"), "op_name=send_recv", worst)
+        elif pair is not None:
             # Each of two devices sends half of its buffer to the other.
             inside = timing(pair[0](2.0 * size).seconds, max(self._class("alltoall"), Provenance.CALIBRATED))
         else:
             self._policy.fall_back("p2p", self._tables.label("nccl"), "op_name=alltoall, num_gpus=2", Provenance.ROOFLINE)
             link = self._link("scale_up", self._up) if nodes == 1 else self._link("scale_out", self._out)
             inside = timing(link.latency_s + size / self._reached(link, size), Provenance.ROOFLINE)
-        if nodes == 1 or pair is None:
+        if nodes == 1 or (pair is None and direct is None):
             return zero_where(inside, size <= 0)
         nic = self._link("scale_out", self._out)
         seconds = nic.latency_s + np.maximum(inside.seconds, self._call_s + size / self._reached(nic, size))
-        return zero_where(timing(seconds, inside.provenance), size <= 0)
+        return zero_where(timing(seconds, np.maximum(inside.provenance, np.uint8(Provenance.CALIBRATED))), size <= 0)
+
+    def _messages(self) -> tuple[Curve, Provenance] | None:
+        """Return the table of messages between two devices of a node, and its class."""
+        if self._direct is None:
+            rows = self._tables.rows("collective", "message_bytes", "latency_s", where={"op_name": "send_recv", "num_nodes": 1})
+            self._direct = () if rows is None else (Curve(*drop_spikes(*_sorted(rows["message_bytes"], rows["latency_s"]))), rows.worst)
+        return self._direct or None
 
     def tier_copy(self, name: str, nbytes: np.ndarray, read_Bps: float) -> Timing:
         """Return the time of one copy from a tier behind link `name`, which itself gives at most `read_Bps`; devices that share the port get equal parts."""

@@ -19,7 +19,7 @@ MOE_DTYPES = {"fp8": "fp8_block", "bfloat16": "bfloat16", "float16": "bfloat16",
 """Model's expert dtype → `moe_dtype` of the tables."""
 LINEAR_DTYPES = {"bfloat16": "bfloat16", "float16": "bfloat16"}
 """Model's weight dtype → `gemm_dtype` of the tables; FP8 depends on how it is scaled."""
-_STEM = re.compile(r"^(?P<kind>[a-z0-9_]*?)_?(?P<version>(?:sglang|trtllm|vllm|nccl)\d[\w.]*|infersim|frontier|llmservingsim)$")
+_STEM = re.compile(r"^(?P<kind>[a-z0-9_]*?)_?(?P<version>(?:sglang|trtllm|vllm|nccl)\d[\w.]*|infersim|frontier|llmservingsim|vidur)$")
 
 
 class Rows(dict[str, np.ndarray]):

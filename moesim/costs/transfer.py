@@ -37,6 +37,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "wideep_mla_context": ("batch_size", "isl", "num_heads"),
     "wideep_mla_generation": ("batch_size", "isl", "num_heads"),
     "nccl": ("message_bytes",),
+    "collective": ("message_bytes",),
     "custom_allreduce": ("message_bytes",),
     "deepep_ll_1to8nodes": ("node_num", "hidden_size", "num_topk", "num_experts"),
     "deepep_ll_1node": ("node_num", "hidden_size", "num_topk", "num_experts"),
@@ -57,7 +58,7 @@ def peak_flops(cluster: Cluster, dtype: str) -> float:
 
 def factors(kind: str, rows: Mapping[str, np.ndarray], source: Cluster, target: Cluster) -> np.ndarray:
     """Return roof_target / roof_source of every row."""
-    if kind in ("nccl", "custom_allreduce"):
+    if kind in ("nccl", "collective", "custom_allreduce"):
         return np.full(len(rows["message_bytes"]), _reached(source, "scale_up") / _reached(target, "scale_up"))
     if kind.startswith("deepep"):
         return _exchange(kind, rows, source, target)

@@ -261,6 +261,7 @@ KINDS = {
     "attn_mixed": "MHA or GQA kernel of one batch with one prefill chunk and n_decode decoding sequences",
     "mla_expanded": "MLA attention kernel in its expanded form, one layer, one GPU",
     "mla_generation": "MLA attention kernel in its absorbed form, one layer, one GPU; step is the KV length before the call",
+    "collective": "NCCL collectives and messages (send_recv); message_bytes is the full buffer",
     "stream": "Element-wise operators; moved_bytes is what they read and write",
     "sampler": "Sampling of the next token of every sequence from its logits",
 }

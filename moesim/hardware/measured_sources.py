@@ -44,6 +44,7 @@ CANONICAL: dict[str, tuple[str, ...]] = {
     "mla_generation": ("attn_dtype", "num_heads", "batch_size", "step", "latency_s"),
     "stream": ("operator", "tokens", "moved_bytes", "latency_s"),
     "sampler": ("sequences", "vocab", "latency_s"),
+    "collective": ("op_name", "num_gpus", "num_nodes", "message_bytes", "latency_s"),
 }
 """Kind → columns of a table that `convert_tables.convert_measured` wrote, where no layout of another source has them."""
 

@@ -76,7 +76,7 @@ def test_literal_rows_come_back_in_si_units(stem: str, where: dict[str, str | in
 
 def test_row_counts_are_those_of_the_source() -> None:
     counts = {stem: table_metadata(H100, stem)["num_rows"] for stem in table_names(H100)}
-    assert len(counts) == 21
+    assert len(counts) == 22
     assert counts["moe_sglang0.5.14"] == 99685 and counts["moe_trtllm1.3.0rc20"] == 126360 and counts["moe_vllm0.24.0"] == 49862
     assert counts["gemm_sglang0.5.14"] == 101010 and counts["nccl2.29.2"] == 504 and counts["wideep_moe_eplb_trtllm1.3.0rc10"] == 4158
 
@@ -92,7 +92,8 @@ def test_times_are_plausible_in_seconds() -> None:
 def test_metadata_states_source_licence_version_units_and_description() -> None:
     for stem in table_names(H100):
         facts = table_metadata(H100, stem)
-        assert "aiconfigurator" in facts["source"] and facts["licence"].startswith("Apache-2.0") and facts["description"]
+        source, licence = ("vidur", "MIT") if stem.endswith("_vidur") else ("aiconfigurator", "Apache-2.0")
+        assert source in facts["source"] and facts["licence"].startswith(licence) and facts["description"]
         assert facts["version"] and stem.endswith(facts["version"]) and facts["kind"] != "unknown"
         assert {name for name in facts["columns"] if name.endswith("_s")} <= set(facts["units"]), stem
 
