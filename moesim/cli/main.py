@@ -20,6 +20,7 @@ COMMANDS = {
     "validate": "compare predictions with measurements",
     "apply": "carry a plan out on a live deployment",
     "serve-demo": "start a live expert-parallel deployment on this machine",
+    "capture": "run a Hugging Face MoE model and record its routing",
     "demo": "walk the whole loop once: replay, solve, serve, apply",
     "trace": "info, import, export and synthesise routing traces",
     "plan": "show, compare, check, export and import plans",

@@ -175,8 +175,16 @@ class TraceWriter:
         except OSError as cause:
             raise InputError(f"{self.path}: cannot be written ({cause}); check the free space") from None
 
+    def checkpoint(self) -> None:
+        """Make what was appended so far readable: end the shard and write a manifest, marked unfinished, over it; rows may follow."""
+        self._end(unfinished=True)
+
     def close(self) -> Manifest:
         """Write what is pending and then the manifest; return it."""
+        self.manifest = self._end(unfinished=False)
+        return self.manifest
+
+    def _end(self, *, unfinished: bool) -> Manifest:
         self._flush(final=True)
         self._finish_shard()
         manifest = Manifest(
@@ -185,12 +193,11 @@ class TraceWriter:
             columns=self.columns,
             windows=self._windows,
             num_rows=self._num_rows,
-            provenance=self.provenance,
+            provenance={**self.provenance, "unfinished": True} if unfinished else self.provenance,
             shards=(*self._shards, *self._tables),
             facts=self.facts,
         )
         write_atomic(self.path / MANIFEST, manifest.to_json())
-        self.manifest = manifest
         return manifest
 
     def abort(self) -> None:
