@@ -142,7 +142,7 @@ class AttentionCost:
             new = tokens / batch
             pairs = batch * new * np.minimum(kv_length - new / 2, seen)
             return self._roofline.kernel(4.0 * pairs * heads * head_dim * narrower, read + 4.0 * tokens * heads * head_dim, self._model.dtype)
-        worst = found.worst if narrower == 1.0 else Provenance.CALIBRATED
+        worst = found.worst if narrower == 1.0 else max(found.worst, Provenance.CALIBRATED)
         return self._evaluate(found, phase, batch, tokens, kv_length, read, window, worst, found.scale * narrower)
 
     def _evaluate(
