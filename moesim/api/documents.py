@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moesim.errors import ModelError
+from moesim.errors import ModelError, describe
 from moesim.hardware.cluster import Cluster
 from moesim.hardware.load import load_cluster
 from moesim.model.hf_config import load_model
@@ -30,6 +30,12 @@ def trace_shape(model: MoEModel) -> TraceShape:
         top_k_groups=model.top_k_groups,
         experts_L=model.experts_L,
     )
+
+
+def need_equal_layers(model: MoEModel, what: str) -> None:
+    """Raise ModelError if the layers of a model have unequally many experts, which `what` does not understand."""
+    if model.experts_L is not None:
+        raise ModelError(describe(model.source or model.name, "experts per layer", list(model.experts_L), f"must be equal in all layers for {what}"))
 
 
 def model_of(ref: str | MoEModel) -> MoEModel:

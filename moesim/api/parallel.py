@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moesim.api.documents import cluster_of, model_of, trace_of, windows_of
+from moesim.api.documents import cluster_of, model_of, need_equal_layers, trace_of, windows_of
 from moesim.costs.model import CostModel
 from moesim.errors import InputError
 from moesim.hardware.cluster import Cluster
@@ -45,6 +45,7 @@ def parallelize(
 
     began = time.perf_counter()
     moe_model, cluster = model_of(model), cluster_of(hardware)
+    need_equal_layers(moe_model, "a search of parallel degrees")
     named = routing == "balanced" or routing.startswith("zipf:")
     load: str | np.ndarray = routing if named else windows_of([trace_of(routing, moe_model, 0, None)], "balance")[0]
     workload = Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens, concurrency=concurrency, arrival_rps=arrival_rps, routing=load)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moesim.api.documents import cluster_of, model_of, trace_shape
+from moesim.api.documents import cluster_of, model_of, need_equal_layers, trace_shape
 from moesim.errors import InputError, TraceError, describe
 from moesim.hardware.cluster import Cluster
 from moesim.model.moe_model import MoEModel
@@ -79,6 +79,7 @@ def trace_statistics(
     if max_tokens < 1:
         raise InputError(describe("trace stats", "max_tokens", max_tokens, "must be >= 1"))
     moe_model = model_of(model)
+    need_equal_layers(moe_model, "trace statistics")
     ranks = None if hardware is None else cluster_of(hardware).num_ranks
     routings = [_opened(item, moe_model, map_layers, seed) for item in listed]
     if len({item.shape.moe_layer_ids for item in routings}) > 1:

@@ -62,6 +62,8 @@ def read_spec(model: str, *, seed: int = 0, dtype: str = "float32", skew: float 
     facts = parse_config(config, name, str(path))
     if not facts.moe_layer_ids:
         raise ModelError(f"{path}: the model has no MoE layers; give a model with experts")
+    if facts.experts_L is not None:
+        raise ModelError(describe(str(path), "experts per layer", list(facts.experts_L), "must be equal in all layers", "the runtime serves no others"))
     if config.get("model_type") not in FAMILIES:
         rule = f"must be one of {', '.join(FAMILIES)}"
         raise ModelError(describe(str(path), "model_type", config.get("model_type"), rule, "the runtime knows the experts of these families"))

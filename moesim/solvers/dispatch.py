@@ -118,8 +118,14 @@ def dispatch_local(
 
 def solve_dispatch(plan: Plan, load_LE: np.ndarray, method: str = "lp", *, speed_R: np.ndarray | None = None) -> DispatchResult:
     """Split the load of a plan's experts by the method `lp`, `fast` or `equal`; pass the result to `with_shares`."""
-    solver = _dispatcher(method)
-    return solver(Replicas.of(plan.slot_to_expert_LS, plan.slot_rank_S, plan.num_ranks, plan.num_experts, speed_R), load_LE)
+    solver, table, rank_S = _dispatcher(method), plan.slot_to_expert_LS, plan.slot_rank_S
+    if plan.experts_L is not None:
+        # the methods want a slot for every expert: those that a layer does not have get one more each, from which they serve nothing
+        absent = ~plan.present_LE
+        more = np.sort(np.where(absent, np.arange(plan.num_experts), -1), axis=1)[:, -int(absent.sum(axis=1).max()) :]
+        table, rank_S = np.hstack((table, more)), np.append(rank_S, np.full(more.shape[1], plan.num_ranks - 1))
+    result = solver(Replicas.of(table, rank_S, plan.num_ranks, plan.num_experts, speed_R), load_LE)
+    return replace(result, share_LS=result.share_LS[:, : plan.num_slots])
 
 
 def with_shares(plan: Plan, share_LS: np.ndarray | None, result: DispatchResult | None = None) -> Plan:

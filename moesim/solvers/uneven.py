@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from moesim.errors import InputError, describe
 from moesim.solvers import metrics
 from moesim.solvers.bounds import layer_bound_KL
 from moesim.solvers.problem import PlacementProblem
@@ -126,9 +125,3 @@ def _proven_L(problem: PlacementProblem, parts: list[Part], answers: list[Placem
         if answer.risk == "mean" and known > 0:
             proven_L[part.layers_n] *= max(1.0, float(ideal_L[part.layers_n].sum()) / answer.bound / known)
     return proven_L
-
-
-def refuse_uneven(experts_L: tuple[int, ...] | None, what: str) -> None:
-    """Raise InputError if layers have unequally many experts, where only equal ones are understood."""
-    if experts_L is not None:
-        raise InputError(describe(what, "experts per layer", list(experts_L), "must be equal in all layers"))

@@ -226,7 +226,7 @@ def _shape(node: Any, place: str) -> tuple[TraceShape, dict[str, Any]]:
             moe_layer_ids=tuple(layers),
             num_groups=node["num_groups"],
             top_k_groups=node["top_k_groups"],
-            experts_L=counts,
+            experts_L=None if counts is None else tuple(counts),
         )
     except TypeError:
         raise TraceError(describe(place, "model", node, "must hold integers")) from None
