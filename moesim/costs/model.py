@@ -81,12 +81,13 @@ class CostModel:
         """Return the rest of `attention`, which depends on phase and context; arguments as there."""
         return self._attention.core_of(phase, sequences, new_tokens, context, tp)
 
-    def gate(self, tokens: np.ndarray) -> Timing:
-        """Return the time of norm, router GEMM and top-k for `tokens` [...] tokens."""
+    def gate(self, tokens: np.ndarray, experts: int | None = None) -> Timing:
+        """Return the time of norm, router GEMM and top-k for `tokens` [...] tokens in a layer with so many experts (None: E)."""
         tokens = _float(tokens)
         model = self.model
-        scores = self.gemm("gate", tokens, max(model.num_experts, 1), model.hidden_size, "bfloat16" if self._bytes <= 2 else model.dtype)
-        choose = self.roofline.stream("top_k", tokens * (8.0 * model.num_experts + 8.0 * model.top_k))
+        experts = model.num_experts if experts is None else experts
+        scores = self.gemm("gate", tokens, max(experts, 1), model.hidden_size, "bfloat16" if self._bytes <= 2 else model.dtype)
+        choose = self.roofline.stream("top_k", tokens * (8.0 * experts + 8.0 * model.top_k))
         return total(self._norm(tokens), scores, choose)
 
     def experts(self, slot_tokens: np.ndarray, *, slot_mask: np.ndarray | None = None, expert_tp: int = 1) -> Timing:

@@ -148,6 +148,7 @@ class ProgramBuilder:
         if wanted.train:
             again = wanted.chunks_backward in (0, wanted.chunks)
             backward = self._moe_times(loads, wanted.chunks if again else wanted.chunks_backward, is_prefill, traffic, micro)
+        gate_of = {count: costs.gate(tokens_PR, count) for count in set(model.expert_counts_L)}
         return BatchTimes(
             tokens_PR=tokens_PR,
             embedding=costs.embedding(tokens_PR),
@@ -155,7 +156,7 @@ class ProgramBuilder:
             core_PR=self._core_share(group) if wanted.train else 0.0,
             reduce=self._attention_reduce(group),
             dense=costs.dense_ffn(group.tokens_PR, tp=self.tp),
-            gate=costs.gate(tokens_PR),
+            gate_L=tuple(gate_of[count] for count in model.expert_counts_L),
             shared=costs.shared_experts(tokens_PR) if model.num_shared_experts else None,
             head=costs.head(tokens_PR if wanted.train else group.prefill_seqs_PR + group.decode_seqs_PR, tp=self.tp),
             moe=moe,

@@ -42,7 +42,8 @@ class BatchTimes:
     """Share of the attention's time that is scores and values; the rest are projections."""
     reduce: Timing | None
     dense: Timing
-    gate: Timing
+    gate_L: tuple[Timing, ...]
+    """By MoE layer."""
     shared: Timing | None
     head: Timing
     moe: tuple[MoeTimes, ...]
@@ -107,7 +108,7 @@ class Layers:
                 continue
             for turn in range(self.settings.rounds):
                 row = self.row_of[layer] * self.settings.rounds + turn
-                gate = site.timed("gate", times.gate, last, layer)
+                gate = site.timed("gate", times.gate_L[self.row_of[layer]], last, layer)
                 arrived = [self._exchange("dispatch", part.dispatch, row, [gate], layer) for part in times.moe]
                 shared: list[int] = []
                 runs_shared = times.shared is not None and turn == 0
@@ -183,7 +184,7 @@ class Layers:
                         sent = self._exchange("dispatch_backward", part.combine, row, [ready], layer)
                     if weights:
                         self._expert_weights(row, layer)
-                    gate = times.gate.scaled(self.ratios.backward_data + self.ratios.backward_weight, Provenance.EXTRAPOLATED)
+                    gate = times.gate_L[self.row_of[layer]].scaled(self.ratios.backward_data + self.ratios.backward_weight, Provenance.EXTRAPOLATED)
                     last = [site.timed("gate_backward", gate, [sent, *shared], layer)]
                     yield
             core, ratios = times.core_PR, self.ratios

@@ -59,7 +59,7 @@ class Costs:
     def attention(self, *, phase: str, sequences: np.ndarray, new_tokens: np.ndarray, context: np.ndarray, tp: int) -> Timing:
         return self._all(new_tokens, self.attention_s)
 
-    def gate(self, tokens: np.ndarray) -> Timing:
+    def gate(self, tokens: np.ndarray, experts: int | None = None) -> Timing:
         return self._all(tokens, self.gate_s)
 
     def experts(self, slot_tokens: np.ndarray, *, slot_mask: np.ndarray | None = None) -> Timing:
