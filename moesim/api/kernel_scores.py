@@ -21,7 +21,8 @@ from moesim.costs.tables import Rows, Tables
 from moesim.errors import CostError, InputError
 from moesim.files import read_yaml
 from moesim.hardware import Cluster
-from moesim.hardware.measured import Measured, read_measured
+from moesim.hardware.measured import read_measured
+from moesim.hardware.measured_columns import Measured
 
 PEERS = Path(__file__).with_name("peers.yaml")
 NOT_SCORED = {"wideep_moe_context": "the meaning of num_tokens (total, per rank, received) is not settled in the source"}

@@ -22,7 +22,8 @@ from moesim.errors import HardwareError, InputError, MoesimError, describe
 from moesim.files import read_yaml
 from moesim.hardware import Cluster, load_cluster
 from moesim.hardware.load import PACKAGE
-from moesim.hardware.measured import SUFFIXES, Measured, read_measured, stem_of
+from moesim.hardware.measured import read_measured
+from moesim.hardware.measured_columns import SUFFIXES, Measured, stem_of
 from moesim.model import MoEModel, load_model
 from moesim.model.moe_model import DTYPE_BYTES
 

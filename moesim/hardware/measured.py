@@ -7,29 +7,24 @@ What the columns leave open (head shape, layer sizes) comes from the file's name
   attn_*        num_heads num_key_value_heads head_dim window_size kv_cache_dtype attn_dtype batch_size isl|step, prefix
   mla_*         num_heads kv_cache_dtype batch_size isl|step       stream   operator tokens moved_bytes        sampler  sequences vocab
   collective    op_name num_gpus num_nodes message_bytes      attn_mixed   prefill_chunk kv_prefill n_decode kv_decode and the head shape
-and, as the source has them, the tables of `convert_tables.LAYOUTS`. Every one has `latency_s`. A row that cannot be read is left out and counted.
+and, as the source has them, the tables of `table_layouts.LAYOUTS`. Every one has `latency_s`. A row that cannot be read is left out and counted.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
 import io
-import re
-import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from moesim.errors import HardwareError, describe
-from moesim.files import read_bytes
-from moesim.hardware.convert_tables import MAX_CSV_BYTES
+from moesim.hardware.measured_columns import Columns, Facts, Measured
+from moesim.hardware.measured_sources import READERS
+from moesim.hardware.table_files import read_inflated
 
 MAX_TABLE_ROWS = 2_000_000
 MAX_COLUMNS = 512
-SUFFIXES = (".csv", ".csv.gz", ".txt", ".txt.gz", ".parquet")
 MAX_SIZE = 1e13
 POSITIVE = frozenset(
     (
@@ -66,34 +61,6 @@ POSITIVE = frozenset(
     )
 )
 """Columns that must hold numbers from 1 on."""
-Columns = dict[str, np.ndarray]
-Facts = Mapping[str, float]
-
-
-@dataclass(slots=True, kw_only=True)
-class Measured:
-    """One operator's rows of one file."""
-
-    stem: str
-    kind: str
-    part: str
-    """What the file times here, where it times several things; else empty."""
-    source: str
-    """`aiconfigurator`, `infersim`, `frontier`, `llmservingsim` or `vidur`."""
-    rows: Columns
-    excluded: dict[str, int] = field(default_factory=dict)
-    """Reason → rows of the file that are not in `rows`."""
-
-    def leave_out(self, bad: np.ndarray, reason: str) -> None:
-        """Drop the rows where `bad` holds, and count them."""
-        if bad.any():
-            self.excluded[reason] = self.excluded.get(reason, 0) + int(bad.sum())
-            self.rows = {name: values[~bad] for name, values in self.rows.items()}
-
-
-def stem_of(path: Path) -> str:
-    """Return the file's name without its ending."""
-    return next((path.name.removesuffix(suffix) for suffix in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(suffix)), path.stem)
 
 
 def read_measured(path: Path, facts: Facts | None = None) -> tuple[Measured, ...]:
@@ -103,8 +70,6 @@ def read_measured(path: Path, facts: Facts | None = None) -> tuple[Measured, ...
     Raises HardwareError naming the file and the columns that were expected if the header is of no known source, or the file is no table.
     """
     path = Path(path)
-    from moesim.hardware.measured_sources import READERS
-
     columns, ragged = _read(path)
     for reader, needed in READERS:
         if any(all(_has(columns, name) for name in names) for names in needed):
@@ -153,15 +118,7 @@ def _finish(table: Measured, ragged: int) -> None:
 def _read(path: Path) -> tuple[Columns, int]:
     if path.suffix == ".parquet":
         return _read_parquet(path), 0
-    data = read_bytes(path, limit=MAX_CSV_BYTES, error=HardwareError)
-    if path.suffix == ".gz":
-        try:
-            with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
-                data = stream.read(MAX_CSV_BYTES + 1)
-        except (OSError, EOFError, zlib.error) as cause:
-            raise HardwareError(f"{path}: is not a gzip file ({cause}); copy it again") from None
-        if len(data) > MAX_CSV_BYTES:
-            raise HardwareError(describe(str(path), "decompressed size", f"> {MAX_CSV_BYTES} B", f"must be <= {MAX_CSV_BYTES} B"))
+    data = read_inflated(path)
     try:
         lines = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
         header = [name.strip() for name in next(lines, [])]
@@ -209,33 +166,3 @@ def _read_parquet(path: Path) -> Columns:
     if len(rows) > MAX_COLUMNS or not rows or not len(next(iter(rows.values()))):
         raise HardwareError(f"{path}: has no rows, or more than {MAX_COLUMNS} columns")
     return {name: values.astype(np.float64) if values.dtype.kind in "iuf" else values for name, values in rows.items()}
-
-
-def seconds_of(columns: Columns, name: str, unit: float) -> np.ndarray:
-    """Return a time column in seconds; `name_s` of a converted table as it is."""
-    if f"{name}_s" in columns and name not in columns:
-        return columns[f"{name}_s"]
-    values = columns[name]
-    return values / round(1 / unit) if values.dtype.kind == "f" else np.full(len(values), np.nan)
-
-
-def numbers_of(columns: Columns, name: str, default: float | None = None) -> np.ndarray:
-    length = len(next(iter(columns.values())))
-    values = columns.get(name)
-    if values is None:
-        return np.full(length, np.nan if default is None else default)
-    return values if values.dtype.kind == "f" else np.full(length, np.nan)
-
-
-def text_of(columns: Columns, name: str, default: str) -> np.ndarray:
-    values = columns.get(name)
-    length = len(next(iter(columns.values())))
-    if values is None or values.dtype.kind == "f":
-        return np.full(length, default, dtype=object)
-    short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "float8": "fp8"}
-    return np.array([short.get(str(cell).lower(), str(cell)) for cell in values], dtype=object)
-
-
-def words_of(path: Path) -> list[str]:
-    """Return what the file's name and its last folders are made of: the sources put shapes there."""
-    return re.split(r"__|/", "/".join((*path.parts[-5:-1], stem_of(path))))

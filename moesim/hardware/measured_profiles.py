@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from moesim.errors import HardwareError
-from moesim.hardware.measured import Columns, Measured, numbers_of, seconds_of, stem_of, text_of
+from moesim.hardware.measured_columns import Columns, Measured, numbers_of, seconds_of, stem_of, text_of
 
 # --- LLMServingSim ------------------------------------------------------------------------------------------------
 

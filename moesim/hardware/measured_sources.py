@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moesim.hardware.convert_tables import ELEMENT_BYTES, LAYOUTS
-from moesim.hardware.measured import Columns, Measured, numbers_of, seconds_of, stem_of, text_of, words_of
+from moesim.hardware.measured_columns import Columns, Measured, numbers_of, seconds_of, stem_of, text_of, words_of
 from moesim.hardware.measured_profiles import (
     COLLECTIVES,
     frontier_attention,
@@ -24,6 +23,7 @@ from moesim.hardware.measured_profiles import (
     llmservingsim_moe,
     vidur_network,
 )
+from moesim.hardware.table_layouts import ELEMENT_BYTES, LAYOUTS
 
 # --- tables that this package wrote ------------------------------------------------------------------------------
 

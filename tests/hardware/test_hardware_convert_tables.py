@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import HardwareError
-from moesim.hardware.convert_tables import LAYOUTS, convert_folder, recognise, to_si
+from moesim.hardware.convert_tables import convert_folder, to_si
+from moesim.hardware.table_layouts import LAYOUTS, recognise
 from moesim.hardware.tables import read_table, table_metadata
 
 GEMM = "kernel_source,gemm_dtype,m,n,k,latency\nk1,fp8,1,128,256,0.25\nk1,bfloat16,2,128,256,4\n"
@@ -99,7 +100,7 @@ def test_a_truncated_gzip_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_gzip_bomb_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moesim.hardware.convert_tables.MAX_CSV_BYTES", 1000)
+    monkeypatch.setattr("moesim.hardware.table_files.MAX_CSV_BYTES", 1000)
     source = write(tmp_path / "in", "a.csv.gz", "m,latency\n" + "1,2\n" * 5000)
     with pytest.raises(HardwareError, match="decompressed size"):
         convert_folder(source, tmp_path / "out")

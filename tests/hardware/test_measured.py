@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from moesim.errors import HardwareError
 from moesim.hardware.convert_tables import convert_measured
-from moesim.hardware.measured import Measured, read_measured
+from moesim.hardware.measured import read_measured
+from moesim.hardware.measured_columns import Measured
 from moesim.hardware.tables import read_table, table_metadata
 
 FACTS = {"hidden_size": 2048, "num_heads": 32, "num_kv_heads": 4, "head_dim": 128, "vocab_size": 1000, "expert_ffn_size": 768, "top_k": 8, "dense_ffn_size": 0}
@@ -193,7 +194,7 @@ def test_what_is_not_a_table_is_refused_with_its_name(tmp_path: Path, name: str,
 
 
 def test_sizes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moesim.hardware.measured.MAX_CSV_BYTES", 1000)
+    monkeypatch.setattr("moesim.hardware.table_files.MAX_CSV_BYTES", 1000)
     with pytest.raises(HardwareError, match="decompressed size"):
         read_measured(write(tmp_path, "bomb.csv.gz", "gemm_dtype,m,n,k,latency\n" + "fp8,1,2,3,4\n" * 5000))
     monkeypatch.undo()
