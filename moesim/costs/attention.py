@@ -185,7 +185,11 @@ class AttentionCost:
         names = ("num_heads", "num_key_value_heads", "head_dim", "window_size", "kv_cache_dtype", "attn_dtype", "batch_size", length, "latency_s")
         cache = "fp8" if self._model.kv_dtype == "fp8" else "bfloat16"
         more = ("prefix",) if self._tables.own(kind) and self._tables.has(kind, "prefix") else ()
-        rows = self._tables.rows(kind, *names, *more, where={"kv_cache_dtype": cache, "attn_dtype": "bfloat16"})
+        rows = None
+        if self._model.dtype == "float32":
+            rows = self._tables.rows(kind, *names, *more, where={"kv_cache_dtype": "float32", "attn_dtype": "float32"}, transfer=False)
+        if rows is None:
+            rows = self._tables.rows(kind, *names, *more, where={"kv_cache_dtype": cache, "attn_dtype": "bfloat16"})
         if rows is None:
             return None
         wanted = np.array([heads, kv_heads, head_dim, window])

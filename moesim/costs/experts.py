@@ -252,7 +252,8 @@ class ExpertCost:
         # InferSim times the two products alone; the activation between them reads two halves and writes one.
         alone = (self._tables.stem("grouped_gemm") or "").endswith("_infersim")
         each_s = 6.0 * width / self._roofline.reached_Bps if alone else 0.0
-        return ExpertLaw(grouped_rows(rows, mine), scale=scale, worst=worst, by_active=True, each_s=each_s)
+        work = identity if self._roofline.is_cpu else TILED
+        return ExpertLaw(grouped_rows(rows, mine), scale=scale, worst=worst, work=work, by_active=True, each_s=each_s)
 
     def _expert_parallel_rows(self, dtype: str) -> tuple[list[Balanced], Provenance]:
         """Return the rows measured under expert parallelism: num_tokens counts all ranks, uniform routing."""

@@ -15,11 +15,11 @@ import numpy as np
 from moesim.costs.provenance import Provenance
 from moesim.hardware.cluster import Cluster
 
-MOE_DTYPES = {"fp8": "fp8_block", "bfloat16": "bfloat16", "float16": "bfloat16", "mxfp4": "w4a16_mxfp4", "int4": "int4_wo"}
+MOE_DTYPES = {"fp8": "fp8_block", "float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16", "mxfp4": "w4a16_mxfp4", "int4": "int4_wo"}
 """Model's expert dtype → `moe_dtype` of the tables."""
 LINEAR_DTYPES = {"bfloat16": "bfloat16", "float16": "bfloat16"}
 """Model's weight dtype → `gemm_dtype` of the tables; FP8 depends on how it is scaled."""
-_STEM = re.compile(r"^(?P<kind>[a-z0-9_]*?)_?(?P<version>(?:sglang|trtllm|vllm|nccl)\d[\w.]*|infersim|frontier|llmservingsim|vidur)$")
+_STEM = re.compile(r"^(?P<kind>[a-z0-9_]*?)_?(?P<version>(?:sglang|trtllm|vllm|nccl|torch)\d[\w.]*|infersim|frontier|llmservingsim|vidur)$")
 
 
 class Rows(dict[str, np.ndarray]):

@@ -46,9 +46,10 @@ def profiled(model: nn.Module, run: Callable[[], Any]) -> list[dict[str, Any]]:
             cell[0] += 1
             cell[1] += float(micros) * 1e-6
     order = sorted(found, key=lambda key: (-found[key][1], key))[:KEEP]
-    rows: list[dict[str, Any]] = [
-        {"stage": stage, "name": name[:200], "calls": int(calls), "seconds": seconds} for (stage, name), (calls, seconds) in ((key, found[key]) for key in order)
-    ]
+    rows: list[dict[str, Any]] = []
+    for stage, name in order:
+        calls, seconds = found[stage, name]
+        rows.append({"stage": stage, "name": name[:200], "calls": int(calls), "seconds": seconds})
     return [{**row, "pairs": clock.pairs} if row["stage"] == "experts" else row for row in rows]
 
 

@@ -73,7 +73,7 @@ def run(job: Job, on_progress: Callable[[str], None] = lambda text: None) -> dic
     vocab = int(model.config.vocab_size)
     passes = [torch.from_numpy(part).to(device) for part in _passes(job, vocab, tokenizer)]
     options: dict[str, Any] = {"name": name, "weights": job.weights, "predictions": job.predictions, "stages": job.stages}
-    provenance = {"model_weights": origin, "input": "text" if job.text else "Zipf-distributed ids", "seed": job.seed, "versions": versions()}
+    provenance: dict[str, Any] = {"model_weights": origin, "input": "text" if job.text else "Zipf-distributed ids", "seed": job.seed, "versions": versions()}
 
     def forward(part: Any) -> None:
         with torch.inference_mode():
@@ -87,7 +87,11 @@ def run(job: Job, on_progress: Callable[[str], None] = lambda text: None) -> dic
     if job.profile:
         from moesim.runtime.capture_profile import profiled
 
-        provenance["kernels"] = profiled(model, lambda: [forward(passes[index % len(passes)]) for index in range(job.profile)])
+        def window() -> None:
+            for index in range(job.profile):
+                forward(passes[index % len(passes)])
+
+        provenance["kernels"] = profiled(model, window)
         provenance["profiled_passes"] = job.profile
     began, done = time.perf_counter(), 0
     with Capture(model, job.target, provenance=provenance, **options) as capture:
