@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moesim.api.comparing import compare
     from moesim.api.documents import trace_shape
     from moesim.api.parallel import parallelize
     from moesim.api.rebalancing import rebalance
@@ -27,6 +28,7 @@ __all__ = [
     "Serving",
     "Solution",
     "TraceStatistics",
+    "compare",
     "parallelize",
     "rebalance",
     "replay",
@@ -41,6 +43,7 @@ __all__ = [
 _HOME = {
     "Replay": "running",
     "Solution": "solving",
+    "compare": "comparing",
     "parallelize": "parallel",
     "rebalance": "rebalancing",
     "replay": "replaying",

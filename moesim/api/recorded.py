@@ -91,12 +91,12 @@ def recorded_times(routing: RoutingTrace, model: MoEModel, cluster: Cluster, set
     times = RecordedTimes.of(
         kernels, num_ranks=cluster.num_ranks, num_layers=model.num_layers, moe_layer_ids=model.moe_layer_ids, source=routing.source, strict=strict
     )
-    plan_of = _plans(routing, model, ranks)
+    plan_of = maps_of(routing, model, ranks)
     assumed = not plan_of
     if assumed:
         plan_of = {0: linear(model=model.name, num_experts=model.num_experts, moe_layer_ids=model.moe_layer_ids, experts_L=model.experts_L, num_ranks=ranks)}
     else:
-        times.epoch_S = _epochs(routing, times.step_S)
+        times.epoch_S = epochs_of(routing, times.step_S)
         missing = sorted(set(times.epoch_S.tolist()) - set(plan_of))
         if missing:
             raise TraceError(f"{routing.source}: manifest: parallel.plans lacks the map of epoch {missing[0]}, in force in recorded steps; record it again")
@@ -111,7 +111,7 @@ def _recorded_ranks(routing: RoutingTrace, kernels: Any) -> int:
     return max(most, told) if isinstance(told, int) and not isinstance(told, bool) and told <= 65536 else most
 
 
-def _plans(routing: RoutingTrace, model: MoEModel, ranks: int) -> dict[int, Plan]:
+def maps_of(routing: RoutingTrace, model: MoEModel, ranks: int) -> dict[int, Plan]:
     node = (routing.facts.get("parallel") or {}).get("plans")
     place = f"{routing.source}: manifest: parallel.plans"
     if node is None:
@@ -126,7 +126,7 @@ def _plans(routing: RoutingTrace, model: MoEModel, ranks: int) -> dict[int, Plan
     return result
 
 
-def _epochs(routing: RoutingTrace, step_S: np.ndarray) -> np.ndarray:
+def epochs_of(routing: RoutingTrace, step_S: np.ndarray) -> np.ndarray:
     """Return the epoch of every step, from the steps table; 0 without one."""
     table = None if routing.tables is None else routing.tables("steps")
     if table is None:

@@ -23,6 +23,7 @@ COMMANDS = {
     "serve-demo": "start a live expert-parallel deployment on this machine",
     "capture": "run a Hugging Face MoE model and record its routing",
     "calibrate": "measure this machine and write it as hardware with tables",
+    "compare": "put a plan's prediction beside what was measured under it",
     "demo": "walk the whole loop once: replay, solve, serve, apply",
     "trace": "info, import, export and synthesise routing traces",
     "plan": "show, compare, check, export and import plans",
