@@ -1,0 +1,52 @@
+"""`moesim compare`: a plan's prediction beside what was measured under it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def compare(
+    trace: Annotated[str, typer.Argument(help="recorded run: trace folder of capture or serve-demo, or HOST:PORT of a running serve-demo with --trace-out")],
+    model: Annotated[str, typer.Option("--model", help="model name, config.json or its folder")],
+    hardware: Annotated[str, typer.Option("--hardware", help="hardware that predicts, like the YAML of moesim calibrate")],
+    plan: Annotated[Path | None, typer.Option("--plan", help="plan that was applied; default: the map that was in force last")] = None,
+    after: Annotated[str | None, typer.Option("--after", help="trace recorded under the plan, where TRACE was recorded before it")] = None,
+    times: Annotated[str, typer.Option("--times", help="model, or trace: durations recorded before the plan, rescaled")] = "model",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, as in replay")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="refuse extrapolated and roofline times")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Put rank loads, bytes and step times that are predicted for a plan beside those that were measured, with signed errors."""
+    from moesim.api.comparing import compare as run
+    from moesim.cli.output import emit_json
+    from moesim.cli.replay import parse_settings
+
+    report = run(trace, model=model, hardware=hardware, plan=plan, after=after, times=times, settings=parse_settings(settings or []), strict=strict)
+    if as_json:
+        emit_json(report)
+    else:
+        _show(report)
+
+
+def _show(report: dict[str, Any]) -> None:
+    from moesim.cli.output import note, table
+
+    def row(name: str, one: dict[str, Any]) -> tuple[str, ...]:
+        cells = [f"{one[key]:.4g}" if one[key] is not None else "–" for key in ("predicted", "measured")]
+        return (name, *cells, f"{100 * one['error']:+.1f} %" if one["error"] is not None else "–")
+
+    load = report["rank_load"]
+    rows = [row("balance (mean / max)", load["balance"])]
+    rows += [row(f"busiest rank of layer {layer['layer']}, pairs per token", layer["busiest"]) for layer in load["layers"][:8]]
+    rows += [row("bytes to other ranks per token", report["bytes_per_token"])]
+    rows += [row(f"step ms, {phase}, {figure}", one) for phase, figures in report["step_ms"].items() for figure, one in figures.items()]
+    rows += [row(f"stage {name}, ms per step", one) for name, one in report["stages_ms"].items()]
+    table(f"Plan {report['plan']} on {report['hardware']}", ("", "predicted", "measured", "error"), rows)
+    note(f"\n{report['steps']['measured']} steps measured; predicted from the routing of: {report['basis']} ({report['steps']['predicted']} steps)")
+    note(f"rank loads measured from {load['measured_from']}: mean error {100 * load['mean_abs_error']:.2f} % of an even load")
