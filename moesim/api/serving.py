@@ -97,6 +97,7 @@ class Deployment:
             curves=self.curves,
             instances=instances,
             blocks=self.blocks,
+            settings=chosen,
             host_s=self.settings.host_overhead_us * 1e-6,
             draft_s=chosen.draft_us * 1e-6,
             swap_s_per_token=swap,
@@ -104,26 +105,33 @@ class Deployment:
         )
 
     def transfer_s(self, tokens: int) -> float:
-        """Return the time in which the devices of an instance, side by side, hand over the KV cache of a prompt."""
+        """Return the time in which the devices of an instance, side by side, hand the KV cache of a prompt over."""
         nbytes = float(footprint.kv_L(self.model, self.group.tp, tokens).sum()) / self.settings.serving.pp
         far = self.cluster.num_nodes > 1
         return float(self.costs.p2p(np.array([nbytes]), nodes=2 if far else 1).seconds[0])
 
-    def run(self, requests: Requests, *, scale: float = 1.0, on_finish: Callable[[Request, float, float, float, float], None] | None = None) -> ServingRun:
-        """Serve requests; scale: factor on the time of every step."""
-        chosen = self.settings.serving
+    def run(
+        self,
+        requests: Requests,
+        *,
+        scale: float = 1.0,
+        prefill: Deployment | None = None,
+        on_finish: Callable[[Request, float, float, float, float], None] | None = None,
+    ) -> ServingRun:
+        """Serve requests; scale: factor on the time of every step; prefill: degrees and limits of the prefill instances where they are others."""
+        chosen, first = self.settings.serving, prefill or self
         handed: dict[int, float] = {}
 
         def transfer_s(tokens: int) -> float:
             if tokens not in handed:
-                handed[tokens] = self.transfer_s(tokens)
+                handed[tokens] = max(first.transfer_s(tokens), self.transfer_s(tokens))
             return handed[tokens]
 
         return Simulation(
             requests,
             chosen,
             self.pool(chosen.instances, scale),
-            prefill=self.pool(chosen.prefill_instances, scale) if chosen.prefill_instances else None,
+            prefill=first.pool(chosen.prefill_instances, scale) if chosen.prefill_instances else None,
             transfer_s=transfer_s,
             max_context=chosen.max_model_len or self.model.max_position,
             on_finish=on_finish,

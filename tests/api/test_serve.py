@@ -86,6 +86,21 @@ def test_twice_the_bandwidth_of_prefill_instances_changes_the_first_token_only_t
     assert split["kv"]["transfer_s"] > 0
 
 
+def test_prefill_instances_may_have_degrees_of_their_own() -> None:
+    cluster, model = cluster_of("h100-sxm-8"), model_of("llama-3.1-8b")
+    requests = open_requests("synthetic:fixed:2,prompt=4000,output=50,n=20")
+    decode = Settings.parse({"serving.prefill_instances": "1", "serving.max_num_seqs": "64"})
+
+    def build(tp: int) -> Deployment:
+        return deployment_of(cluster, model, decode, group=group_with(model, tp=tp, dp=1, expert_tp=1), routing=None)
+
+    one, four = build(1), build(4)
+    alike, faster = one.run(requests), one.run(requests, prefill=four)
+    assert faster.ttft.mean < 0.6 * alike.ttft.mean
+    assert faster.transfers == alike.transfers == 20
+    assert faster.tpot.mean == pytest.approx(alike.tpot.mean, rel=0.02)
+
+
 def test_kv_blocks_fill_what_weights_leave() -> None:
     cluster, model = cluster_of("h100-sxm-8"), model_of("llama-3.1-8b")
     chosen = Settings.parse({"serving.max_num_batched_tokens": "2048"}).serving

@@ -22,6 +22,8 @@ class Pool:
     instances: int
     blocks: int
     """KV blocks of an attention replica."""
+    settings: ServingSettings | None = None
+    """Limits of these instances where they differ from those of the run."""
     host_s: float = 0.0
     """Time per step that no device work hides."""
     draft_s: float = 0.0
@@ -35,7 +37,7 @@ class Pool:
         """Return the instances, empty; uncoupled replicas are instances of their own."""
         group = self.curves.group
         count, width = (self.instances, group.dp) if self.curves.coupled else (self.instances * group.dp, 1)
-        return [Instance(self, settings, width, id_tokens) for _ in range(count)]
+        return [Instance(self, self.settings or settings, width, id_tokens) for _ in range(count)]
 
 
 @dataclass(slots=True)

@@ -2,9 +2,10 @@
 
 The rules are those of vLLM's v1 scheduler. A step first takes what already runs: every decoding sequence gets one token (or the drafts that it verifies),
 every partial prompt a chunk, as far as `max_num_batched_tokens` goes. A sequence that lacks KV blocks has the youngest running sequence preempted, at
-worst itself. If nobody was preempted, the queue is served in order of arrival while there is budget, a free sequence slot (`max_num_seqs`), and blocks for
-the chunk. A preempted sequence goes to the head of the queue and computes its prompt and its tokens again, or comes back from the host. `separate`
-batches: while a prompt can run, nothing decodes. A sequence whose last prompt chunk has run has its first token and decodes from the next step on.
+worst itself; a prompt waits instead where batches of other pipeline stages hold blocks. If nobody was preempted, the queue is served in order of arrival
+while there is budget, a free sequence slot (`max_num_seqs`), and blocks for the chunk. A preempted sequence goes to the head of the queue and computes its
+prompt and its tokens again, or comes back from the host. `separate` batches: while a prompt can run, nothing decodes. A sequence whose last prompt chunk
+has run has its first token and decodes from the next step on.
 
 Decoding sequences are not visited step by step: a lane (one batch of a pipeline) knows their number and the sum of their contexts, and a calendar says at
 which of its decode steps a sequence needs a block or ends. So a step costs what happens in it, not what runs.
@@ -168,7 +169,7 @@ class Replica:
                 if self.pool.grow(sequence.held, ceil(length - 1e-9) + self.settings.draft_tokens):
                     self._next_need(lane, sequence)
                     break
-                self._preempt(lane, work)
+                self._preempt(self._youngest() or sequence, work)
 
     def _next_need(self, lane: Lane, sequence: Sequence) -> None:
         room = sequence.held.blocks * self.settings.block_size - self.settings.draft_tokens - sequence.context
@@ -183,7 +184,10 @@ class Replica:
                 continue  # preempted for one before it
             size, decoding = min(sequence.target - sequence.computed, budget), lane.decoding
             while sequence.lane is lane and not self.pool.grow(sequence.held, sequence.computed + size):
-                self._preempt(lane, work)
+                victim = self._youngest()
+                if victim is sequence and self.running > len(lane.running):
+                    return 0  # it waits for what other lanes hold: were it sent back, two such prompts could undo each other for ever
+                self._preempt(victim or sequence, work)
             budget += (decoding - lane.decoding) * self._verify
             if sequence.lane is lane:
                 self._chunk(lane, work, sequence, size)
@@ -284,10 +288,20 @@ class Replica:
         lane.contexts -= sequence.context + (lane.steps - sequence.since) * self._gain
         sequence.epoch += 1
 
-    def _preempt(self, lane: Lane, work: Work) -> None:
-        """Send the youngest running sequence of the lane back to the head of the queue."""
-        victim = next(one for one in reversed(lane.running) if not one.moving)
-        settings = self.settings
+    def _youngest(self) -> Sequence | None:
+        """Return the running sequence that was admitted last, of those that are in no step now."""
+        found = None
+        for lane in self.lanes:
+            if not lane.flying:
+                one = next((one for one in reversed(lane.running) if not one.moving), None)
+                if one is not None and (found is None or one.turn > found.turn):
+                    found = one
+        return found
+
+    def _preempt(self, victim: Sequence, work: Work) -> None:
+        """Send a running sequence back to the head of the queue."""
+        lane, settings = victim.lane, self.settings
+        assert lane is not None
         decoding = victim.computed == victim.target and victim not in work.finished_prompts
         if decoding:
             ran = lane.steps - victim.since
