@@ -105,7 +105,7 @@ def random_times(rng: np.random.Generator, ranks: int, rows: int, chunks: int, c
     def moe(count: int) -> tuple[MoeTimes, ...]:
         return tuple(MoeTimes(dispatch=exchange(), experts=some(rows), combine=exchange()) for _ in range(count))
 
-    names = ("embedding", "attention", "dense", "gate", "head")
+    one = {name: some() for name in ("embedding", "attention", "dense", "gate", "head")}
     shared, forward = some() if rng.random() < 0.5 else None, moe(chunks)
     return BatchTimes(
         tokens_PR=rng.integers(1, 9, (1, ranks)).astype(np.float64),
@@ -114,7 +114,11 @@ def random_times(rng: np.random.Generator, ranks: int, rows: int, chunks: int, c
         shared=shared,
         moe=forward,
         moe_backward=forward if chunks_backward == chunks else moe(chunks_backward),
-        **{name: some() for name in names},
+        embedding=one["embedding"],
+        attention=one["attention"],
+        dense=one["dense"],
+        gate=one["gate"],
+        head=one["head"],
     )
 
 
