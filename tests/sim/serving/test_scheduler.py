@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import InputError
+from moesim.sim.serving.replica import Replica, Sequence
 from moesim.sim.serving.settings import ServingSettings
 from moesim.sim.serving.simulate import Simulation
 from moesim.traces.requests.document import Request
@@ -247,3 +248,15 @@ def test_equal_runs_are_equal() -> None:
         for _ in range(2)
     )
     assert first == second
+
+
+def test_across_lanes_the_older_prompt_goes_first_and_the_younger_waits() -> None:
+    replica = Replica(ServingSettings(max_num_seqs=4, max_num_batched_tokens=40, block_size=4, pp=2), blocks=20, id_tokens=0, lanes=2)
+    older, younger = Sequence(Request("a", 0.0, 60, 2), 0.0), Sequence(Request("b", 0.0, 41, 2), 0.0)
+    for lane, sequence in zip(replica.lanes, (older, younger), strict=True):
+        replica.waiting.append(sequence)
+        assert replica.schedule(lane).chunks == [(40, 40, sequence)]
+    assert replica.pool.free == 0
+    assert replica.schedule(replica.lanes[1]).empty and younger.lane is replica.lanes[1] and not replica.preemptions
+    assert replica.schedule(replica.lanes[0]).chunks == [(20, 60, older)]
+    assert younger.lane is None and replica.waiting[0] is younger and replica.preemptions == 1
