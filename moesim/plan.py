@@ -162,7 +162,7 @@ class Plan:
     @property
     def present_LE(self) -> np.ndarray:
         """bool [L, E]: experts that the layer has."""
-        return present_LE(self.experts_L, self.num_experts, self.num_layers)
+        return present_LE(self.experts_L, self.num_experts, len(self.moe_layer_ids))
 
     @property
     def replicas_LE(self) -> np.ndarray:
