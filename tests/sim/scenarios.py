@@ -117,7 +117,7 @@ def random_times(rng: np.random.Generator, ranks: int, rows: int, chunks: int, c
         embedding=one["embedding"],
         attention=one["attention"],
         dense=one["dense"],
-        gate=one["gate"],
+        gate_L=(one["gate"],) * rows,
         head=one["head"],
     )
 
