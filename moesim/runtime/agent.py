@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 from collections import deque
@@ -46,12 +47,18 @@ class Agent:
 
     def __init__(
         self, *, rank: int, host: str, port: int, layers: Sequence[ExpertParallelExperts], plan: Plan, fingerprint: str,
-        probe: Callable[[], np.ndarray], metrics: Callable[[], dict[str, Any]] | None = None,
+        probe: Callable[[], np.ndarray], metrics: Callable[[], dict[str, Any]] | None = None, save: Callable[[str], None] | None = None,
+        bind: str | None = None,
     ) -> None:  # fmt: skip
-        """Connect to the coordinator's store at `host`:`port`. probe: runs a fixed batch through the model (a collective)."""
+        """Connect to the coordinator's store at `host`:`port`. probe: runs a fixed batch through the model (a collective).
+
+        rank: of the whole deployment; in the plan it is `rank` modulo R, and `layers` are those of its pipeline stage.
+        save: writes a checkpoint to the folder it is told (a collective). bind: own address, if it is not `host`.
+        """
         self.rank, self.layers, self.plan, self.fingerprint = rank, list(layers), plan, fingerprint
+        self._place, self._save, self._bind = rank % plan.num_ranks, save, bind or host
         self.epoch, self.step, self.history = 0, 0, History(len(self.layers), plan.num_experts)
-        self.history.use(0, local_tables(plan)[rank])
+        self.history.use(0, self._table())
         self._address, self._probe, self._metrics = (host, port), probe, metrics or dict
         self._store, self._thread_store = self.connect(), self.connect()
         self._lock = threading.Lock()
@@ -61,6 +68,10 @@ class Agent:
         self._pause: dict[str, float] = {}
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="moesim-agent", daemon=True)
+
+    def _table(self) -> np.ndarray:
+        """Return int32 [L, Q]: the expert of every slot of this rank, for the layers that it holds."""
+        return local_tables(self.plan)[self._place][[layer.slot_map.layer for layer in self.layers]]
 
     def connect(self) -> Any:
         """Return a client of the coordinator's store; every thread has its own."""
@@ -141,9 +152,15 @@ class Agent:
                 next(iter(self._migration.staged.values()))[0] ^= 1
             getattr(self._migration, action)(self.epoch)
             self.plan = self._migration.new if action == "install" else self._migration.old
-            self.history.use(self.epoch, local_tables(self.plan)[self.rank])
+            self.history.use(self.epoch, self._table())
             self._add_pause(f"{action}_ms", begin)
             failpoints.hit(f"{action}.end")
+        elif action == "save":
+            assert self._save is not None
+            try:
+                self._save(str(promise["folder"]))
+            except Exception as error:  # a full disk is no reason to stop serving
+                answer |= {"ok": False, "error": self._reason(error)}
         answer |= {"epoch": self.epoch, "pause": dict(self._pause)}
         self._store.set(f"act/{promise['n']}/{self.rank}", json.dumps(answer))
         return action != "stop"
@@ -174,14 +191,18 @@ class Agent:
 
     def status(self) -> dict[str, Any]:
         """Return where this rank is; published a few times a second."""
-        return {"rank": self.rank, "pid": os.getpid(), "step": self.step, "epoch": self.epoch, "map_sha256": self.plan.map_sha256, "time": time.monotonic()}
+        place = {"rank": self.rank, "pid": os.getpid(), "host": socket.gethostname(), "time": time.monotonic()}
+        return {**place, "step": self.step, "epoch": self.epoch, "map_sha256": self.plan.map_sha256}
 
     def _answer(self, command: dict[str, Any], store: Any) -> None:
         try:
             answer = {"ok": True, **getattr(self, f"_do_{command['kind']}")(command, store)}
         except Exception as error:  # whatever went wrong is the coordinator's to judge
-            answer = {"ok": False, "error": str(error) if isinstance(error, MoesimError) else f"rank {self.rank}: {type(error).__name__}: {str(error)[:300]}"}
+            answer = {"ok": False, "error": self._reason(error)}
         store.set(f"rep/{command['n']}/{self.rank}", json.dumps(answer))
+
+    def _reason(self, error: Exception) -> str:
+        return str(error) if isinstance(error, MoesimError) else f"rank {self.rank}: {type(error).__name__}: {str(error)[:300]}"
 
     def _do_check(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
         """Say what this rank runs, and start the account of pauses."""
@@ -209,9 +230,9 @@ class Agent:
         if self._migration is not None:
             raise ApplyError(f"rank {self.rank}: another migration is staged")
         plan = Plan.from_content(json.loads(store.get(f"plan/{command['apply']}")), f"apply {command['apply']}")
-        migration = self._migration = Migration(self.layers, self.plan, plan, rank=self.rank)
+        migration = self._migration = Migration(self.layers, self.plan, plan, rank=self._place)
         begin = time.monotonic()
-        digests = migration.stage(dist.PrefixStore(f"p2p/{command['apply']}", store), self._address[0])
+        digests = migration.stage(dist.PrefixStore(f"p2p/{command['apply']}/{self.rank // plan.num_ranks}", store), self._bind)
         return {"digests": digests, "seconds": time.monotonic() - begin, "steps": self.step}
 
     def _do_schedule(self, command: dict[str, Any], store: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from moesim.errors import ApplyError, MoesimError, PlanError, describe
 from moesim.plan import Plan
 from moesim.runtime.deployment import Deployment
 from moesim.runtime.journal import Journal
+from moesim.runtime.mesh import Layout, is_silent
 from moesim.runtime.moves import moves_between, pair_bytes, placement_sha256
 
 SCHEMA = "moesim.apply/1"
@@ -37,6 +39,12 @@ def check_plan(plan: Plan, *, spec: Any, installed: Plan, slot_capacity: int) ->
     if made_for and made_for != spec.sha256:
         rule = f"must be that of {spec.name}, {spec.sha256[:12]}"
         raise PlanError(describe(plan.source, "fingerprints.model", made_for[:12], rule, f"the plan was made for {plan.model}; solve again"))
+    running = Layout.of(installed)
+    wanted = running if is_silent(plan.parallel, plan.num_ranks) else Layout.of(plan)
+    for name in ("tp", "pp"):
+        if getattr(wanted, name) != getattr(running, name):
+            rule = f"must equal the {getattr(running, name)} of the running deployment, which only moves experts"
+            raise PlanError(describe(plan.source, f"parallel.{name}", getattr(wanted, name), rule, "relaunch with this plan"))
     if plan.num_ranks != installed.num_ranks:
         rule = f"must equal the {installed.num_ranks} ranks of the deployment"
         raise PlanError(describe(plan.source, "num_ranks", plan.num_ranks, rule, "solve for this many ranks"))
@@ -53,7 +61,8 @@ class Apply:
         self, deployment: Deployment, *, spec: Any, installed: Plan, plan: Plan, number: int, slot_capacity: int, window: int, journal: Journal,
         progress: Callable[[str], None] = lambda text: None,
     ) -> None:  # fmt: skip
-        self.ranks, self.spec, self.old, self.new = deployment, spec, installed, plan
+        self.ranks, self.spec, self.old = deployment, spec, installed
+        self.new = replace(plan, parallel=installed.parallel) if is_silent(plan.parallel, plan.num_ranks) else plan
         self.number, self.slot_capacity, self.window, self.journal, self.progress = number, slot_capacity, window, journal, progress
         self.installed = installed
         """What the ranks run now; the caller keeps it."""
@@ -66,14 +75,14 @@ class Apply:
         checks = self._check()
         moves = moves_between(self.old, self.new)
         expert_bytes = checks[0]["expert_bytes"]
-        pairs = pair_bytes(moves, expert_bytes, self.ranks.size)
+        pairs = pair_bytes(moves, expert_bytes, self.old.num_ranks)
         between = int(pairs.sum() - np.trace(pairs))
         report: dict[str, Any] = {
             "schema": SCHEMA, "status": "unchanged", "epoch": self.epoch, "map_sha256": self.new.map_sha256,
             "moved": {"slots": len(moves), "bytes": int(pairs.sum()), "between_ranks": between, "rank_pairs": pairs.tolist()},
             "balance": {"before": None, "after": None, "predicted": None}, "pause_ms": 0.0, "outputs_equal": True, "break_even_steps": 0,
         }  # fmt: skip
-        slots = [np.bincount(plan.slot_rank_S, minlength=self.ranks.size) for plan in (self.old, self.new)]
+        slots = [np.bincount(plan.slot_rank_S, minlength=self.old.num_ranks) for plan in (self.old, self.new)]
         grown = np.maximum(slots[1] - slots[0], 0) * self.old.num_layers * expert_bytes
         staging = 2 * pairs.sum(0) + 32 * expert_bytes + grown
         if placement_sha256(self.old) == placement_sha256(self.new):
@@ -168,8 +177,11 @@ class Apply:
         return table
 
     def _compare_staged(self, ready: list[dict[str, Any]], digests: dict[tuple[int, int], str]) -> None:
+        staged: dict[int, dict[str, str]] = {}
+        for rank, answer in enumerate(ready):  # pipeline stages hold different layers under the same ranks of the plan
+            staged.setdefault(rank % self.old.num_ranks, {}).update(answer["digests"])
         for move in moves_between(self.old, self.new):
-            got = ready[move.target]["digests"].get(f"{move.layer}:{move.target_slot}")
+            got = staged[move.target].get(f"{move.layer}:{move.target_slot}")
             if got != digests[move.layer, move.expert]:
                 where = f"expert {move.expert} of layer row {move.layer}"
                 raise ApplyError(f"rank {move.target}: {where} in staging differs from the live one on rank {move.source}; nothing was installed")
@@ -233,7 +245,8 @@ class Apply:
         epochs = {epoch for answer in answers for epoch in answer["epochs"]}
         if len(epochs) != 1:
             raise ApplyError(f"steps {first}..{last - 1} were served in epochs {sorted(epochs)}; balance needs one")
-        rows_RLE = np.array([answer["rows_LE"] for answer in answers])
+        rows = [np.array(answer["rows_LE"]) for answer in answers]
+        rows_RLE = np.stack([np.concatenate(rows[place :: self.old.num_ranks]) for place in range(self.old.num_ranks)])
         load_LR = rows_RLE.sum(2).T
         return {
             "rows_LE": rows_RLE.sum(0), "load_LR": load_LR, "balance": balance_of(load_LR).mean_over_max,

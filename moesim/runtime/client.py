@@ -36,6 +36,11 @@ def publish_trace(address: str) -> dict[str, Any]:
     return call(address, "trace")
 
 
+def save_checkpoint(address: str, folder: str) -> dict[str, Any]:
+    """Let the deployment write a checkpoint to the new `folder` (absolute, on its machines) between two steps; return step and epoch."""
+    return call(address, "checkpoint", folder=folder)
+
+
 def stop(address: str) -> None:
     """Stop the deployment."""
     call(address, "stop")

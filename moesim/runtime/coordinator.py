@@ -1,19 +1,23 @@
-"""What the control port of a deployment answers: status, metrics, apply, trace, stop."""
+"""What the control port of a deployment answers: status, metrics, apply, trace, checkpoint, stop."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from moesim.errors import ApplyError, InputError, PlanError
+from moesim.errors import ApplyError, InputError, PlanError, describe
 from moesim.plan import Plan
 from moesim.runtime import failpoints
 from moesim.runtime.apply import Apply
 from moesim.runtime.deployment import Deployment
 from moesim.runtime.journal import Journal
 
-OPS = ("status", "metrics", "apply", "trace", "stop", "failpoint")
+OPS = ("status", "metrics", "apply", "trace", "checkpoint", "stop", "failpoint")
+SAVE_S = 3600.0
+"""Longest wait for a checkpoint."""
 
 
 class Coordinator:
@@ -54,6 +58,24 @@ class Coordinator:
             raise ApplyError("the deployment records no trace; start it with --trace-out")
         return {"schema": "moesim.serve-trace/1", "rows": rows}
 
+    def _checkpoint(self, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
+        folder = request.get("folder")
+        if not isinstance(folder, str) or not os.path.isabs(folder) or "\0" in folder:
+            raise InputError(describe("checkpoint", "folder", folder, "must be an absolute path that all ranks can write to"))
+        with self._alone():
+            answers = self.deployment.schedule("save", folder=folder, timeout_s=SAVE_S)
+        return {"schema": "moesim.checkpoint-saved/1", "folder": folder, "step": answers[0]["step"], "epoch": answers[0]["epoch"]}
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other changes out; raise ApplyError if one is under way."""
+        if not self._busy.acquire(blocking=False):
+            raise ApplyError("another apply is under way; try again when it has ended")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
     def _stop(self, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
         self.stop_asked.set()
         return {"schema": "moesim.stop/1"}
@@ -69,9 +91,7 @@ class Coordinator:
         dry_run = request.get("dry_run", False)
         if not isinstance(dry_run, bool):
             raise PlanError("request: dry_run must be true or false")
-        if not self._busy.acquire(blocking=False):
-            raise ApplyError("another apply is under way; try again when it has ended")
-        try:
+        with self._alone():
             self._applies += 1
             change = Apply(
                 self.deployment, spec=self.spec, installed=self.plan, plan=plan, number=self._applies, slot_capacity=self.slot_capacity,
@@ -81,5 +101,3 @@ class Coordinator:
                 return {"report": change.run(dry_run=dry_run)}
             finally:
                 self.plan = change.installed
-        finally:
-            self._busy.release()

@@ -18,11 +18,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moesim.errors import ApplyError
+from moesim.errors import ApplyError, InputError, describe
 
 ANSWER_S = 10.0
 """Default deadline of a command that needs no data to move."""
 KEEP_COMMANDS = 64
+SILENT_S = 20.0
+"""Silence after which a rank on another machine counts as dead; those on this one are looked at."""
 UNKNOWN = 255
 """Exit code of a rank whose own is not known here."""
 
@@ -30,13 +32,19 @@ UNKNOWN = 255
 class Deployment:
     """Commands to all ranks, and their answers."""
 
-    def __init__(self, host: str, size: int, *, pids: list[int] | None = None, answer_s: float = ANSWER_S) -> None:
-        """size: R, the number of ranks. pids: of the ranks, if they are children of this process; else see `adopt`."""
+    def __init__(self, host: str, size: int, *, port: int = 0, pids: list[int] | None = None, answer_s: float = ANSWER_S) -> None:
+        """Host the store at `host`:`port` (0: any free one) for `size` ranks. Raises InputError if the port is taken.
+
+        pids: of the ranks, if they are children of this process; else see `adopt`.
+        """
         self.host, self.size, self.answer_s = host, size, answer_s
         self.pids, self._children = pids or [], pids is not None
         self.launcher: subprocess.Popen[bytes] | None = None
         """The process that started the ranks, if they are not children of this one."""
-        listener = socket.create_server((host, 0))  # left to itself the store would listen on all addresses
+        try:
+            listener = socket.create_server((host, port))  # left to itself the store would listen on all addresses
+        except OSError as cause:
+            raise InputError(describe("launch", "store port", port, f"cannot be bound on {host} ({cause.strerror or cause})", "give another port")) from None
         self.store = dist.TCPStore(
             host, listener.getsockname()[1], None, True, timeout=timedelta(seconds=5), wait_for_workers=False, master_listen_fd=listener.detach()
         )
@@ -45,6 +53,8 @@ class Deployment:
         """Why the deployment can serve no more; None while it can."""
         self.stopping = False
         self._number = 0
+        self._heard: dict[int, tuple[str, float]] = {}
+        self._remote: set[int] = set()
         self._lock = threading.Lock()
         self._monitor = threading.Thread(target=self._watch, name="moesim-monitor", daemon=True)
 
@@ -55,7 +65,9 @@ class Deployment:
     def adopt(self) -> None:
         """Learn the ranks' pids from what they publish."""
         if not self.pids:
-            self.pids = [int(status["pid"]) for status in self.statuses() if status is not None]
+            statuses = [status for status in self.statuses() if status is not None]
+            self._remote = {status["rank"] for status in statuses if status["host"] != socket.gethostname()}
+            self.pids = [int(status["pid"]) for status in statuses]
 
     # --- death ------------------------------------------------------------------------------------
 
@@ -64,13 +76,19 @@ class Deployment:
             dead = [rank for rank in range(len(self.pids)) if rank not in self.exit_codes and self._has_ended(rank)]
             if dead and self.failure is None and not self.stopping:
                 self.failure = self._reason(dead)
-            if not self.pids and self.launcher is not None and self.launcher.poll() is not None:
-                said = next((text for rank in range(self.size) if (text := self.get(f"down/{rank}"))), f"exit code {self.launcher.returncode}")
-                self.failure = self.failure or f"the launcher ended: {said}"
-                return
+            if not self.pids and not self._children:
+                said = next((text for rank in range(self.size) if (text := self.get(f"down/{rank}"))), None)
+                ended = self.launcher is not None and self.launcher.poll() is not None
+                if said or ended:
+                    self.failure = self.failure or said or f"the launcher ended: exit code {self.launcher.returncode}"  # type: ignore[union-attr]
+                    return
             time.sleep(0.05)
 
     def _has_ended(self, rank: int) -> bool:
+        if rank in self._remote:
+            if time.monotonic() - self._status(rank)[1] > SILENT_S:
+                self.exit_codes[rank] = UNKNOWN
+            return rank in self.exit_codes
         if not self._children:
             if not _exists(self.pids[rank]):
                 self.exit_codes[rank] = UNKNOWN
@@ -104,14 +122,20 @@ class Deployment:
         """Return what every rank last published, with the age of it in seconds."""
         result: list[dict[str, Any] | None] = []
         for rank in range(self.size):
-            text = self.get(f"status/{rank}")
-            if text is None:
-                result.append(None)
-                continue
-            status = json.loads(text)
-            status["age_s"] = round(time.monotonic() - status.pop("time"), 3)
+            text, heard = self._status(rank)
+            status = json.loads(text) if text else None
+            if status is not None:
+                clock = status.pop("time")
+                status["age_s"] = round(time.monotonic() - (heard if rank in self._remote else clock), 3)
             result.append(status)
         return result
+
+    def _status(self, rank: int) -> tuple[str, float]:
+        """Return what a rank last published, and when that was first seen here: clocks of other machines are not comparable."""
+        text = self.get(f"status/{rank}") or ""
+        if self._heard.get(rank, ("", 0.0))[0] != text:
+            self._heard[rank] = text, time.monotonic()
+        return self._heard.setdefault(rank, (text, time.monotonic()))
 
     def ask(self, kind: str, *, timeout_s: float | None = None, **fields: Any) -> list[dict[str, Any]]:
         """Give a command to all ranks and return their answers by rank; raise ApplyError if one refuses, dies or is late."""
@@ -180,7 +204,7 @@ class Deployment:
                 self.schedule("stop", timeout_s=timeout_s)
         self._await_ends(timeout_s if self.failure is None else 0.0)
         for name, wait_s in ((signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0)):
-            for rank in [rank for rank in range(len(self.pids)) if rank not in self.exit_codes]:
+            for rank in [rank for rank in range(len(self.pids)) if rank not in self.exit_codes and rank not in self._remote]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self.pids[rank], name)
             self._await_ends(wait_s)

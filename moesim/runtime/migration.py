@@ -32,8 +32,10 @@ class Migration:
     """The staged change from one plan to the next on one rank."""
 
     def __init__(self, layers: Sequence[ExpertParallelExperts], old: Plan, new: Plan, *, rank: int) -> None:
+        """Prepare the moves of the rows that `layers` hold: all of the plan, or those of one pipeline stage; rank: as in the plan."""
         self.layers, self.old, self.new, self.rank = layers, old, new, rank
-        self.moves = moves_between(old, new)
+        self._layer_of = {layer.slot_map.layer: layer for layer in layers}
+        self.moves = [move for move in moves_between(old, new) if move.layer in self._layer_of]
         self.aborted = threading.Event()
         self.staged: dict[tuple[int, int], np.ndarray] = {}
         self.replaced: dict[tuple[int, int], np.ndarray] = {}
@@ -62,14 +64,14 @@ class Migration:
             if move.target != self.rank:
                 continue
             key = (move.layer, move.target_slot)
-            layer = self.layers[move.layer]
+            layer = self._layer_of[move.layer]
             if move.source == self.rank:
                 self.staged[key] = layer.read_expert(move.source_slot)
             if move.target_slot < layer.held_slots:
                 self.replaced[key] = layer.read_expert(move.target_slot)
         if failpoints.hit("stage.staged"):
             _flip(next(iter(self.staged.values())))
-        self._maps = [SlotMap.of(self.new, row, 0) for row in range(len(self.layers))]
+        self._maps = [SlotMap.of(self.new, row, 0) for row in self._layer_of]
         for (row, slot), data in self.staged.items():
             digests[f"{row}:{slot}"] = digest(data).hex()
         return digests
@@ -79,7 +81,7 @@ class Migration:
         pending, arrived = [], []
         for index in batch:
             move = self.moves[index]
-            layer = self.layers[move.layer]
+            layer = self._layer_of[move.layer]
             if move.source == self.rank:
                 data = layer.read_expert(move.source_slot)
                 tail = np.frombuffer(digest(data), np.uint8)
@@ -120,7 +122,7 @@ class Migration:
                 layer.grow(slots)
             layer.use(replace(slot_map, epoch=epoch))
         for (row, slot), expert in data.items():
-            self.layers[row].write_expert(slot, expert)
+            self._layer_of[row].write_expert(slot, expert)
 
     def close(self) -> None:
         """Free the staging memory and the connections."""
@@ -135,7 +137,8 @@ def _flip(data: np.ndarray) -> None:
 def live_digests(layers: Sequence[ExpertParallelExperts]) -> list[dict[str, Any]]:
     """Return for every slot of this rank in use: row, expert and the digest of its live weights."""
     result = []
-    for row, layer in enumerate(layers):
+    for layer in layers:
         table = layer.slot_map.slot_to_expert_S[layer.first : layer.last].tolist()
+        row = layer.slot_map.layer
         result += [{"row": row, "expert": expert, "digest": digest(layer.read_expert(slot)).hex()} for slot, expert in enumerate(table) if expert >= 0]
     return result

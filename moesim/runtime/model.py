@@ -1,29 +1,33 @@
-"""A Hugging Face MoE model with seeded random weights, whole or spread over ranks by a plan.
+"""A Hugging Face MoE model with seeded random weights, whole or spread over ranks by a plan and a mesh.
 
 Weights are a function of (seed, parameter name), those of an expert of (seed, layer, expert, tensor): every rank makes
-only what it holds, and any rank can make any expert again. `skew` tilts the routers: all token embeddings share one
-direction, and the router row of the expert at popularity rank p (a seeded permutation per layer) answers it with
--skew·log p, so that loads look Zipf-like while every token still routes by its own content. The tilt is part of
-the model's weights; placements neither see nor cause it.
+only the layers of its stage, its part of what tensor parallelism deals out and the experts of its slots, and any rank
+can make any expert again. `skew` tilts the routers: all token embeddings share one direction, and the router row of the
+expert at popularity rank p (a seeded permutation per layer) answers it with -skew·log p, so that loads look Zipf-like
+while every token still routes by its own content. The tilt is part of the model's weights; placements neither see nor cause it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from moesim.errors import ModelError, describe
+from moesim.errors import ApplyError, ModelError, describe
 from moesim.files import canonical_json, sha256_hex
 from moesim.plan import Plan
 from moesim.runtime.digest import digest
 from moesim.runtime.expert_parallel import ExpertParallelExperts
+from moesim.runtime.mesh import Mesh
+from moesim.runtime.pipeline import cut
 from moesim.runtime.slot_map import SlotMap
 from moesim.runtime.spec import ModelSpec
+from moesim.runtime.tensor_parallel import SharedTokens, part, split, sum_partial_gradients
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NOT_PASSED = ("model_type", "architectures", "auto_map", "quantization_config", "torch_dtype", "dtype", "transformers_version")
@@ -90,40 +94,65 @@ def expert_tensor(spec: ModelSpec, layer: int, expert: int, name: str, shape: tu
     return _normal(spec.seed, f"layers.{layer}.experts.{expert}.{name}", shape, std).to(DTYPES[spec.dtype])
 
 
-def _fill(model: nn.Module, spec: ModelSpec) -> None:
-    """Give every parameter and buffer that is still without memory its seeded value."""
+@dataclass(frozen=True, slots=True)
+class _Origins:
+    """What the parts of a whole model are called, whichever of them a rank keeps."""
+
+    parameters: dict[int, tuple[str, bool]]
+    """id of a parameter → its name, and whether it is an embedding."""
+    blocks: dict[int, nn.Module]
+    """MoE layer → its block."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Origins:
+        parameters: dict[int, tuple[str, bool]] = {}
+        for module_name, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):  # a tied weight goes by its first name
+                parameters.setdefault(id(parameter), (f"{module_name}.{name}", isinstance(module, nn.Embedding)))
+        return cls(parameters, moe_layers(model))
+
+
+def _fill(model: nn.Module, spec: ModelSpec, origins: _Origins, dealt: dict[str, int], group: Any = None) -> dict[str, nn.Parameter]:
+    """Give every parameter and buffer that is still without memory its seeded value; return those parameters by their names in the whole model.
+
+    dealt: name → dimension of which this rank has its part of `group` only.
+    """
     from transformers import PreTrainedModel
 
     assert isinstance(model, PreTrainedModel)
     made: dict[int, nn.Parameter] = {}
-    for module_name, module in model.named_modules():
+    result: dict[str, nn.Parameter] = {}
+    for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.device.type != "meta":
                 continue
             if id(parameter) not in made:
-                full = f"{module_name}.{name}"
+                full, is_embedding = origins.parameters[id(parameter)]
                 if parameter.ndim == 1:
                     value = torch.ones(parameter.shape) if name == "weight" else torch.zeros(parameter.shape)
                 else:
-                    std = 1.0 if isinstance(module, nn.Embedding) else 1 / math.sqrt(parameter.shape[-1])
+                    std = 1.0 if is_embedding else 1 / math.sqrt(parameter.shape[-1])
                     value = _normal(spec.seed, full, tuple(parameter.shape), std)
-                if isinstance(module, nn.Embedding):
+                if is_embedding:
                     value += SHARED_DIRECTION * _direction(spec, parameter.shape[-1])
-                made[id(parameter)] = nn.Parameter(value.to(parameter.dtype), requires_grad=parameter.requires_grad)
+                if full in dealt:
+                    value = part(value, dealt[full], group)
+                result[full] = made[id(parameter)] = nn.Parameter(value.to(parameter.dtype), requires_grad=parameter.requires_grad)
             setattr(module, name, made[id(parameter)])
         buffers = [name for name, buffer in module.named_buffers(recurse=False) if buffer.device.type == "meta"]
         for name in buffers:
             setattr(module, name, torch.zeros_like(getattr(module, name), device="cpu"))
         if buffers and "RotaryEmbedding" in type(module).__name__:
             model._init_weights(module)
+    return result
 
 
 def _direction(spec: ModelSpec, hidden: int) -> torch.Tensor:
     return _normal(spec.seed, "shared direction", (hidden,), 1.0).sign()
 
 
-def _tilt_routers(model: nn.Module, spec: ModelSpec, num_experts: int) -> None:
-    for layer, block in moe_layers(model).items():
+def _tilt_routers(blocks: dict[int, nn.Module], spec: ModelSpec, num_experts: int) -> None:
+    for layer, block in blocks.items():
         weight = router_of(block, num_experts).weight
         hidden = weight.shape[1]
         popularity = torch.argsort(_normal(spec.seed, f"layers.{layer}.popularity", (num_experts,), 1.0)) + 1
@@ -136,46 +165,87 @@ def build(spec: ModelSpec) -> nn.Module:
     """Return the whole model in this process, with the experts module of transformers."""
     model = skeleton(spec)
     num_experts, _, _ = facts(model)
+    origins = _Origins.of(model)
     with torch.no_grad():
-        for layer, block in moe_layers(model).items():
+        for layer, block in origins.blocks.items():
             for name, parameter in list(block.experts.named_parameters()):
                 shape, transposed = tuple(parameter.shape[1:]), block.experts.is_transposed
                 rows = [expert_tensor(spec, layer, expert, name, shape, transposed) for expert in range(parameter.shape[0])]
                 setattr(block.experts, name, nn.Parameter(torch.stack(rows), requires_grad=False))
-        _fill(model, spec)
-        _tilt_routers(model, spec, num_experts)
+        _fill(model, spec, origins, {})
+        _tilt_routers(origins.blocks, spec, num_experts)
     return model
 
 
-def distribute(model: nn.Module, spec: ModelSpec, plan: Plan, *, rank: int, group: Any, slot_capacity: int | None = None) -> list[ExpertParallelExperts]:
-    """Replace the experts of a skeleton by those slots of `plan` that `rank` owns; return the new modules, layer by layer."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What one rank holds of a model."""
+
+    model: nn.Module
+    experts: list[ExpertParallelExperts]
+    """Of the MoE layers of its stage, in their order."""
+    layers: range
+    """Layers of its stage."""
+    layer_ids: tuple[int, ...]
+    """MoE layers of its stage, as indices in the whole model."""
+    dense: dict[str, nn.Parameter]
+    """All other parameters, by their names in the whole model."""
+    dealt: dict[str, int]
+    """Those of which a tensor-parallel rank has one part → dimension."""
+
+
+def build_part(spec: ModelSpec, plan: Plan, mesh: Mesh, *, slot_capacity: int | None = None) -> Part:
+    """Return what the rank of `mesh` holds of the model under `plan`."""
+    model = skeleton(spec)
     num_experts, layer_ids, _ = facts(model)
     plan.check_model(name=spec.name, num_experts=num_experts, moe_layer_ids=layer_ids)
-    result = []
-    for row, (layer, block) in enumerate(moe_layers(model).items()):
-        experts = ExpertParallelExperts(block.experts, SlotMap.of(plan, row, 0), rank=rank, group=group, slot_capacity=slot_capacity)
-        for local, expert in enumerate(experts.slot_map.slot_to_expert_S[experts.first : experts.last].tolist()):
-            for name in experts.tensor_names if expert >= 0 else ():
-                experts.tensor(name)[local] = expert_tensor(spec, layer, expert, name, experts.shapes[name], experts.is_transposed)
-        block.experts = experts
-        result.append(experts)
-    return result
+    mesh.layout.check_layers(model.config.num_hidden_layers, layer_ids, plan.source)
+    origins = _Origins.of(model)
+    layers = mesh.layout.layers(mesh.stage, model.config.num_hidden_layers)
+    held = {layer: block for layer, block in origins.blocks.items() if layer in layers}
+    with torch.no_grad():
+        dealt, partial = split(model, mesh, plan.source)
+        cut(model, layers)
+        experts = [_distribute(block, layer, spec, SlotMap.of(plan, layer_ids.index(layer), 0), mesh, slot_capacity) for layer, block in held.items()]
+        dense = _fill(model, spec, origins, dealt, mesh.tp)
+        _tilt_routers(held, spec, num_experts)
+    for name in partial:
+        if name in dense:
+            sum_partial_gradients(dense[name], mesh.tp)
+    return Part(model=model, experts=experts, layers=layers, layer_ids=tuple(held), dense=dense, dealt={key: dealt[key] for key in dealt if key in dense})
+
+
+def _distribute(block: Any, layer: int, spec: ModelSpec, slot_map: SlotMap, mesh: Mesh, slot_capacity: int | None) -> ExpertParallelExperts:
+    """Replace the experts of a block of a skeleton by the slots that this rank owns; `layer` is the index in the model."""
+    experts = ExpertParallelExperts(block.experts, slot_map, rank=mesh.ep_rank, group=mesh.ep, slot_capacity=slot_capacity)
+    for local, expert in enumerate(slot_map.slot_to_expert_S[experts.first : experts.last].tolist()):
+        for name in experts.tensor_names if expert >= 0 else ():
+            experts.tensor(name)[local] = expert_tensor(spec, layer, expert, name, experts.shapes[name], experts.is_transposed)
+    block.experts = experts if mesh.tp is None else SharedTokens(experts, mesh.tp)
+    return experts
 
 
 def build_distributed(spec: ModelSpec, plan: Plan, *, rank: int, group: Any, slot_capacity: int | None = None) -> tuple[nn.Module, list[ExpertParallelExperts]]:
-    """Return this rank's part of the model, and its expert modules layer by layer."""
-    model = skeleton(spec)
-    with torch.no_grad():
-        experts = distribute(model, spec, plan, rank=rank, group=group, slot_capacity=slot_capacity)
-        _fill(model, spec)
-        _tilt_routers(model, spec, plan.num_experts)
-    return model, experts
+    """Return this rank's part of the model, and its expert modules layer by layer, where `group` is all there is."""
+    held = build_part(spec, plan, Mesh.flat(rank=rank, size=plan.num_ranks, group=group), slot_capacity=slot_capacity)
+    return held.model, held.experts
 
 
-def fingerprint(model: nn.Module, spec: ModelSpec) -> str:
-    """Return a SHA-256 over the specification and the weights that every rank holds alike (all but the experts)."""
+def fingerprint(held: Part, spec: ModelSpec) -> str:
+    """Return a SHA-256 over the specification and the weights of a part that its data-parallel replicas hold alike (all but the experts)."""
     parts = [canonical_json(spec.content())]
-    for name, parameter in sorted(model.named_parameters()):
-        if ".experts." not in name:
-            parts.append(name.encode() + digest(parameter.detach().contiguous().view(torch.uint8).numpy()))
+    for name, parameter in sorted(held.dense.items()):
+        parts.append(name.encode() + digest(parameter.detach().contiguous().view(torch.uint8).numpy()))
     return sha256_hex(b"".join(parts))
+
+
+def agree(store: Any, mesh: Mesh, own: str) -> str:
+    """Return one fingerprint of the whole model from those of all parts; raise ApplyError if two replicas of a part differ."""
+    store.set(f"fingerprint/{mesh.rank}", own)
+    found: dict[tuple[int, int], tuple[int, str]] = {}
+    for rank in range(mesh.layout.world):
+        place = mesh.layout.stage_of(rank), rank % mesh.layout.tp
+        first, value = found.setdefault(place, (rank, store.get(f"fingerprint/{rank}").decode()))
+        if store.get(f"fingerprint/{rank}").decode() != value:
+            raise ApplyError(f"ranks {first} and {rank} built different weights; give all of them the same model, seed and versions of torch")
+    return sha256_hex("".join(value for _, value in found.values()).encode())

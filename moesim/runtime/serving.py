@@ -1,8 +1,8 @@
 """A small serving loop: a deterministic stream of requests through the real model, prefill then decode, on every rank.
 
-Requests are numbered 0, 1, 2 …; wave w gives rank r the requests (w·R + r)·B … + B − 1. A wave is one prefill step of P
-tokens per request and D decode steps, greedy, with the model's own KV cache; all ranks are in the same step of the same
-wave, because every MoE layer is an exchange among them. Prompts are Zipf-distributed token ids seeded by the request,
+Requests are numbered 0, 1, 2 …; wave w gives data-parallel replica r of R the requests (w·R + r)·B … + B − 1. A wave is one
+prefill step of P tokens per request and D decode steps, greedy, with the model's own KV cache; all ranks are in the same step
+of the same wave, because every MoE layer is an exchange among them. Prompts are Zipf-distributed token ids seeded by the request,
 so the same requests give the same answers whatever the placement; a SHA-256 per wave over the answers says so.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from moesim.runtime.agent import Agent
+from moesim.runtime.pipeline import Stage
 from moesim.runtime.stages import StageClock
 
 PREFILL, DECODE = 0, 1
@@ -30,10 +31,11 @@ class Workload:
     """The stream of requests; the same on all ranks."""
 
     ranks: int
+    """R, data-parallel replicas."""
     vocab: int
     seed: int = 0
     batch: int = 8
-    """Requests in flight per rank."""
+    """Requests in flight per replica."""
     prompt: int = 32
     """Tokens per prompt."""
     decode: int = 16
@@ -49,7 +51,7 @@ class Workload:
         return 1 + self.decode
 
     def requests(self, wave: int, rank: int) -> np.ndarray:
-        """Return the numbers of the requests that `rank` serves in wave `wave`."""
+        """Return the numbers of the requests that replica `rank` serves in wave `wave`."""
         return (wave * self.ranks + rank) * self.batch + np.arange(self.batch)
 
     def prompts(self, wave: int, rank: int) -> np.ndarray:
@@ -71,10 +73,14 @@ class Server:
     """Serves waves on one rank until the agent says stop."""
 
     def __init__(
-        self, model: Any, workload: Workload, *, rank: int, record: Callable[..., None] | None = None, stages: StageClock | None = None
+        self, stage: Stage, workload: Workload, *, moe_layers: Sequence[int] = (), record: Callable[..., None] | None = None, clock: StageClock | None = None
     ) -> None:
-        """record: called after every step with what was routed and when (see `capture.Spool.add`). stages: times the stages of every step."""
-        self.model, self.workload, self.rank, self._record, self._stages = model, workload, rank, record, stages
+        """record: called in the first pipeline stage after every step with what was routed and when (see `capture.Spool.add`).
+
+        moe_layers: how many MoE layers each pipeline stage has, if routes are recorded. clock: times the parts of every step.
+        """
+        self.stage, self.workload, self._record, self._stages = stage, workload, record, clock
+        self._moe_layers = list(moe_layers)
         self.served, self.waves, self._chain = 0, 0, hashlib.sha256()
         self.digests: deque[tuple[int, str]] = deque(maxlen=KEEP_WAVES)
 
@@ -90,8 +96,9 @@ class Server:
 
     def _wave(self, agent: Agent) -> bool:
         work = self.workload
-        numbers = work.requests(self.waves, self.rank)
-        tokens = torch.from_numpy(work.prompts(self.waves, self.rank))
+        replica = self.stage.mesh.replica
+        numbers = work.requests(self.waves, replica)
+        tokens = torch.from_numpy(work.prompts(self.waves, replica))
         cache, answers = None, []
         for index in range(work.wave_steps):
             if not agent.at_step_boundary():
@@ -99,23 +106,22 @@ class Server:
             start_ns = time.monotonic_ns()
             if self._stages is not None:
                 self._stages.start()
-            output = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
+            tokens, cache = self.stage.next_tokens(tokens, cache)
             positions = np.arange(work.prompt) if index == 0 else np.array([work.prompt + index - 1])
             epoch, step = agent.epoch, agent.step
-            captured = [layer.captured for layer in agent.layers]
-            tokens = output.logits[:, -1].argmax(-1, keepdim=True)
             answers.append(tokens.numpy())
             timed = None if self._stages is None else self._stages.take(step)
             rest = work.pace_ms / 1e3 - (time.monotonic_ns() - start_ns) / 1e9
             if rest > 0:
                 time.sleep(rest)
-            count = work.batch * len(positions)
+            share = self.stage.mesh.share(work.batch * len(positions))
+            count = share.stop - share.start
             agent.count_step(prefill=count if index == 0 else 0, decode=count if index else 0, start_ns=start_ns)
+            captured = self.stage.collect(torch.stack([layer.captured for layer in agent.layers]), self._moe_layers) if self._moe_layers else ()
             if self._record is not None:
                 self._record(
-                    step=step, epoch=epoch, phase=PREFILL if index == 0 else DECODE, requests=np.repeat(request_id(numbers), len(positions)),
-                    positions=np.tile(positions, work.batch), experts_LNk=captured, start_ns=start_ns, end_ns=time.monotonic_ns(),
+                    step=step, epoch=epoch, phase=PREFILL if index == 0 else DECODE, requests=np.repeat(request_id(numbers), len(positions))[share],
+                    positions=np.tile(positions, work.batch)[share], experts_LNk=captured, start_ns=start_ns, end_ns=time.monotonic_ns(),
                     plan=agent.plan, stages=timed,
                 )  # fmt: skip
         content = np.concatenate(answers, axis=1).astype("<i4").tobytes()
@@ -126,12 +132,12 @@ class Server:
         return True
 
 
-def make_probe(model: Any, *, rank: int, vocab: int, seed: int = 0, batch: int = 2, length: int = 16) -> Callable[[], np.ndarray]:
-    """Return a function that runs a fixed batch through the model, the same every time, and returns its logits."""
-    tokens = torch.from_numpy(np.random.Generator(np.random.PCG64([seed, 1 << 40, rank])).integers(0, vocab, (batch, length)))
+def make_probe(stage: Stage, *, vocab: int, seed: int = 0, batch: int = 2, length: int = 16) -> Callable[[], np.ndarray]:
+    """Return a function that runs a fixed batch through the model, the same every time, and returns this stage's output."""
+    tokens = torch.from_numpy(np.random.Generator(np.random.PCG64([seed, 1 << 40, stage.mesh.replica])).integers(0, vocab, (batch, length)))
 
     def probe() -> np.ndarray:
         with torch.inference_mode():
-            return np.asarray(model(input_ids=tokens, use_cache=False).logits.float().numpy())
+            return np.asarray(stage(tokens)[0].float().numpy())
 
     return probe

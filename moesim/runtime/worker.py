@@ -1,7 +1,8 @@
-"""One rank of a deployment: joins the group, builds its part of the model, serves until it is told to stop.
+"""One rank of a deployment: finds the coordinator's store, joins the mesh, builds its part of the model, serves until told to stop.
 
-Started by fork from the launcher, or by `torchrun … -m moesim.runtime.worker` with the same settings in the JSON file
-that MOESIM_WORKER names. Exit codes: 0 stopped, 3 failed; the reason of a failure is left under `down/<rank>` in the store.
+Forked by the launcher, or started by torchrun, srun or anything else that sets RANK and WORLD_SIZE: `python -m moesim.runtime.worker
+HOST:PORT` with the address of the store. What to serve is in the store. Exit codes: 0 stopped, 3 failed; the reason
+of a failure is left under `down/<rank>` in the store.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from moesim.errors import MoesimError
+from moesim.errors import ApplyError, MoesimError
+
+JOIN_S = 120.0
+"""Longest wait for the coordinator's store."""
 
 
 def die_with_parent() -> None:
@@ -26,61 +31,100 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def serve_rank(rank: int, settings: dict[str, Any]) -> None:
-    """Run one rank from start to stop; `settings` is what `launch.settings_of` makes."""
+def serve_rank(rank: int, host: str, port: int) -> None:
+    """Run one rank from start to stop with the settings that the coordinator has put into its store."""
     import torch
-    import torch.distributed as dist
-
-    from moesim.plan import Plan
-    from moesim.runtime.agent import Agent
-    from moesim.runtime.capture import Spool
-    from moesim.runtime.group import gloo_group
-    from moesim.runtime.model import build_distributed, fingerprint
-    from moesim.runtime.serving import Server, Workload, make_probe
-    from moesim.runtime.spec import ModelSpec
-    from moesim.runtime.stages import StageClock, watch
-    from moesim.traces.routing_trace import TraceShape
 
     torch.set_num_threads(1)
-    host, port, size = settings["host"], settings["store_port"], settings["ranks"]
-    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
-    group = gloo_group(dist.PrefixStore("data/0", store), rank=rank, size=size, timeout_s=settings["timeout_s"], host=host)
-    spec = ModelSpec(**{**settings["spec"], "moe_layer_ids": tuple(settings["spec"]["moe_layer_ids"])})
-    plan = Plan.from_content(settings["plan"], "initial plan")
-    model, layers = build_distributed(spec, plan, rank=rank, group=group, slot_capacity=settings["slot_capacity"])
-    workload = Workload(**settings["workload"])
-    spool = None
-    if settings["spool"] is not None:
-        shape = TraceShape(**{**settings["shape"], "moe_layer_ids": tuple(settings["shape"]["moe_layer_ids"])})
-        spool = Spool(Path(settings["spool"]), rank, shape, ranks=size)
-    clock = None
-    if spool is not None:
-        clock = StageClock()
-        watch(model, layers, clock)
-    server = Server(model, workload, rank=rank, record=None if spool is None else spool.add, stages=clock)
-    probe = make_probe(model, rank=rank, vocab=workload.vocab, seed=workload.seed)
-    agent = Agent(rank=rank, host=host, port=port, layers=layers, plan=plan, fingerprint=fingerprint(model, spec), probe=probe, metrics=server.metrics)
-    agent.start()
+    store = find_store(host, port)
+    store.wait(["settings"], timedelta(seconds=JOIN_S))
     try:
-        server.run(agent)
+        _serve(rank, host, port, store, json.loads(store.get("settings")))
     except Exception as error:
         reason = str(error) if isinstance(error, MoesimError) else f"{type(error).__name__}: {str(error)[:300]}"
         with contextlib.suppress(Exception):
             store.set(f"down/{rank}", reason)
         raise
+
+
+def find_store(host: str, port: int) -> Any:
+    """Return a client of the coordinator's store; wait up to JOIN_S for it to be there."""
+    import torch.distributed as dist
+
+    deadline = time.monotonic() + JOIN_S
+    while True:
+        try:
+            return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
+        except RuntimeError as cause:
+            if time.monotonic() > deadline:
+                raise ApplyError(f"{host}:{port}: no coordinator within {JOIN_S:g} s ({str(cause)[:100]})") from None
+            time.sleep(0.2)
+
+
+def _serve(rank: int, host: str, port: int, store: Any, settings: dict[str, Any]) -> None:
+    import torch.distributed as dist
+
+    from moesim.plan import Plan
+    from moesim.runtime.agent import Agent
+    from moesim.runtime.capture import Spool
+    from moesim.runtime.mesh import Layout, join, own_address
+    from moesim.runtime.model import agree, build_part, fingerprint
+    from moesim.runtime.pipeline import Stage
+    from moesim.runtime.serving import Server, Workload, make_probe
+    from moesim.runtime.spec import ModelSpec
+    from moesim.runtime.stages import StageClock, watch
+    from moesim.traces.routing_trace import TraceShape
+
+    spec = ModelSpec(**{**settings["spec"], "moe_layer_ids": tuple(settings["spec"]["moe_layer_ids"])})
+    plan = Plan.from_content(settings["plan"], "initial plan")
+    layout, address = Layout.of(plan), own_address(host, port)
+    mesh = join(dist.PrefixStore("data/0", store), layout, rank=rank, timeout_s=settings["timeout_s"], host=address)
+    held = build_part(spec, plan, mesh, slot_capacity=settings["slot_capacity"])
+    if settings["checkpoint"] is not None:
+        from moesim.runtime import checkpoint
+
+        checkpoint.load(Path(settings["checkpoint"]), held, mesh, spec)
+    workload = Workload(**settings["workload"])
+    spool, clock, moe_layers = None, None, []
+    if settings["spool"] is not None:
+        total = settings["num_layers"]
+        moe_layers = [sum(layer in layout.layers(stage, total) for layer in spec.moe_layer_ids) for stage in range(layout.pp)]
+        if mesh.stage == 0:
+            shape = TraceShape(**{**settings["shape"], "moe_layer_ids": tuple(settings["shape"]["moe_layer_ids"])})
+            spool = Spool(Path(settings["spool"]), mesh.ep_rank, shape, ranks=layout.ranks)
+        if layout.pp == 1:  # a trace knows one set of ranks; with stages, layer times would come from others than the tokens
+            clock = StageClock()
+            watch(held.model, held.experts, clock)
+    stage = Stage(held.model, mesh)
+    server = Server(stage, workload, moe_layers=moe_layers, record=None if spool is None else spool.add, clock=clock)
+    agent = Agent(
+        rank=rank, host=host, port=port, layers=held.experts, plan=plan, fingerprint=agree(store, mesh, fingerprint(held, spec)),
+        probe=make_probe(stage, vocab=workload.vocab, seed=workload.seed), metrics=server.metrics, save=_saver(held, mesh, spec), bind=address,
+    )  # fmt: skip
+    agent.start()
+    try:
+        server.run(agent)
     finally:
         agent.close()
         if spool is not None:
             spool.close()
 
 
-def run(rank: int, settings: dict[str, Any]) -> int:
-    """Serve as `rank`; return the exit code."""
-    die_with_parent()
+def _saver(held: Any, mesh: Any, spec: Any) -> Any:
+    def save(folder: str) -> None:
+        from moesim.runtime import checkpoint
+
+        checkpoint.save(Path(folder), held, mesh, spec)
+
+    return save
+
+
+def run(rank: int, host: str, port: int) -> int:
+    """Serve as `rank` of the deployment whose store is at `host`:`port`; return the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the coordinator decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        serve_rank(rank, settings)
+        serve_rank(rank, host, port)
         return 0
     except MoesimError as error:
         print(f"moesim: rank {rank}: {error}", file=sys.stderr, flush=True)
@@ -90,6 +134,9 @@ def run(rank: int, settings: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
+    from moesim.runtime.control import parse_address
+
+    die_with_parent()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.stdout.flush()
-    os._exit(run(int(os.environ["RANK"]), json.loads(Path(os.environ["MOESIM_WORKER"]).read_bytes())))
+    os._exit(run(int(os.environ["RANK"]), *parse_address(sys.argv[1])))
