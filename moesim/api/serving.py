@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moesim.api.documents import cluster_of, model_of, read_plan, trace_of
+from moesim.api.documents import cluster_of, model_of, need_equal_layers, read_plan, trace_of
 from moesim.costs import footprint
 from moesim.costs.group import Group
 from moesim.costs.group_loads import Placement, capped_LE, linear_placement
@@ -47,11 +47,18 @@ class Routing:
     synthetic: str | None
     assign_LE: np.ndarray
     """Expected choices of every expert by one token; one row where all layers are alike."""
+    drawn: bool = False
+    """Whether the choices of a batch are drawn although all experts are equally popular: a small batch then leaves experts idle, as a router does."""
 
     @property
     def is_even(self) -> bool:
         """Whether every batch loads all experts alike, by definition."""
-        return self.synthetic is not None and self.synthetic.startswith("synthetic:balanced") and bool((self.assign_LE == self.assign_LE[:, :1]).all())
+        return (
+            not self.drawn
+            and self.synthetic is not None
+            and self.synthetic.startswith("synthetic:balanced")
+            and bool((self.assign_LE == self.assign_LE[:, :1]).all())
+        )
 
     def report(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -261,6 +268,7 @@ def serve(
     """
     began = time.perf_counter()
     moe_model, cluster = model_of(model), cluster_of(hardware)
+    need_equal_layers(moe_model, "a replay of requests")
     chosen = settings if isinstance(settings, Settings) else Settings.parse(settings or {})
     _check_settings(chosen)
     asked = requests if isinstance(requests, Requests) else open_requests(requests, seed=seed)

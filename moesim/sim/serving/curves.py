@@ -176,3 +176,22 @@ class StepCurves:
         times[0] += embed
         times[-1] += head
         return times, self._hop[-(-busiest // self._width)] if self._hop else 0.0, moe
+
+    def decode_run(self, works: list[Work], grown_i: np.ndarray) -> tuple[np.ndarray, float]:
+        """Return the seconds [i] of steps that only decode, on one stage, when the mean contexts have grown by `grown_i`; and of MoE in each."""
+        tokens = [self.tokens_of(work) for work in works]
+        body_i = np.zeros(len(grown_i))
+        ends = 0.0
+        for work, own in zip(works, tokens, strict=True):
+            if not own:
+                continue
+            row = self._rows[min(-(-work.decodes // self._row_width) - 1, len(self._rows) - 1)]
+            context = work.contexts / work.decodes + grown_i
+            keys = self._contexts
+            at = np.clip(np.searchsorted(keys, context, side="right") - 1, 0, len(keys) - 2)
+            low, high = np.asarray(row)[at], np.asarray(row)[at + 1]
+            core = low + (context - keys[at]) / (keys[at + 1] - keys[at]) * (high - low)
+            body_i = np.maximum(body_i, self.body(own) + core)
+            ends = max(ends, self._embed[-(-own // self._width)] + self._head[-(-own // self._width)])
+        moe = self.moe(sum(tokens), max(tokens), prefill=False)
+        return body_i + moe + ends, moe

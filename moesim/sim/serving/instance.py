@@ -9,9 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from moesim.sim.serving.curves import StepCurves
+from moesim.sim.serving.metrics import Sample
 from moesim.sim.serving.replica import Replica, Sequence, Work
 from moesim.sim.serving.settings import ServingSettings
+
+
+MIN_LEAP, MAX_LEAP = 8, 1 << 14
+"""Steps that are worth an array, and those that one array holds at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +127,38 @@ class Instance:
                         sums.prompt_contexts += end
             return Flight(index, works), at
         return None
+
+    def leap(self, flight: Flight, end: float, horizon: float, step: Sample) -> float:
+        """Run the steps after the one in flight in which nothing but decoding happens, as long as they begin before `horizon`; return the end of the last.
+
+        Exact up to rounding: no sequence ends, needs a block or waits meanwhile, so of all that a step's time depends on only the contexts grow.
+        """
+        lanes = [replica.lanes[0] for replica in self.replicas]
+        if len(self.free_s) > 1 or end >= horizon or any(work.chunks for work in flight.works) or any(replica.waiting for replica in self.replicas):
+            return end
+        active = [(lane, work) for lane, work in zip(lanes, flight.works, strict=True) if work.decodes]
+        count = min(min(min(lane.ends), min(lane.needs, default=1 << 62) - 1) - lane.steps for lane, _ in active)
+        if count < MIN_LEAP:
+            return end
+        gain, pool, sums = self.replicas[0].settings.acceptance, self.pool, self.sums
+        grown = np.arange(1, min(count, MAX_LEAP) + 1) * gain
+        seconds, moe = self.curves.decode_run(flight.works, grown)
+        ends = end + np.cumsum(seconds * pool.scale + pool.host_s + pool.draft_s)
+        # A step begins when the one before it ends.
+        kept = 1 + int(np.searchsorted(ends[:-1], horizon, side="left"))
+        last = float(ends[kept - 1])
+        for took in np.diff(ends[:kept], prepend=end).tolist():
+            step.add(took)
+        sums.steps += kept
+        sums.busy_s += last - end
+        sums.moe_s += moe * pool.scale * kept
+        for lane, work in active:
+            sums.decodes += work.decodes * kept
+            sums.contexts += work.contexts * kept + work.decodes * float(grown[:kept].sum())
+            lane.steps += kept
+            lane.contexts += lane.decoding * gain * kept
+        self.free_s[0] = self.until = last
+        return last
 
     def finish(self, flight: Flight) -> tuple[list[tuple[Replica, Sequence]], list[tuple[Replica, Sequence]]]:
         """End a step: return the sequences that have gained a token by their prompt, and those that have ended by decoding."""

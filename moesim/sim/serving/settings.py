@@ -53,6 +53,8 @@ class ServingSettings:
     """Time of drafting, per step that decodes, µs."""
     clients: int = 0
     """Closed loop: requests in flight, arrival times are ignored; 0: as the trace says."""
+    client_us: float = 0.0
+    """Closed loop: time in which the front end and the client bring the next request to the scheduler after one has ended, µs."""
     slo_ttft_ms: float = 0.0
     """Time to the first token that a good request meets, ms; 0: any."""
     slo_tpot_ms: float = 0.0
@@ -73,6 +75,7 @@ class ServingSettings:
             ("draft_tokens", 0, 63),
             ("draft_us", 0, 1e9),
             ("clients", 0, 1 << 20),
+            ("client_us", 0, 1e12),
             ("slo_ttft_ms", 0, 1e12),
             ("slo_tpot_ms", 0, 1e12),
         ):

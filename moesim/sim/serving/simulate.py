@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from math import inf
 from typing import Any
 
 from moesim.errors import SimulationError
@@ -85,22 +86,23 @@ class Simulation:
         self._order = 0
         self._dirty: dict[int, Instance] = {}
         self._pending: Iterator[Request] = iter(requests)
+        self._upcoming: Request | None = None
+        """The next request of an open loop."""
         self._clients = settings.clients or requests.clients or 0
         self.run = ServingRun(instances=len(self._decode) + len(self._prefill))
 
     def __call__(self) -> ServingRun:
         """Run to the end. Raises SimulationError if requests are left that nothing can move."""
         heap, now = self._heap, 0.0
-        upcoming = None
         if self._clients:
             for _ in range(self._clients):
                 self._next_client(0.0)
         else:
-            upcoming = next(self._pending, None)
-        while heap or upcoming is not None or self._dirty:
-            at = heap[0][0] if heap else float("inf")
-            if upcoming is not None and upcoming.arrival_s < at:
-                at = upcoming.arrival_s
+            self._upcoming = next(self._pending, None)
+        while heap or self._upcoming is not None or self._dirty:
+            at = heap[0][0] if heap else inf
+            if self._upcoming is not None and self._upcoming.arrival_s < at:
+                at = self._upcoming.arrival_s
             if self._dirty and at > now:
                 for ready in list(self._dirty.values()):
                     self._start(ready, now)
@@ -119,9 +121,9 @@ class Simulation:
                 else:
                     assert instance is not None
                     self._dirty[id(instance)] = instance
-            while upcoming is not None and upcoming.arrival_s <= now:
-                self._arrive(upcoming, now)
-                upcoming = next(self._pending, None)
+            while self._upcoming is not None and self._upcoming.arrival_s <= now:
+                self._arrive(self._upcoming, now)
+                self._upcoming = next(self._pending, None)
         return self._total(now)
 
     def _push(self, at: float, kind: int, instance: Instance | None, what: Any) -> None:
@@ -133,7 +135,7 @@ class Simulation:
     def _next_client(self, now: float) -> None:
         request = next(self._pending, None)
         if request is not None:
-            self._push(now, _ARRIVE, None, request)
+            self._push(now + self._settings.client_us * 1e-6, _ARRIVE, None, request)
 
     def _arrive(self, request: Request, now: float) -> None:
         settings = self._settings
@@ -170,6 +172,10 @@ class Simulation:
                 return
             flight, end = began
             self.run.step.add(end - now)
+            if len(self._dirty) == 1:
+                # Nobody else is about to start, so nothing can happen before the next event.
+                later = self._upcoming.arrival_s if self._upcoming is not None else inf
+                end = instance.leap(flight, end, min(self._heap[0][0], later) if self._heap else later, self.run.step)
             self._push(end, _END, instance, flight)
         if instance.idle and instance.free_s[0] > now:
             self._push(instance.free_s[0], _WAKE, instance, None)
