@@ -190,7 +190,7 @@ def solve(
         "dispatch": dispatch,
         "affinity": None if evidence is None else evidence.as_dict(),
         "windows": {"count": len(load_KLE), **({"mode": result.mode, "held_out": dict(result.held_out)} if isinstance(result, RobustResult) else {})},
-        "traffic": {"distinct_remote_ranks": None, "inter_node_bytes": None},
+        "traffic": {"distinct_remote_ranks": None, "distinct_remote_nodes": None, "inter_node_bytes": None},
         "moved": {"slots": moved, "bytes": written},
         "solver": result.solver,
         "slots": plan.num_slots,
@@ -269,7 +269,7 @@ class Outlook:
         )
         runs = {name: self.report(one) for name, one in {"linear": plain, "plan": plan, **others}.items()}
         after = runs["plan"]
-        report["traffic"] = {"distinct_remote_ranks": after["traffic"]["distinct_remote_ranks"], "inter_node_bytes": after["bytes"]["inter_node"]}
+        report["traffic"] = {**after["traffic"], "inter_node_bytes": after["bytes"]["inter_node"]}
         report["predicted"] = {
             "tokens": after["tokens"],
             "step_ms": {name: run["step_ms"]["mean"] for name, run in runs.items()},

@@ -127,7 +127,7 @@ def print_replay(report: dict[str, Any]) -> None:
         *([("recorded step time mean", f"{recorded['recorded_step_ms']['mean']:.3f} ms")] if recorded is not None else []),
         ("throughput", f"{report['tokens_per_s']:,.{0 if report['tokens_per_s'] >= 100 else 2}f} tokens/s"),
         ("balance (mean / max load)", f"{report['balance']['mean_over_max']:.3f}, worst layer {report['balance']['worst_layer']:.3f}"),
-        ("remote ranks per token and layer", f"{report['traffic']['distinct_remote_ranks']:.2f}"),
+        ("remote ranks (nodes) per token and layer", f"{report['traffic']['distinct_remote_ranks']:.2f} ({report['traffic']['distinct_remote_nodes']:.2f})"),
         ("bytes local / node / network", " / ".join(format_bytes(report["bytes"][key]) for key in ("local", "intra_node", "inter_node"))),
         *((f"memory ({tier})", f"{format_bytes(peak)}: {uses(report['memory_by_use'][tier])}") for tier, peak in report["memory"].items()),
         *offload_rows(report),

@@ -19,7 +19,7 @@ def replay_report(
     breakdown = {label: seconds * 1e3 for label, seconds in ledger.mean_breakdown_s().items()}
     wait_s = ledger.total_s.get("straggler_wait", 0.0)
     simulated = ledger.simulated_s
-    remote = run.sums.copies_remote / run.sums.token_layers if run.sums.token_layers else 0.0
+    token_layers = max(run.sums.token_layers, 1)
     return {
         "schema": "moesim.replay/1",
         "model": model.name,
@@ -35,7 +35,7 @@ def replay_report(
         "breakdown_ms": breakdown,
         "balance": run.sums.balance.as_dict(),
         "bytes": {"local": run.local_bytes, "intra_node": run.intra_node_bytes, "inter_node": run.inter_node_bytes, **run.link_bytes},
-        "traffic": {"distinct_remote_ranks": remote},
+        "traffic": {"distinct_remote_ranks": run.sums.copies_remote / token_layers, "distinct_remote_nodes": run.sums.copies_remote_node / token_layers},
         "cache": run.cache or {"hits": 0, "late_hits": 0, "misses": 0, "useless_prefetches": 0, "hit_rate": None},
         "stall_s": {"straggler": wait_s, **run.stall_s},
         "memory": {tier: sum(uses.values()) for tier, uses in run.memory.items()},

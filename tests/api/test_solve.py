@@ -25,7 +25,7 @@ def test_the_report_has_the_keys_that_users_rely_on(solved: api.Solution) -> Non
     wanted = {"objective", "value", "bound", "gap", "status", "wall_s", "balance", "traffic", "moved", "solver", "plan_sha256"}
     assert wanted <= set(solved.report)
     assert set(solved.report["balance"]) == {"planned", "per_layer_min"}
-    assert set(solved.report["traffic"]) == {"distinct_remote_ranks", "inter_node_bytes"}
+    assert set(solved.report["traffic"]) == {"distinct_remote_ranks", "distinct_remote_nodes", "inter_node_bytes"}
     assert solved.report["plan_sha256"] == solved.plan.sha256
 
 

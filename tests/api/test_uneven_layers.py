@@ -21,6 +21,7 @@ from moesim.sim.memory import weight_bytes_R
 from moesim.traces.in_memory import from_batches, from_counts
 from moesim.traces.open import check_fits, open_trace
 from moesim.traces.routing_trace import TokenBatch, TraceShape
+from moesim.traces.steps import iter_steps
 from moesim.traces.writer import write_trace
 
 COUNTS = (8, 16, 32)
@@ -216,6 +217,21 @@ def test_solve_check_and_replay(path: str, tmp_path: Path) -> None:
 
 def _counts(path: str, trace: str) -> np.ndarray:
     return np.asarray(open_trace(trace, shape=trace_shape(load_model(path))).counts_WLE("all")[0])
+
+
+def test_remote_ranks_and_nodes_are_those_that_hold_the_choices(path: str) -> None:
+    trace = "synthetic:zipf:1.0,tokens=256"
+    plan = linear(model=load_model(path).name, num_experts=32, moe_layer_ids=(1, 2, 3), num_ranks=16, experts_L=COUNTS)
+    report = api.replay(trace, model=path, hardware="h100-sxm-8x2", plan=plan).report
+    ranks = nodes = 0
+    shape = trace_shape(load_model(path))
+    steps = list(iter_steps(open_trace(trace, shape=shape), num_ranks=16))
+    for home, experts_LK in [(int(home), table) for step in steps for home, table in zip(step.rank_T, step.experts_TLK, strict=True)]:
+        for layer, experts in enumerate(experts_LK.tolist()):
+            there = {int(plan.slot_rank_S[plan.slot_to_expert_LS[layer].tolist().index(expert)]) for expert in experts}
+            ranks += len(there - {home})
+            nodes += len({rank // 8 for rank in there} - {home // 8})
+    assert report["traffic"] == pytest.approx({"distinct_remote_ranks": ranks / (256 * 3), "distinct_remote_nodes": nodes / (256 * 3)})
 
 
 def test_what_wants_equal_layers_says_so(path: str) -> None:
