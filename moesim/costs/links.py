@@ -15,6 +15,8 @@ from moesim.errors import CostError, describe
 from moesim.hardware.cluster import Cluster, Link
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter")
+NCCL_CALL_S = 6.6e-6
+"""A call of NCCL beside its hops, where no table says it. Source: base latency of the ring with LL in NCCL's tuning model (src/graph/tuning.cc)."""
 _RING_PASSES = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "alltoall": 1.0}
 
 
@@ -33,8 +35,8 @@ class LinkModel:
         self._curves: dict[tuple[str, int], tuple[Curve, float] | None] = {}
         self._direct: tuple[Curve, Provenance] | tuple[()] | None = None
         pair = self._curve("alltoall", 2)
-        self._call_s = float(pair[0].seconds.min()) if pair is not None else 0.0
-        """Seconds of a call that moves next to nothing: what every transfer between nodes costs besides the NIC."""
+        self._call_s = float(pair[0].seconds.min()) if pair is not None else NCCL_CALL_S if cluster.device.kind == "gpu" else 0.0
+        """Seconds of a call that moves next to nothing: what every transfer without a table costs besides its link."""
 
     @staticmethod
     def _port_Bps(link: Link) -> float:
@@ -74,7 +76,7 @@ class LinkModel:
                 return timed if worst is Provenance.MEASURED else timed.scaled(1.0, worst)
             return timing(curve(size * factor).seconds, max(worst, Provenance.CALIBRATED))
         self._policy.fall_back(operation, self._tables.label("nccl"), f"op_name={operation}, num_gpus={ranks}", Provenance.ROOFLINE)
-        return self._ring(self._link("scale_up", self._up), operation, size, ranks, Provenance.ROOFLINE)
+        return self._called(self._ring(self._link("scale_up", self._up), operation, size, ranks, Provenance.ROOFLINE))
 
     def _between(self, operation: str, size: np.ndarray, nodes: int) -> Timing:
         # No table covers NCCL between nodes: with tables of this device the NIC model below is checked against DeepEP's, hence calibrated.
@@ -82,7 +84,9 @@ class LinkModel:
         if not calibrated:
             self._policy.fall_back(operation, self._tables.label("nccl"), f"op_name={operation}, nodes={nodes}", Provenance.ROOFLINE)
         code = Provenance.CALIBRATED if calibrated else Provenance.ROOFLINE
-        ring = self._ring(self._link("scale_out", self._out), operation, size, nodes, code)
+        return self._called(self._ring(self._link("scale_out", self._out), operation, size, nodes, code))
+
+    def _called(self, ring: Timing) -> Timing:
         return Timing(seconds=ring.seconds + self._call_s, provenance=ring.provenance)
 
     def _ring(self, link: Link, operation: str, size: np.ndarray, members: int, code: Provenance) -> Timing:
@@ -144,7 +148,7 @@ class LinkModel:
         else:
             self._policy.fall_back("p2p", self._tables.label("nccl"), "op_name=alltoall, num_gpus=2", Provenance.ROOFLINE)
             link = self._link("scale_up", self._up) if nodes == 1 else self._link("scale_out", self._out)
-            inside = timing(link.latency_s + size / self._reached(link, size), Provenance.ROOFLINE)
+            inside = timing(self._call_s + link.latency_s + size / self._reached(link, size), Provenance.ROOFLINE)
         if nodes == 1 or (pair is None and direct is None):
             return zero_where(inside, size <= 0)
         nic = self._link("scale_out", self._out)
@@ -175,6 +179,7 @@ class LinkModel:
         else:
             self._policy.fall_back("exchange", self._tables.label("nccl"), f"op_name=alltoall, num_gpus={devices}", code)
             inside = self._transfer(self._up, "scale_up", up, devices - 1) if devices > 1 else np.zeros(up.shape)
+            inside = np.where(inside > 0, inside + self._call_s, 0.0)
         between = self._transfer(self._out, "scale_out", out, ranks - devices) if ranks > devices else np.zeros(out.shape)
         seconds = inside + between if one_after_the_other else np.maximum(inside, between)
         return Timing(seconds=seconds, provenance=np.where(seconds > 0, np.uint8(code), np.uint8(0)))
