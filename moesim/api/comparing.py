@@ -1,8 +1,8 @@
 """`compare`: what was predicted for a plan beside what was measured under it – rank loads, bytes, step times, with signed errors.
 
-The prediction knows the routing of the steps before the plan was in force (those of another map in the trace, or of another trace), as a planner does; where a
-trace has none, it knows that of the measured steps themselves, and the report says so. Measured are what the ranks counted and timed (the trace's kernel and step
-tables); without counts, loads follow from routes and recorded map. Loads and bytes are per token, because the two sets of steps differ in size.
+The prediction knows the routing of the steps before the plan was in force (those of another map in the trace, or of another trace), as a planner does; where
+there are none, it knows that of the measured steps themselves, and the report says so. Measured is what the ranks counted and timed (the trace's kernel and
+step tables); without counts, loads follow from routes and recorded map. Loads and bytes are per token, because the two sets of steps differ in size.
 A signed error is (predicted − measured) / measured. Shapes: S steps, L MoE layers, R ranks.
 """
 
@@ -24,7 +24,6 @@ from moesim.hardware.cluster import Cluster
 from moesim.model.moe_model import MoEModel
 from moesim.plan import Plan
 from moesim.sim.recorded import OPS
-from moesim.sim.settings import Settings
 from moesim.traces.manifest import STAGES
 from moesim.traces.routing_trace import DECODE, DUMMY, BatchSource, GroupInfo, RoutingTrace, TokenBatch
 
@@ -83,8 +82,8 @@ def compare(
     """Return prediction and measurement side by side, schema moesim.compare/1.
 
     trace: a recorded run. plan: the plan in question (default: the map that was in force last). after: a second recording, under the plan; without one, the
-    steps of `trace` under the plan are measured. times: `model`, or `trace` to rescale the durations recorded before. settings: as in `replay`; a trace of moesim's
-    runtime is replayed with the runtime's dispatch unless told otherwise. Raises InputError if no step was served under the plan.
+    steps of `trace` under the plan are measured. times: `model`, or `trace` to rescale the durations recorded before. settings: as in `replay`; a trace of
+    moesim's runtime is replayed with the runtime's dispatch unless told otherwise. Raises InputError if no step was served under the plan.
     """
     moe_model, cluster = model_of(model), cluster_of(hardware)
     before = trace_of(trace, moe_model, 0, None)
@@ -132,7 +131,7 @@ def compare(
 def _steps_of(trace: RoutingTrace, model: MoEModel) -> _Steps:
     table = None if trace.tables is None else trace.tables("steps")
     if table is None or not len(table["step"]):
-        raise TraceError(f"{trace.source}: has no table of steps (steps.parquet), so nothing was timed; record it with moesim capture or serve-demo --trace-out")
+        raise TraceError(f"{trace.source}: has no table of steps (steps.parquet), so nothing was timed; record it with serve-demo --trace-out")
     step_S = np.unique(table["step"].astype(np.int64))
     ranks = int(table["rank"].max()) + 1
     plan_of = maps_of(trace, model, ranks)
@@ -192,7 +191,7 @@ def _expert_rows(kernels: Mapping[str, np.ndarray], model: MoEModel, ranks: int)
 
 
 def _walls(trace: RoutingTrace, kernels: Mapping[str, np.ndarray] | None, steps: np.ndarray) -> np.ndarray:
-    """Return float64 [S]: seconds of every step on the rank that took longest; by stages where they were timed, because pauses between steps are in no stage."""
+    """Return float64 [S]: seconds of every step on the rank that took longest; of its stages where they were timed, so that pauses do not count."""
     table: Mapping[str, np.ndarray]
     if kernels is not None:
         table, begin, end = kernels, kernels["t_ns"], kernels["t_ns"] + kernels["dur_ns"]
@@ -235,8 +234,10 @@ def _loads(predicted_LR: np.ndarray, measured_LR: np.ndarray, predicted_tokens: 
 
 def _step_times(predicted_P: np.ndarray, prefill_P: np.ndarray, measured_S: np.ndarray, prefill_S: np.ndarray) -> dict[str, Any]:
     figures: dict[str, Callable[[np.ndarray], float]] = {
-        "mean": lambda values: float(values.mean()), "p50": lambda values: float(np.percentile(values, 50)), "p95": lambda values: float(np.percentile(values, 95)),
-    }  # fmt: skip
+        "mean": lambda values: float(values.mean()),
+        "p50": lambda values: float(np.percentile(values, 50)),
+        "p95": lambda values: float(np.percentile(values, 95)),
+    }
     result: dict[str, Any] = {}
     for name, mine, seen in (("all", predicted_P >= 0, measured_S >= 0), ("prefill", prefill_P, prefill_S), ("decode", ~prefill_P, ~prefill_S)):
         if mine.any() and seen.any():

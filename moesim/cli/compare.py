@@ -12,7 +12,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def compare(
-    trace: Annotated[str, typer.Argument(help="recorded run: trace folder of capture or serve-demo, or HOST:PORT of a running serve-demo with --trace-out")],
+    trace: Annotated[str, typer.Argument(help="recorded run: trace folder of serve-demo --trace-out or capture")],
     model: Annotated[str, typer.Option("--model", help="model name, config.json or its folder")],
     hardware: Annotated[str, typer.Option("--hardware", help="hardware that predicts, like the YAML of moesim calibrate")],
     plan: Annotated[Path | None, typer.Option("--plan", help="plan that was applied; default: the map that was in force last")] = None,

@@ -34,8 +34,18 @@ MAX_RANKS = 64
 BLOCK_S = {True: 0.01, False: 0.04}
 """Length of a block of calls, quick or not."""
 DISK_BYTES = {True: 32 << 20, False: 256 << 20}
-DESCRIPTIONS = {**KINDS, "nccl": "Collective inside one machine; message_size is the elements of the full buffer, message_bytes its bytes"}
-UNITS = {"latency_s": "s", "message_bytes": "B", "moved_bytes": "B"}
+EXCHANGE = "deepep_ll_1node"
+"""The table in which the cost model looks for dispatch and combine with one message per (token, expert)."""
+DESCRIPTIONS = {
+    **KINDS,
+    EXCHANGE: "Dispatch and combine of moesim's runtime, uniform routing; num_token: FP8 (combine: 16-bit) tokens per device of an 8-device node that load "
+    "a port as much as the measured up_bytes",
+    "nccl": "Collective inside one machine; message_size is the elements of the full buffer, message_bytes its bytes"}
+LEAST_SLOPE = 1e-3
+"""Share by which an exchange's last size takes longer than the one before, at least: the cost model takes the port's rate from there."""
+LIMIT_S = {True: 12.0, False: 240.0}
+"""Seconds of timing after which samples become short; a busy machine is measured roughly, but not for ever."""
+UNITS = {"latency_s": "s", "dispatch_avg_t_s": "s", "combine_avg_t_s": "s", "up_bytes": "B", "message_bytes": "B", "moved_bytes": "B"}
 
 
 def calibrate(
@@ -57,7 +67,7 @@ def calibrate(
     cuda = torch.cuda.is_available()
     if cuda and ranks > torch.cuda.device_count():
         raise InputError(describe("calibrate", "--ranks", ranks, f"must be <= the {torch.cuda.device_count()} GPUs of this machine"))
-    grid = cases.general(quick)
+    grid = cases.general(quick, ranks)
     if model is not None:
         from moesim.model.hf_config import load_model
 
@@ -65,7 +75,7 @@ def calibrate(
     threads = max((os.cpu_count() or 1) // ranks, 1)
     load = os.getloadavg()[0]
     on_progress(f"timing on {ranks} ranks of {threads} threads")
-    found, facts = measure(grid, ranks=ranks, threads=threads, device="cuda" if cuda else "cpu", block_s=BLOCK_S[quick])
+    found, facts = measure(grid, ranks=ranks, threads=threads, device="cuda" if cuda else "cpu", quick=quick)
     disk = _disk(out, DISK_BYTES[quick])
     machine = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"), "moesim": __version__, "cpu": _cpu_name(), "cores": os.cpu_count() or 1, "ranks": ranks,
@@ -89,7 +99,7 @@ def calibrate(
     }  # fmt: skip
 
 
-def measure(grid: Any, *, ranks: int, threads: int, device: str, block_s: float) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
+def measure(grid: Any, *, ranks: int, threads: int, device: str, quick: bool) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
     """Start `ranks` processes, let them time the cases of `grid`, and return rows by table and what torch says of the machine.
 
     A row's latency is the mean over ranks of their medians. Raises MoesimError with a rank's last words if one fails.
@@ -98,7 +108,8 @@ def measure(grid: Any, *, ranks: int, threads: int, device: str, block_s: float)
 
     store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="moesim-calibrate-") as scratch:
-        settings = {"host": LOOPBACK, "port": store.port, "ranks": ranks, "threads": threads, "device": device, "block_s": block_s, "folder": scratch}
+        settings = {"host": LOOPBACK, "port": store.port, "ranks": ranks, "threads": threads, "device": device, "folder": scratch}
+        settings |= {"block_s": BLOCK_S[quick], "limit_s": LIMIT_S[quick]}
         path = Path(scratch, "settings.json")
         path.write_text(json.dumps({**settings, "grid": dataclasses.asdict(grid)}))
         processes = []
@@ -125,7 +136,46 @@ def joined(rows_R: list[list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]
         first, middle, third = np.percentile(samples_RB, [25, 50, 75])
         latency = float(np.median(samples_RB, axis=1).mean())
         found[same[0]["kind"]].append({**same[0]["keys"], "latency_s": latency, "spread": float((third - first) / middle)})
+    if "exchange" in found:
+        found[EXCHANGE] = exchange_rows(found.pop("exchange"))
     return dict(found)
+
+
+def exchange_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows of `EXCHANGE` from the measured rows of both stages.
+
+    The cost model reads that table at the tokens of an 8-device node whose scale-up port carries as many bytes, so its key is computed by the same rule. A
+    token has fewer bytes in dispatch (FP8) than in combine there, so the stages have different keys; each curve is given at the keys of both, between its own.
+    """
+    from moesim.costs.exchange import FP8_BLOCK, TABLE_DEVICES
+    from moesim.costs.traffic import balanced_counts, ports
+
+    curves: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    shape = {name: int(rows[0][name]) for name in ("hidden_size", "num_topk", "num_experts")}
+    hidden, top_k, experts = shape.values()
+    counts = balanced_counts(num_ranks=TABLE_DEVICES, devices=TABLE_DEVICES, num_experts=experts, top_k=top_k)
+    copies = float(ports("low_latency", TABLE_DEVICES, **counts).up_out[0])
+    for stage, size in (("dispatch", hidden + 4.0 * -(-hidden // FP8_BLOCK)), ("combine", 2.0 * hidden)):
+        mine = sorted((row["up_bytes"] / (copies * size), row["latency_s"]) for row in rows if row["stage"] == stage)
+        seconds = np.maximum.accumulate([seconds for _, seconds in mine])  # more bytes never take less time; noise says otherwise
+        seconds[-1] = max(seconds[-1], seconds[:-1].max(initial=0.0) * (1 + LEAST_SLOPE))
+        curves[stage] = np.array([key for key, _ in mine]), seconds
+    every = np.unique(np.concatenate([keys for keys, _ in curves.values()]))
+    spread = float(np.median([row["spread"] for row in rows]))
+    at = {stage: _along(every, *curve) for stage, curve in curves.items()}
+    return [
+        {
+            "node_num": 1, **shape, "num_token": float(key), "dispatch_avg_t_s": float(at["dispatch"][index]), "combine_avg_t_s": float(at["combine"][index]),
+            "spread": spread,
+        }
+        for index, key in enumerate(every.tolist())
+    ]  # fmt: skip
+
+
+def _along(at: np.ndarray, keys: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Return a curve at other keys: linear between its own, along its last stretch beyond, as at its first before."""
+    slope = max((seconds[-1] - seconds[-2]) / (keys[-1] - keys[-2]), 0.0) if len(keys) > 1 else 0.0
+    return np.asarray(np.interp(at, keys, seconds) + np.maximum(at - keys[-1], 0.0) * slope)
 
 
 def write_tables(folder: Path, found: Mapping[str, list[dict[str, Any]]], *, source: str, version: str) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,9 +52,11 @@ class Grid:
     """Bytes of the full buffer of a collective."""
     copies: Sequence[int]
     """Bytes of copies between host and device."""
+    exchange: tuple[int, int, int]
+    """Hidden size, top-k, experts of the expert exchange."""
 
 
-def general(quick: bool) -> Grid:
+def general(quick: bool, ranks: int) -> Grid:
     """Return sizes that cover small and middling models."""
     wide = (64, 256, 1024) if quick else (64, 256, 1024, 4096)
     return Grid(
@@ -71,12 +74,13 @@ def general(quick: bool) -> Grid:
         stream_bytes=(64 if quick else 256) << 20,
         messages=tuple(1 << power for power in ((10, 13, 16, 19, 22) if quick else range(8, 27, 2))),
         copies=tuple(1 << power for power in range(12, 29, 4)),
+        exchange=(256, 4, 32 * ranks),
     )
 
 
 def of_model(model: Any, quick: bool, ranks: int) -> Grid:
     """Return the sizes that `model` (a MoEModel) has on `ranks` expert-parallel ranks; nothing of any run enters."""
-    base, attention, hidden = general(quick), model.attention, model.hidden_size
+    base, attention, hidden = general(quick, ranks), model.attention, model.hidden_size
     heads, kv_heads, size = attention.num_heads, attention.num_kv_heads, attention.head_dim
     products = [((heads + 2 * kv_heads) * size, hidden), (hidden, heads * size), (model.num_experts, hidden), (model.vocab_size, hidden)]
     products += [(2 * width, hidden) for width in (model.shared_ffn_size, model.dense_ffn_size) if width]
@@ -87,12 +91,12 @@ def of_model(model: Any, quick: bool, ranks: int) -> Grid:
         dtypes=(model.dtype if model.dtype in DTYPES else "float32",), gemm=list(dict.fromkeys(products)), tokens=(1, 4, 8, 16, 32, 64, 128, 256, 512),
         experts=((hidden, model.expert_ffn_size),), active=active, tokens_per_expert=(1, 2, 4, 8, 16, 32, 128), heads=((heads, kv_heads, size),),
         batches=(1, 4, 8, 16), lengths=(8, 16, 32, 64, 128), norms=(hidden,), vocab=model.vocab_size, stream_bytes=base.stream_bytes, messages=base.messages,
-        copies=base.copies,
+        copies=base.copies, exchange=(hidden, model.top_k, model.num_experts),
     )  # fmt: skip
 
 
 def kernels(grid: Grid, device: torch.device) -> Iterator[Case]:
-    """Yield the cases that a rank computes by itself, tensors made when a case is reached."""
+    """Yield the cases that a rank computes by itself; tensors are made when a case is reached."""
     for name in grid.dtypes:
         dtype = DTYPES[name]
         make = _maker(device, dtype)
@@ -101,14 +105,14 @@ def kernels(grid: Grid, device: torch.device) -> Iterator[Case]:
             for m in grid.tokens:
                 rows = make(m, k)
                 keys = {"gemm_dtype": name, "m": m, "n": n, "k": k}
-                yield Case(kind="gemm", keys=keys, run=lambda rows=rows, weight=weight: linear(rows, weight))
+                yield Case(kind="gemm", keys=keys, run=partial(linear, rows, weight))
         for hidden, width in grid.experts:
             for active in grid.active:
                 up, down = make(active, 2 * width, hidden), make(active, hidden, width)
                 for each in grid.tokens_per_expert:
                     rows = make(active * each, hidden)
                     keys = {"moe_dtype": name, "hidden_size": hidden, "inter_size": width, "slots": active, "active": active, "assignments": active * each}
-                    yield Case(kind="grouped_gemm", keys=keys, run=lambda rows=rows, up=up, down=down, each=each: _experts(rows, up, down, each))
+                    yield Case(kind="grouped_gemm", keys=keys, run=partial(_experts, rows, up, down, each))
         for shape in grid.heads:
             yield from _attention(grid, name, shape, make)
         for hidden in grid.norms:
@@ -117,23 +121,23 @@ def kernels(grid: Grid, device: torch.device) -> Iterator[Case]:
                 rows = make(tokens, hidden)
                 moved = 3 * tokens * hidden * dtype.itemsize
                 keys = {"operator": "rms_norm", "moved_bytes": moved}
-                yield Case(kind="stream", keys=keys, run=lambda rows=rows, weight=weight: _norm(rows, weight))
+                yield Case(kind="stream", keys=keys, run=partial(_norm, rows, weight))
     make = _maker(device, torch.float32)
     source = make(grid.stream_bytes // 4)
     target = torch.empty_like(source)
-    yield Case(kind="stream", keys={"operator": "copy", "moved_bytes": 2 * grid.stream_bytes}, run=lambda: target.copy_(source))
-    yield Case(kind="memory", keys={"operator": "read", "moved_bytes": grid.stream_bytes}, run=lambda: source.sum())
-    yield Case(kind="memory", keys={"operator": "write", "moved_bytes": grid.stream_bytes}, run=lambda: target.fill_(1.0))
+    yield Case(kind="stream", keys={"operator": "copy", "moved_bytes": 2 * grid.stream_bytes}, run=partial(target.copy_, source))
+    yield Case(kind="memory", keys={"operator": "read", "moved_bytes": grid.stream_bytes}, run=source.sum)
+    yield Case(kind="memory", keys={"operator": "write", "moved_bytes": grid.stream_bytes}, run=partial(target.fill_, 1.0))
     one = make(8)
-    yield Case(kind="launch", keys={"operator": "add"}, run=lambda: one + one)
+    yield Case(kind="launch", keys={"operator": "add"}, run=partial(torch.add, one, one))
     for sequences in (1, 8, 64):
         logits = make(sequences, grid.vocab)
-        yield Case(kind="sampler", keys={"sequences": sequences, "vocab": grid.vocab}, run=lambda logits=logits: logits.argmax(-1))
+        yield Case(kind="sampler", keys={"sequences": sequences, "vocab": grid.vocab}, run=partial(logits.argmax, -1))
     if device.type == "cuda":
         for size in grid.copies:
             host, there = torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.empty(size, dtype=torch.uint8, device=device)
-            yield Case(kind="copy", keys={"operator": "to_device", "moved_bytes": size}, run=lambda host=host, there=there: there.copy_(host, non_blocking=True))
-            yield Case(kind="copy", keys={"operator": "to_host", "moved_bytes": size}, run=lambda host=host, there=there: host.copy_(there, non_blocking=True))
+            yield Case(kind="copy", keys={"operator": "to_device", "moved_bytes": size}, run=partial(there.copy_, host, non_blocking=True))
+            yield Case(kind="copy", keys={"operator": "to_host", "moved_bytes": size}, run=partial(host.copy_, there, non_blocking=True))
 
 
 def collectives(grid: Grid, group: Any, rank: int, size: int, device: torch.device) -> Iterator[Case]:
@@ -145,14 +149,75 @@ def collectives(grid: Grid, group: Any, rank: int, size: int, device: torch.devi
         full, again = (torch.zeros(count, dtype=torch.float16, device=device) for _ in range(2))
         mine = full[: count // size].clone()
         calls: dict[str, Callable[[], Any]] = {
-            "alltoall": lambda again=again, full=full: group.alltoall_base(again, full, [], []).wait(),
-            "all_reduce": lambda full=full: group.allreduce([full]).wait(),
-            "all_gather": lambda full=full, mine=mine: group._allgather_base(full, mine).wait(),
-            "reduce_scatter": lambda full=full, mine=mine: group._reduce_scatter_base(mine, full, dist.ReduceScatterOptions()).wait(),
+            "alltoall": partial(group.alltoall_base, again, full, [], []),
+            "all_reduce": partial(group.allreduce, [full]),
+            "all_gather": partial(group._allgather_base, full, mine),
+            "reduce_scatter": partial(group._reduce_scatter_base, mine, full, dist.ReduceScatterOptions()),
         }
         for name in COLLECTIVES:
             keys = {"op_name": name, "nccl_dtype": "half", "num_gpus": size, "message_size": count, "message_bytes": 2 * count}
-            yield Case(kind="nccl", keys=keys, run=calls[name])
+            yield Case(kind="nccl", keys=keys, run=partial(_awaited, calls[name]))
+
+
+def exchanges(grid: Grid, group: Any, rank: int, size: int, device: torch.device) -> Iterator[Case]:
+    """Yield dispatch and combine as the runtime does them: rows sorted by expert, counts exchanged, one row per (token, expert), summed in the order of k.
+
+    Routing is uniform; `up_bytes` is what a rank sends to others.
+    """
+    hidden, top_k, experts = grid.exchange
+    if experts % size or top_k > experts:
+        return
+    generator = torch.Generator().manual_seed(rank)
+    dtype = DTYPES[grid.dtypes[0]]
+    for tokens in grid.tokens:
+        ids = torch.rand((tokens, experts), generator=generator).topk(top_k).indices.to(device)
+        rows, weights = torch.rand((tokens, hidden), generator=generator).to(device, dtype), torch.rand((tokens, top_k), generator=generator).to(device)
+        one = _Exchange(group, size, experts, ids)
+        back = one.dispatch(rows)
+        keys = {"hidden_size": hidden, "num_topk": top_k, "num_experts": experts, "tokens": tokens}
+        keys["up_bytes"] = tokens * top_k * (size - 1) // size * hidden * dtype.itemsize
+        yield Case(kind="exchange", keys={**keys, "stage": "dispatch"}, run=partial(one.dispatch, rows))
+        yield Case(kind="exchange", keys={**keys, "stage": "combine"}, run=partial(one.combine, back, weights))
+
+
+class _Exchange:
+    """One layer's exchange of a rank."""
+
+    def __init__(self, group: Any, size: int, experts: int, ids_Nk: torch.Tensor) -> None:
+        self._group, self._size, self._experts, self._ids_Nk = group, size, experts, ids_Nk
+
+    def dispatch(self, rows: torch.Tensor) -> torch.Tensor:
+        flat, size = self._ids_Nk.reshape(-1), self._size
+        self._order = torch.argsort(flat, stable=True)
+        counts = torch.bincount(flat, minlength=self._experts).view(size, -1)
+        arriving = torch.empty_like(counts)
+        self._group.alltoall_base(arriving, counts, [], []).wait()
+        self._send, self._receive = counts.sum(1).tolist(), arriving.sum(1).tolist()
+        sent = rows[self._order // self._ids_Nk.shape[1]]
+        result = sent.new_empty((sum(self._receive), sent.shape[1]))
+        self._group.alltoall_base(result, sent, self._receive, self._send).wait()
+        slot = torch.arange(arriving.shape[1], device=rows.device).repeat(size).repeat_interleave(arriving.reshape(-1))
+        regroup = torch.argsort(slot, stable=True)
+        self._back = torch.empty_like(regroup)
+        self._back[regroup] = torch.arange(regroup.numel(), device=rows.device)
+        return result[regroup]
+
+    def combine(self, rows: torch.Tensor, weights_Nk: torch.Tensor) -> torch.Tensor:
+        sent = rows[self._back]
+        result = sent.new_empty((sum(self._send), sent.shape[1]))
+        self._group.alltoall_base(result, sent, self._send, self._receive).wait()
+        inverse = torch.empty_like(self._order)
+        inverse[self._order] = torch.arange(inverse.numel(), device=rows.device)
+        tokens, top_k = weights_Nk.shape
+        result_NkH = result[inverse].view(tokens, top_k, -1)
+        total = result_NkH[:, 0].float() * weights_Nk[:, 0, None].float()
+        for choice in range(1, top_k):
+            total = total + result_NkH[:, choice].float() * weights_Nk[:, choice, None].float()
+        return total.to(rows.dtype)
+
+
+def _awaited(start: Callable[[], Any]) -> None:
+    start().wait()
 
 
 def _maker(device: torch.device, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
@@ -181,11 +246,10 @@ def _attention(grid: Grid, name: str, shape: tuple[int, int, int], make: Callabl
             query, new = make(batch, heads, length, size), make(batch, kv_heads, length, size)
             mask = make(1, 1, length, length)
             keys = {**fixed, "batch_size": batch, "isl": length}
-            yield Case(kind="attn_context", keys=keys, run=lambda q=query, new=new, mask=mask: _attend(q, None, new, mask))
+            yield Case(kind="attn_context", keys=keys, run=partial(_attend, query, None, new, mask))
             token, held = make(batch, heads, 1, size), make(batch, kv_heads, length, size)
             keys = {**fixed, "batch_size": batch, "step": length}
-            run = lambda q=token, held=held, new=new[:, :, :1]: _attend(q, held, new, None)  # noqa: E731
-            yield Case(kind="attn_generation", keys=keys, run=run)
+            yield Case(kind="attn_generation", keys=keys, run=partial(_attend, token, held, new[:, :, :1], None))
 
 
 def _attend(query: torch.Tensor, held: torch.Tensor | None, new: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
