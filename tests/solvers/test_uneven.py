@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import InputError
@@ -34,16 +34,17 @@ def uneven(draw: st.DrawFn, max_windows: int = 1) -> PlacementProblem:
     return PlacementProblem(load_KLE=load, num_ranks=ranks, slots_per_rank_R=np.array(slots), experts_L=tuple(counts))
 
 
-def least_peak(problem: PlacementProblem, layer: int) -> float:
-    """Return the least load of the fullest rank of a layer over all placements that fill its slots, one window."""
-    fill, load = problem.fill_LR[layer].tolist(), problem.load_KLE[0, layer]
+def least_cost(problem: PlacementProblem, layer: int, weight_K: np.ndarray) -> float:
+    """Return the least Σ_k weight · load of the fullest rank of a layer over all placements that fill its slots."""
+    fill, load = problem.fill_LR[layer].tolist(), problem.load_KLE[:, layer]
     experts = problem.num_experts if problem.experts_L is None else problem.experts_L[layer]
     best = np.inf
     for held in itertools.product(*(list(itertools.combinations(range(experts), count)) for count in fill)):
         copies = np.bincount([expert for one in held for expert in one], minlength=experts)
         if copies.all():
-            best = min(best, max(sum(load[expert] / copies[expert] for expert in one) for one in held))
-    return float(best)
+            rank_RK = np.stack([sum((load[:, expert] / copies[expert] for expert in one), np.zeros(len(load))) for one in held])
+            best = min(best, float(weight_K @ rank_RK.max(axis=0)))
+    return best
 
 
 def test_a_smaller_layer_has_as_many_extra_slots_as_the_largest_spread_evenly() -> None:
@@ -57,7 +58,7 @@ def test_a_smaller_layer_has_as_many_extra_slots_as_the_largest_spread_evenly() 
 @settings(max_examples=60, deadline=None)
 @given(problem=uneven())
 def test_bounds_and_exact_plans_agree_with_brute_force(problem: PlacementProblem) -> None:
-    best = np.array([least_peak(problem, layer) for layer in range(problem.num_layers)])
+    best = np.array([least_cost(problem, layer, np.ones(1)) for layer in range(problem.num_layers)])
     assert (layer_bound_KL(problem)[0] <= best * (1 + 1e-9)).all()
     ideal = problem.load_KLE.sum() / problem.num_ranks
     optimum = ideal / best.sum() if best.sum() > 0 else 1.0
@@ -65,6 +66,17 @@ def test_bounds_and_exact_plans_agree_with_brute_force(problem: PlacementProblem
     assert result.status == "OPTIMAL" and result.value == pytest.approx(optimum)
     assert result.bound >= optimum * (1 - 1e-9)
     assert optimum * (1 + 1e-9) >= solve(problem, "greedy").value
+
+
+@settings(max_examples=30, deadline=None)
+@given(problem=uneven(max_windows=3))
+def test_parts_weigh_windows_as_the_whole_does(problem: PlacementProblem) -> None:
+    total_K = problem.load_KLE.sum(axis=(1, 2))
+    assume(problem.num_windows > 1 and (total_K > 0).all())
+    weight_K = problem.num_ranks / total_K / problem.num_windows
+    optimum = 1 / sum(least_cost(problem, layer, weight_K) for layer in range(problem.num_layers))
+    result = solve(problem, "milp")
+    assert result.status == "OPTIMAL" and result.value == pytest.approx(optimum)
 
 
 @settings(max_examples=12, deadline=None)
