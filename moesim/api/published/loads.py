@@ -1,0 +1,95 @@
+"""Routing of published settings: exactly balanced, or drawn from expert loads that are synthesised from a summary of their skew.
+
+The summary has, per layer, the share of the most popular 1, 2, 4 … experts and the load of the busiest contiguous rank. Popularities are the steps of
+that curve, and of seeded orders of the experts the one is taken whose contiguous ranks come nearest to the summary. What it does not have – how loads
+drift between passes, which experts go together – is not in the routing either. Shapes: T tokens, L MoE layers, E experts, K choices.
+"""
+
+from __future__ import annotations
+
+import csv
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from moesim.errors import TraceError, describe
+from moesim.traces.in_memory import from_batches, from_counts
+from moesim.traces.open import open_trace
+from moesim.traces.routing_trace import DECODE, PREFILL, RoutingTrace, TokenBatch, TraceShape
+from moesim.traces.synth import draw_TK
+
+SKEW = Path(__file__).with_name("deepseek_v3_skew.csv")
+BALANCED = "balanced"
+TOPS = tuple(2**power for power in range(8))
+RANKS = (8, 16, 32, 64)
+ORDERS = 64
+"""Orders of the experts that are tried for one layer."""
+TOTAL = 1 << 26
+"""Choices of a layer in a table of counts; large enough that rounding is nothing."""
+
+
+@lru_cache(maxsize=4)
+def popularity_LE(workload: str, experts: int, seed: int = 0) -> np.ndarray:
+    """Return float64 [L, E]: the share of a layer's choices that every expert gets in a workload of the summary. Raises TraceError if it has none such."""
+    with SKEW.open(newline="", encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines)]
+    mine = sorted((row for row in rows if row["workload"] == workload), key=lambda row: int(row["layer"]))
+    if not mine:
+        known = ", ".join(sorted({row["workload"] for row in rows}))
+        raise TraceError(describe(SKEW.name, "workload", workload, f"must be one of {known}, or {BALANCED}"))
+    return np.stack([_layer_E(row, experts, seed) for row in mine])
+
+
+def _layer_E(row: dict[str, str], experts: int, seed: int) -> np.ndarray:
+    tops = [0, *TOPS, experts]
+    shares = [0.0, *(float(row[f"share_top{count}"]) for count in TOPS), 1.0]
+    sorted_E = np.repeat(np.diff(shares) / np.diff(tops), np.diff(tops))
+    wanted = np.log([float(row[f"ep{ranks}_rank_max_over_mean"]) for ranks in RANKS])
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, int(row["layer"])])))
+    tried = sorted_E[generator.permuted(np.tile(np.arange(experts), (ORDERS, 1)), axis=1)]
+    busiest = np.stack([tried.reshape(ORDERS, ranks, -1).sum(axis=2).max(axis=1) * ranks for ranks in RANKS], axis=1)
+    return np.asarray(tried[np.abs(np.log(busiest) - wanted).sum(axis=1).argmin()])
+
+
+def counts_trace(shape: TraceShape, workload: str, seed: int = 0) -> RoutingTrace:
+    """Return the loads that a planner sees: counts in proportion to the popularities, all equal if balanced."""
+    if workload == BALANCED:
+        counts_LE = np.full((shape.num_layers, shape.num_experts), TOTAL // shape.num_experts)
+    else:
+        counts_LE = np.round(popularity_LE(workload, shape.num_experts, seed) * TOTAL).astype(np.int64)
+    return from_counts(shape, counts_LE[None], [workload], source=workload)
+
+
+def pass_trace(shape: TraceShape, workload: str, *, phase: str, tokens: int, context: int, seed: int = 0) -> RoutingTrace:
+    """Return one forward pass of `tokens` tokens over all ranks.
+
+    phase `prefill`: whole prompts of `context` tokens; `decode`: one token of every request, whose KV cache has `context` entries with it.
+    """
+    if phase == "prefill" and tokens % context:
+        raise TraceError(describe("published pass", "tokens", tokens, f"must be whole prompts of {context} tokens"))
+    number = np.arange(tokens, dtype=np.int64)
+    request, position, code = (number // context, number % context, PREFILL) if phase == "prefill" else (number, np.full(tokens, context - 1), DECODE)
+    batch = TokenBatch(
+        step_T=np.zeros(tokens, dtype=np.uint32),
+        rank_T=np.zeros(tokens, dtype=np.uint16),
+        request_T=request.astype(np.uint64),
+        position_T=position.astype(np.uint32),
+        phase_T=np.full(tokens, code, dtype=np.uint8),
+        experts_TLK=_choices_TLK(shape, workload, tokens, seed),
+    )
+    return from_batches(shape, [batch], source=f"{workload}, {phase}, {tokens} tokens", provenance={"tool": "moesim", "routing": workload})
+
+
+@lru_cache(maxsize=1)
+def _choices_TLK(shape: TraceShape, workload: str, tokens: int, seed: int) -> np.ndarray:
+    """Return every token's experts; passes that differ in lengths or placement only share them."""
+    if workload == BALANCED:
+        (batch,) = open_trace(f"synthetic:balanced,tokens={tokens},seed={seed}", shape=shape).batches()
+        return batch.experts_TLK
+    weights_LE = popularity_LE(workload, shape.num_experts, seed)
+    result = np.empty((tokens, shape.num_layers, shape.top_k), dtype=shape.dtype)
+    for layer, weights_E in enumerate(weights_LE):
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, layer, tokens])))
+        result[:, layer] = draw_TK(generator, tokens, weights_E, shape)
+    return result
