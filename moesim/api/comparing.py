@@ -101,7 +101,7 @@ def compare(
     routes = before if basis_steps is None else _only(before, basis_steps)
     ours = str(before.provenance.get("tool", "")).startswith("moesim")
     execution = {**(RUNTIME if ours else {}), **(settings or {})}
-    run = replay(routes, model=moe_model, hardware=cluster, plan=chosen, times=times, settings=execution, strict=strict)
+    run = replay(routes, model=moe_model, hardware=cluster, plan=chosen, times=times, settings=execution, strict=strict, as_recorded=True)
     shown = _only(measured, under)
     tokens, prefill_steps, counted_LR = _counted(shown, chosen)
     kernels = _kernels(measured, under)

@@ -36,6 +36,7 @@ def replay(
     times: str = "model",
     strict: bool = False,
     seed: int = 0,
+    as_recorded: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Replay:
     """Run a routing trace on a cluster with expert parallelism over all of its devices.
@@ -43,7 +44,8 @@ def replay(
     trace: name, path or `synthetic:…`. plan: a plan or its path; without one, `placement` (linear, round_robin, random,
     eplb) makes one. tokens_per_step: tokens per forward pass over all ranks; None keeps the recorded steps. settings: see
     `moesim.sim.settings.Settings`. map_layers: how trace layers stand for model layers if they differ. times: `model`, or `trace`
-    for the durations that the trace recorded, rescaled where the plan changes a rank's load (see `moesim.sim.recorded`).
+    for the durations that the trace recorded, rescaled where the plan changes a rank's load (see `moesim.sim.recorded`). as_recorded: tokens stay
+    on the rank that recorded them, instead of being dealt out anew, and steps keep their numbers; with recorded times they always do.
     Raises InputError if any document breaks a rule, or if they do not fit each other.
     """
     began = time.perf_counter()
@@ -71,7 +73,7 @@ def replay(
             raise InputError(describe("--times", "times", times, "must be model with pipeline stages, training or chunks; a recording has none of them"))
         recorded.attach(builder)
     passes = passes_of(
-        routing, placed.num_ranks, tokens_per_step, seed, micro_batches=chosen.parts(builder.stages.count), as_recorded=recorded is not None, router=router
+        routing, placed.num_ranks, tokens_per_step, seed, micro_batches=chosen.parts(builder.stages.count), as_recorded=as_recorded or recorded is not None, router=router
     )
     result = simulate(passes, builder, routing, tokens_per_step, progress, began, seed)
     if router is not None:

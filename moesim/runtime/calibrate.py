@@ -7,6 +7,7 @@ is in every number. `<file>.yaml` holds rates, latencies and where they come fro
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -74,9 +75,9 @@ def calibrate(
         grid = cases.of_model(load_model(model), quick, ranks)
     threads = max((os.cpu_count() or 1) // ranks, 1)
     load = os.getloadavg()[0]
+    disk = _disk(out, DISK_BYTES[quick])  # first, because it finds out whether `out` can be written at all
     on_progress(f"timing on {ranks} ranks of {threads} threads")
     found, facts = measure(grid, ranks=ranks, threads=threads, device="cuda" if cuda else "cpu", quick=quick)
-    disk = _disk(out, DISK_BYTES[quick])
     machine = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"), "moesim": __version__, "cpu": _cpu_name(), "cores": os.cpu_count() or 1, "ranks": ranks,
         "load_before": round(load, 2), "quick": quick, "sizes": model or "general", **facts,
@@ -287,7 +288,8 @@ def _disk(out: Path, nbytes: int) -> dict[str, float]:
     except OSError as cause:
         raise InputError(f"{out}: cannot be written ({cause.strerror or cause}); check the folder and the free space") from None
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
     return {"read_Bps": nbytes / read, "write_Bps": nbytes / written, "latency_s": latency, "capacity": float(capacity)}
 
 
