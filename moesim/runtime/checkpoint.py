@@ -40,7 +40,8 @@ def save(folder: Path, held: Part, mesh: Mesh, spec: ModelSpec, optimizer: torch
     fresh = folder.parent / f".{folder.name}.new"
     with _group() as group:
         _together(group, lambda: _prepare(folder, fresh) if mesh.rank == 0 else None)
-        state = {key: value for key, value, saved in _tensors(held, mesh, optimizer) if saved}
+        # The step of a parameter is that of all its experts, and safetensors takes no tensor under two names.
+        state = {key: value if value.ndim else value.clone() for key, value, saved in _tensors(held, mesh, optimizer) if saved}
         dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(fresh), save_distributed=True), process_group=group)
         digests = _together(group, lambda: _digests(fresh, mesh))
         names = sorted({name for state in (optimizer.state.values() if optimizer else ()) for name in state})

@@ -15,7 +15,7 @@ pytest.importorskip("transformers", reason="the runtime needs transformers")
 from moesim.errors import PlanError  # noqa: E402
 from moesim.plan import Parallel, Plan, linear  # noqa: E402
 from moesim.runtime.mesh import Layout, Mesh, is_silent, join  # noqa: E402
-from moesim.runtime.model import build_part  # noqa: E402
+from moesim.runtime.model import build_part, skeleton  # noqa: E402
 from moesim.runtime.pipeline import Stage  # noqa: E402
 from moesim.runtime.spec import ModelSpec  # noqa: E402
 from moesim.runtime.training import sum_gradients  # noqa: E402
@@ -33,7 +33,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"num_hidden_layers": 3, "num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 4},
     "deepseek_v3": {
         "num_hidden_layers": 4, "n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
-        "moe_intermediate_size": 32, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+        "moe_intermediate_size": 32, "first_k_dense_replace": 1, "q_lora_rank": 32,
+        "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
         "num_key_value_heads": 4, "norm_topk_prob": True,
     },
 }  # fmt: skip
@@ -42,6 +43,13 @@ BATCH, LENGTH, STEPS = 2, 9, 3
 
 def spec_of(family: str) -> ModelSpec:
     return ModelSpec(name=family, config={"model_type": family, **COMMON, **FAMILIES[family]}, skew=0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Let transformers import its models once, before any rank is forked."""
+    for family in FAMILIES:
+        skeleton(spec_of(family))
 
 
 def plan_of(family: str, ranks: int, *, tp: int = 1, pp: int = 1, seed: int = 1) -> Plan:
