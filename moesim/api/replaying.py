@@ -73,7 +73,13 @@ def replay(
             raise InputError(describe("--times", "times", times, "must be model with pipeline stages, training or chunks; a recording has none of them"))
         recorded.attach(builder)
     passes = passes_of(
-        routing, placed.num_ranks, tokens_per_step, seed, micro_batches=chosen.parts(builder.stages.count), as_recorded=as_recorded or recorded is not None, router=router
+        routing,
+        placed.num_ranks,
+        tokens_per_step,
+        seed,
+        micro_batches=chosen.parts(builder.stages.count),
+        as_recorded=as_recorded or recorded is not None,
+        router=router,
     )
     result = simulate(passes, builder, routing, tokens_per_step, progress, began, seed)
     if router is not None:

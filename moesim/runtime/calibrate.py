@@ -41,7 +41,8 @@ DESCRIPTIONS = {
     **KINDS,
     EXCHANGE: "Dispatch and combine of moesim's runtime, uniform routing; num_token: FP8 (combine: 16-bit) tokens per device of an 8-device node that load "
     "a port as much as the measured up_bytes",
-    "nccl": "Collective inside one machine; message_size is the elements of the full buffer, message_bytes its bytes"}
+    "nccl": "Collective inside one machine; message_size is the elements of the full buffer, message_bytes its bytes",
+}
 LEAST_SLOPE = 1e-3
 """Share by which an exchange's last size takes longer than the one before, at least: the cost model takes the port's rate from there."""
 LIMIT_S = {True: 12.0, False: 240.0}

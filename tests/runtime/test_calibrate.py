@@ -34,7 +34,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def few(model: Any, quick: bool, ranks: int) -> Any:
         grid = whole(model, quick, ranks)
-        short = {"tokens": (1, 8, 64), "active": (1, 8), "tokens_per_expert": (1, 8), "batches": (1, 4), "lengths": (16, 32)}
+        short: dict[str, Any] = {"tokens": (1, 8, 64), "active": (1, 8), "tokens_per_expert": (1, 8), "batches": (1, 4), "lengths": (16, 32)}
         return dataclasses.replace(grid, **short, stream_bytes=1 << 20, messages=(1 << 10, 1 << 14, 1 << 18))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -81,7 +81,7 @@ def test_the_cost_model_reads_its_rows_back_as_measured(measured: Path) -> None:
 
 def test_an_exchange_takes_what_was_measured_for_its_bytes(measured: Path) -> None:
     cluster, model = load_cluster(measured / "machine.yaml"), load_model(str(measured / "config.json"))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"stage": stage, "up_bytes": nbytes, "latency_s": seconds, "spread": 0.1, "hidden_size": 64, "num_topk": 4, "num_experts": 16, "tokens": 0}
         for stage, times in (("dispatch", (1e-3, 2e-3, 5e-3)), ("combine", (2e-3, 3e-3, 4e-3)))
         for nbytes, seconds in zip((1 << 9, 1 << 12, 1 << 15), times, strict=True)
@@ -98,7 +98,11 @@ def test_an_exchange_takes_what_was_measured_for_its_bytes(measured: Path) -> No
 
 def test_a_replay_on_it_uses_the_tables(measured: Path) -> None:
     replay = api.replay(
-        "synthetic:zipf:1.0", model=str(measured / "config.json"), hardware=str(measured / "machine.yaml"), tokens_per_step=64, settings={"dispatch": "low_latency"}
+        "synthetic:zipf:1.0",
+        model=str(measured / "config.json"),
+        hardware=str(measured / "machine.yaml"),
+        tokens_per_step=64,
+        settings={"dispatch": "low_latency"},
     )
     shares = replay.report["provenance"]
     assert replay.report["simulated_s"] > 0 and sum(shares.get(name, 0.0) for name in ("measured", "interpolated", "calibrated")) == pytest.approx(1.0)
@@ -118,7 +122,7 @@ def test_a_sample_is_the_time_of_one_call() -> None:
 
 
 def test_noise_never_makes_an_exchange_faster_with_more_bytes() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"stage": stage, "up_bytes": nbytes, "latency_s": seconds, "spread": 0.0, "hidden_size": 64, "num_topk": 4, "num_experts": 16, "tokens": 0}
         for stage in ("dispatch", "combine")
         for nbytes, seconds in ((100, 5e-3), (1000, 3e-3), (10000, 2e-3))

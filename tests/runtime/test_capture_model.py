@@ -244,7 +244,17 @@ def test_the_command_runs_a_text_through_a_checkpoint_and_says_what_ran(tmp_path
     assert any(folder.glob("*.safetensors"))
     (tmp_path / "book.txt").write_text(TEXT)
     job = Job(
-        model=str(folder), target=tmp_path / "t", text=tmp_path / "book.txt", tokens=96, prompt=16, batch=2, generate=2, train=1, weights=True, profile=1, threads=1
+        model=str(folder),
+        target=tmp_path / "t",
+        text=tmp_path / "book.txt",
+        tokens=96,
+        prompt=16,
+        batch=2,
+        generate=2,
+        train=1,
+        weights=True,
+        profile=1,
+        threads=1,
     )
     report = run(job)
     assert report["schema"] == "moesim.capture/1" and report["weights"] == "checkpoint" and report["rows"] == 96 + 6 + 32 and report["steps"] == 3 * 2 + 1

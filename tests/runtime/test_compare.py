@@ -33,7 +33,9 @@ def stamped(plan: Plan) -> dict[str, Any]:
     return {**content, "sha256": sha256_hex(canonical_json(content))}
 
 
-def record(folder: Path, plans: list[Plan], *, steps_each: int = 4, seed: int = 0, kernels: bool = True, extra_rows: int = 0, tool: str = "moesim test") -> Path:
+def record(
+    folder: Path, plans: list[Plan], *, steps_each: int = 4, seed: int = 0, kernels: bool = True, extra_rows: int = 0, tool: str = "moesim test"
+) -> Path:
     """Write a run of `RANKS` ranks, `steps_each` steps under every plan, with the counts and times that it would have."""
     rng = np.random.Generator(np.random.PCG64(seed))
     model = load_model(str(folder.parent / "config.json"))
@@ -41,7 +43,10 @@ def record(folder: Path, plans: list[Plan], *, steps_each: int = 4, seed: int = 
     hot = rng.permutation(EXPERTS)
     steps: dict[str, list[int]] = {name: [] for name in ("step", "rank", "map_epoch", "n_prefill", "n_decode", "t_start_ns", "t_end_ns")}
     rows: dict[str, list[int]] = {name: [] for name in ("step", "rank", "layer", "stage", "t_ns", "dur_ns", "bytes", "tokens")}
-    facts = {"parallel": {"ep": RANKS, "dp": RANKS, "tp": 1, "plans": {str(epoch): stamped(plan) for epoch, plan in enumerate(plans)}}, "clock": "CLOCK_MONOTONIC"}
+    facts = {
+        "parallel": {"ep": RANKS, "dp": RANKS, "tp": 1, "plans": {str(epoch): stamped(plan) for epoch, plan in enumerate(plans)}},
+        "clock": "CLOCK_MONOTONIC",
+    }
     with TraceWriter(folder, shape, provenance={"tool": tool}, facts=facts) as writer:
         for step in range(steps_each * len(plans)):
             epoch, phase = step // steps_each, step % 2
