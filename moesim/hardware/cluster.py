@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+POWER_STATES = ("compute", "memory", "communication")
+"""States of a device by which energy is counted, beside idling."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizeCurve:
@@ -78,6 +81,8 @@ class Device:
     """Fixed time of one kernel inside a captured graph."""
     power_idle_w: float | None = None
     power_peak_w: float | None = None
+    power_state_w: Mapping[str, float] | None = None
+    """`compute`, `memory`, `communication` → watts of the device in that state; None: not declared."""
     source: str = ""
     l2_bytes: float | None = None
     """Last-level cache on the device."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesim.errors import HardwareError, describe
 from moesim.files import canonical_json, read_yaml, sha256_hex
-from moesim.hardware.cluster import Cluster, Device, Link, SizeCurve, Tier
+from moesim.hardware.cluster import POWER_STATES, Cluster, Device, Link, SizeCurve, Tier
 
 if TYPE_CHECKING:
     from moesim.hardware.schema import CurveDoc, Document
@@ -253,6 +253,11 @@ def _tables(doc: Document, base: Path | None, file: str) -> Path | None:
     return folder
 
 
+def _power_states(doc: Document) -> dict[str, float] | None:
+    watts = {state: getattr(doc.device.power, state) for state in POWER_STATES}
+    return {state: value for state, value in watts.items() if value is not None} or None
+
+
 def _donor(doc: Document, file: str) -> str | None:
     name = doc.calibrated_from
     if name is None:
@@ -269,6 +274,10 @@ def _donor(doc: Document, file: str) -> str | None:
 def _build(node: dict[str, Any], origins: Mapping[KeyPath, str], place: str, base: Path | None) -> Cluster:
     doc = _validate(node, origins, place)
     dumped = doc.model_dump(mode="json")
+    # What is not said does not change the fingerprint of the documents that never said it.
+    for holder, key in ((dumped, "calibrated_from"), *((dumped["device"]["power"], state) for state in POWER_STATES)):
+        if holder[key] is None:
+            del holder[key]
     links = {
         name: Link(
             name=name,
@@ -310,6 +319,7 @@ def _build(node: dict[str, Any], origins: Mapping[KeyPath, str], place: str, bas
         kernel_launch_s=doc.device.kernel_launch,
         power_idle_w=doc.device.power.idle,
         power_peak_w=doc.device.power.peak,
+        power_state_w=_power_states(doc),
         source=doc.device.source,
         l2_bytes=doc.device.l2,
     )
@@ -324,8 +334,7 @@ def _build(node: dict[str, Any], origins: Mapping[KeyPath, str], place: str, bas
         tables=_tables(doc, base, _origin(origins, ("tables",), place)),
         calibrated_from=_donor(doc, _origin(origins, ("calibrated_from",), place)),
         price_per_hour=doc.price_per_hour,
-        # What is not said does not change the fingerprint of the documents that never said it.
-        sha256=sha256_hex(canonical_json({key: value for key, value in dumped.items() if key != "calibrated_from" or value is not None})),
+        sha256=sha256_hex(canonical_json(dumped)),
         warnings=tuple(_warnings(doc, origins, place)),
         source=place,
     )

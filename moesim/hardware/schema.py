@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StrictBool, Tag, model_validator
 
+from moesim.hardware.cluster import POWER_STATES
 from moesim.units import parse
 
 SCHEMA = "moesim.hardware/1"
@@ -92,10 +93,24 @@ Efficiency = Annotated[Annotated[Share, Tag("share")] | Annotated[CurveDoc, Tag(
 
 
 class PowerDoc(_Strict):
-    """Power drawn by one device."""
+    """Power drawn by one device: at least, at most, and in the states that energy is counted by."""
 
     idle: Watts | None = None
     peak: Watts | None = None
+    compute: Watts | None = None
+    memory: Watts | None = None
+    communication: Watts | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> PowerDoc:
+        states = {name: getattr(self, name) for name in POWER_STATES}
+        missing = [name for name, watts in {"idle": self.idle, **states}.items() if watts is None]
+        if missing and any(watts is not None for watts in states.values()):
+            raise ValueError(f"lacks {', '.join(missing)}; energy needs idle, {', '.join(POWER_STATES)}")
+        for name, watts in states.items():
+            if watts is not None and self.idle is not None and watts < self.idle:
+                raise ValueError(f"has {name} = {watts:g} W below idle = {self.idle:g} W; a state's watts are those of the whole device")
+        return self
 
 
 class DeviceDoc(_Strict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moesim.costs.energy import declared
 from moesim.sim.build import ProgramBuilder
 from moesim.sim.replay import ReplayRun
 from moesim.traces.routing_trace import RoutingTrace
@@ -51,4 +52,5 @@ def replay_report(
             "tokens_per_step": tokens_per_step,
         },
         "provenance": ledger.provenance(),
+        **declared(cluster, simulated_s=simulated, state_s=run.state_s, tokens=run.tokens),
     }

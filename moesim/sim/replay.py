@@ -20,7 +20,7 @@ from moesim.sim.engine import Engine
 from moesim.sim.evaluate import Times
 from moesim.sim.ledger import KV_ENTRIES, Ledger
 from moesim.sim.loads import SPARSE, LoadCompiler, StepLoads
-from moesim.sim.ops import Op, Program
+from moesim.sim.ops import COMM, COMPUTE, Op, Program
 
 MAX_PASSES = 64
 MAX_TOKENS = 1 << 18
@@ -84,6 +84,8 @@ class ReplayRun:
     local_bytes: float = 0.0
     intra_node_bytes: float = 0.0
     inter_node_bytes: float = 0.0
+    compute_s: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "decode": 0.0})
+    """Phase of the passes → seconds of computation, over all ranks."""
     kv_entries_peak: float = 0.0
     tokens_peak: float = 0.0
     link_bytes: dict[str, float] = field(default_factory=dict)
@@ -96,6 +98,12 @@ class ReplayRun:
     """Tier → use → most bytes in any one of them."""
     change: dict[str, Any] | None = None
     """What changed during the run; None: nothing was to."""
+
+    @property
+    def state_s(self) -> dict[str, float]:
+        """State of a device (see `moesim.costs.energy`) → seconds in it, over all ranks."""
+        taken, waited = (float(np.sum(values)) for values in (self.ledger.lane_s.get(COMM, 0.0), self.ledger.label_s.get("straggler_wait", 0.0)))
+        return {"compute": self.compute_s["prefill"], "memory": self.compute_s["decode"], "communication": max(taken - waited, 0.0)}
 
     @classmethod
     def empty(cls, plan: Plan, *, keep_passes: int) -> ReplayRun:
@@ -114,6 +122,8 @@ class ReplayRun:
             self.ledger.add_loads(loads, plan.moe_layer_ids)
         self.ledger.add_bytes(traffic.port_R)
         shape = stack([item.shape for item in batch])
+        computed = float(np.sum(self.ledger.lane_s.get(COMPUTE, 0.0))) - sum(self.compute_s.values())
+        self.compute_s["prefill" if shape.is_prefill_P[0] else "decode"] += computed
         self.ledger.add_levels(KV_ENTRIES, np.tile(shape.kv_entries_PR, plan.parallel.pp))
         self.steps += len(batch)
         self.local_bytes += float(traffic.local_P.sum())
