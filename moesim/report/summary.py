@@ -11,9 +11,7 @@ from moesim.traces.routing_trace import RoutingTrace
 from moesim.traces.steps import sharding
 
 
-def replay_report(
-    run: ReplayRun, routing: RoutingTrace, builder: ProgramBuilder, tokens_per_step: int | None, wall_s: float
-) -> dict[str, Any]:
+def replay_report(run: ReplayRun, routing: RoutingTrace, builder: ProgramBuilder, tokens_per_step: int | None, wall_s: float) -> dict[str, Any]:
     """Return the report of a replay; its keys are stable."""
     model, cluster, plan, settings = builder.model, builder.cluster, builder.plan, builder.settings
     ledger = run.ledger
