@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moesim.costs import CostModel, Provenance
+from moesim.costs.links import NCCL_CALL_S
 from moesim.errors import CostError
 from moesim.hardware import Cluster
 from moesim.hardware.tables import read_table
