@@ -21,6 +21,7 @@ from moesim.runtime.spec import read_spec  # noqa: E402
 from moesim.traces.manifest import STAGES  # noqa: E402
 from moesim.traces.open import open_trace  # noqa: E402
 from moesim.traces.routing_trace import TokenBatch, concatenate  # noqa: E402
+from tests.runtime.live import moesim  # noqa: E402
 
 COMMON = {
     "torch_dtype": "float32", "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 128,
@@ -278,3 +279,18 @@ def test_on_a_gpu_stages_are_timed_by_events(tmp_path: Path) -> None:
     trace = open_trace(str(tmp_path / "t"))
     kernels = trace.tables("kernels")  # type: ignore[misc]
     assert trace.num_rows == 64 and kernels is not None and set(kernels["step"].tolist()) == {0, 1, 2, 3}
+
+
+def test_the_command_prints_one_object_with_what_recording_costs(tmp_path: Path) -> None:
+    folder = config(tmp_path / "m")
+    flags = ("--model", str(folder), "-o", str(tmp_path / "t"), "--threads", "1")
+    found = moesim("capture", *flags, "--tokens", "64", "--prompt", "16", "--predictions", "--json")
+    assert found.returncode == 0, found.stderr
+    report = json.loads(found.stdout)
+    assert report["schema"] == "moesim.capture/1" and report["rows"] == 64 and set(report["overhead"]) == {"without_ms", "recording_ms", "share"}
+    assert not list(tmp_path.glob(".t.overhead*")), "the scratch trace is gone"
+    assert rows_of(tmp_path / "t").predicted_TLK is not None
+    (tmp_path / "empty").write_text("")
+    for more, reason in ((("--text", str(tmp_path / "empty")), "tokens"), (("--device", "tpu"), "--device"), (("--scale", "huge"), "--scale")):
+        refused = moesim("capture", *flags, *more)
+        assert refused.returncode == 2 and reason in refused.stderr and "Traceback" not in refused.stderr
