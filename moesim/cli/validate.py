@@ -13,12 +13,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def validate(
-    hardware: Annotated[str, typer.Option("--hardware", help="hardware name like rtx-pro-6000-1, or a YAML file")],
+    hardware: Annotated[str | None, typer.Option("--hardware", help="hardware name like rtx-pro-6000-1, or a YAML file; not with --published")] = None,
     run: Annotated[str | None, typer.Option("--run", help="folder with requests.jsonl and meta.json of a recorded run, or the name of a shipped one")] = None,
     kernels: Annotated[
         str | None,
         typer.Option("--kernels", help="a table of measured kernel times, a folder of them, or `package`: the hardware's own (default without --run)"),
     ] = None,
+    published: Annotated[str | None, typer.Option("--published", help="published throughput whose name contains this text, or `all` (minutes)")] = None,
     model: Annotated[str | None, typer.Option("--model", help="model name, config.json or its folder; default: as meta.json says")] = None,
     requests_trace: Annotated[str, typer.Option("--requests-trace", help="routing of the requests: name, folder, .zip or synthetic:…")] = "synthetic:balanced",
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value over what meta.json says: host_overhead_us, serving.…")] = None,
@@ -28,7 +29,16 @@ def validate(
     backend: Annotated[str | None, typer.Option("--backend", help="with --kernels: engine whose tables are preferred; default: as the file says")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Compare predictions with measurements: a recorded run request by request (--run), or kernel times table by table (--kernels)."""
+    """Compare predictions with measurements: a recorded run (--run), kernel times table by table (--kernels), published throughput (--published)."""
+    if published is not None:
+        from moesim.cli.validate_published import show_published
+
+        if run is not None or kernels is not None or hardware is not None or model is not None:
+            raise InputError("validate: --published states hardware and model of every figure; leave out --run, --kernels, --hardware and --model")
+        show_published(published, strict=strict, seed=seed, as_json=as_json)
+        return
+    if hardware is None:
+        raise InputError("validate: --hardware is missing; name the machine that was measured")
     if run is not None and kernels is not None:
         raise InputError("validate: --run and --kernels are given; ask for one of them")
     if run is None:
