@@ -4,6 +4,7 @@ A spool is three append-only files of fixed-size records per rank: tokens (step,
 (step, layer, stage, begin, duration, bytes, tokens) and steps (step, epoch, tokens by phase, begin, end; written last), and
 one plan per epoch. Whole steps only, so any common number of steps of all ranks is a consistent trace. Expert ids are logical:
 what the router chose, before any placement. A rank's files are bounded; stage times end first, at `MAX_KERNEL_ROWS`.
+That is the deployment's own recorder; `Capture`, for any Hugging Face model, lives in `capture_model` and is found here too.
 """
 
 from __future__ import annotations
@@ -33,6 +34,15 @@ MAX_KERNEL_ROWS = 1 << 21
 """Of all ranks together, because publishing holds them in memory: 80 MB. Later steps have routes, but no stage times."""
 MAX_EPOCHS = 256
 """Maps that a trace names."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import `Capture`, which needs torch, when it is first asked for."""
+    if name != "Capture":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from moesim.runtime.capture_model import Capture
+
+    return Capture
 
 
 def token_dtype(shape: TraceShape) -> np.dtype:
