@@ -1,8 +1,8 @@
 """Routing of published settings: exactly balanced, or drawn from expert loads that are synthesised from a summary of their skew.
 
 The summary has, per layer, the share of the most popular 1, 2, 4 … experts and the load of the busiest contiguous rank. Popularities are the steps of
-that curve, and of seeded orders of the experts the one is taken whose contiguous ranks come nearest to the summary. What it does not have – how loads
-drift between passes, which experts go together – is not in the routing either. Shapes: T tokens, L MoE layers, E experts, K choices.
+that curve; experts of a seeded order change places as long as the busiest contiguous ranks come nearer to the summary's. What it does not have – how
+loads drift between passes, which experts go together – is not in the routing either. Shapes: T tokens, L MoE layers, E experts, K choices.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SKEW = Path(__file__).with_name("deepseek_v3_skew.csv")
 BALANCED = "balanced"
 TOPS = tuple(2**power for power in range(8))
 RANKS = (8, 16, 32, 64)
-ORDERS = 64
-"""Orders of the experts that are tried for one layer."""
+SWAPS = 4000
+"""Pairs of experts that are tried in other places, per layer."""
 TOTAL = 1 << 26
 """Choices of a layer in a table of counts; large enough that rounding is nothing."""
 
@@ -38,18 +38,29 @@ def popularity_LE(workload: str, experts: int, seed: int = 0) -> np.ndarray:
     if not mine:
         known = ", ".join(sorted({row["workload"] for row in rows}))
         raise TraceError(describe(SKEW.name, "workload", workload, f"must be one of {known}, or {BALANCED}"))
-    return np.stack([_layer_E(row, experts, seed) for row in mine])
-
-
-def _layer_E(row: dict[str, str], experts: int, seed: int) -> np.ndarray:
     tops = [0, *TOPS, experts]
-    shares = [0.0, *(float(row[f"share_top{count}"]) for count in TOPS), 1.0]
-    sorted_E = np.repeat(np.diff(shares) / np.diff(tops), np.diff(tops))
-    wanted = np.log([float(row[f"ep{ranks}_rank_max_over_mean"]) for ranks in RANKS])
-    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, int(row["layer"])])))
-    tried = sorted_E[generator.permuted(np.tile(np.arange(experts), (ORDERS, 1)), axis=1)]
-    busiest = np.stack([tried.reshape(ORDERS, ranks, -1).sum(axis=2).max(axis=1) * ranks for ranks in RANKS], axis=1)
-    return np.asarray(tried[np.abs(np.log(busiest) - wanted).sum(axis=1).argmin()])
+    share_LC = np.array([[0.0, *(float(row[f"share_top{count}"]) for count in TOPS), 1.0] for row in mine])
+    sorted_LE = np.repeat(np.diff(share_LC, axis=1) / np.diff(tops), np.diff(tops), axis=1)
+    wanted = np.array([[float(row[f"ep{ranks}_rank_max_over_mean"]) for ranks in RANKS] for row in mine])
+    generator = np.random.Generator(np.random.PCG64(seed))
+    found_LE = _ordered(generator.permuted(sorted_LE, axis=1), wanted, generator)
+    found_LE.setflags(write=False)
+    return found_LE
+
+
+def _ordered(load_LE: np.ndarray, wanted: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Return the loads in an order in which the busiest of 8, 16 … contiguous ranks carry `wanted` [L, 4] times the mean, as nearly as swaps get."""
+    rows, best_L = np.arange(len(load_LE)), np.full(len(load_LE), np.inf)
+    for _ in range(SWAPS):
+        pair_2L = generator.integers(0, load_LE.shape[1], size=(2, len(rows)))
+        tried = load_LE.copy()
+        tried[rows, pair_2L] = load_LE[rows, pair_2L[::-1]]
+        miss_L = np.zeros(len(rows))
+        for column, ranks in enumerate(RANKS):
+            miss_L += np.abs(np.log(tried.reshape(len(rows), ranks, -1).sum(axis=2).max(axis=1) * ranks / wanted[:, column]))
+        better_L = miss_L < best_L
+        load_LE, best_L = np.where(better_L[:, None], tried, load_LE), np.minimum(miss_L, best_L)
+    return load_LE
 
 
 def counts_trace(shape: TraceShape, workload: str, seed: int = 0) -> RoutingTrace:
