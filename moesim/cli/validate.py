@@ -20,6 +20,9 @@ def validate(
         typer.Option("--kernels", help="a table of measured kernel times, a folder of them, or `package`: the hardware's own (default without --run)"),
     ] = None,
     published: Annotated[str | None, typer.Option("--published", help="published throughput whose name contains this text, or `all` (minutes)")] = None,
+    points: Annotated[
+        str | None, typer.Option("--points", help="CSV of measured end-to-end rows (gzip too), or `default`: the package's own of the hardware")
+    ] = None,
     model: Annotated[str | None, typer.Option("--model", help="model name, config.json or its folder; default: as meta.json says")] = None,
     requests_trace: Annotated[str, typer.Option("--requests-trace", help="routing of the requests: name, folder, .zip or synthetic:…")] = "synthetic:balanced",
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value over what meta.json says: host_overhead_us, serving.…")] = None,
@@ -27,9 +30,11 @@ def validate(
     strict: Annotated[bool, typer.Option("--strict", help="refuse extrapolated and roofline times")] = False,
     seed: Annotated[int, typer.Option("--seed", help="seed of synthetic routing")] = 0,
     backend: Annotated[str | None, typer.Option("--backend", help="with --kernels: engine whose tables are preferred; default: as the file says")] = None,
+    write: Annotated[str | None, typer.Option("--write", help="with --points: also write the report as a Markdown page")] = None,
+    fit_overheads: Annotated[str | None, typer.Option("--fit-overheads", help="with --points: fit host overheads on calibrating rows into this file")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Compare predictions with measurements: a recorded run (--run), kernel times table by table (--kernels), published throughput (--published)."""
+    """Compare predictions with measurements: a recorded run (--run), kernels (--kernels), end-to-end rows (--points), published throughput (--published)."""
     if published is not None:
         from moesim.cli.validate_published import show_published
 
@@ -39,8 +44,26 @@ def validate(
         return
     if hardware is None:
         raise InputError("validate: --hardware is missing; name the machine that was measured")
-    if run is not None and kernels is not None:
-        raise InputError("validate: --run and --kernels are given; ask for one of them")
+    if sum(one is not None for one in (run, kernels, points)) > 1:
+        raise InputError("validate: more than one of --run, --kernels and --points is given; ask for one of them")
+    if points is not None:
+        from moesim.cli.validate_points import show_points
+
+        show_points(
+            points,
+            hardware=hardware,
+            model=model,
+            requests_trace=None if requests_trace == "synthetic:balanced" else requests_trace,
+            map_layers=map_layers,
+            strict=strict,
+            seed=seed,
+            write=write,
+            fit=fit_overheads,
+            as_json=as_json,
+        )
+        return
+    if write is not None or fit_overheads is not None:
+        raise InputError("validate: --write and --fit-overheads go with --points; add it or drop them")
     if run is None:
         from moesim.cli.validate_kernels import show_kernels
 

@@ -16,7 +16,6 @@ from moesim.sim.serving.metrics import Sample
 from moesim.sim.serving.replica import Replica, Sequence, Work
 from moesim.sim.serving.settings import ServingSettings
 
-
 MIN_LEAP, MAX_LEAP = 8, 1 << 14
 """Steps that are worth an array, and those that one array holds at most."""
 

@@ -1,0 +1,327 @@
+"""`validate_points`: measured closed loops in; the same loops simulated, prediction beside measurement, out.
+
+Rows are de-duplicated, then excluded by rules on input columns only, or because equal inputs disagree; rows that calibrate the host overheads are listed and
+never scored. What cannot be simulated (an unknown model, one that does not fit) is excluded with its reason. Errors are relative and signed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesim.api.serving import BALANCED
+from moesim.api.validation_points_read import Point, Points, Refused, read_points, shipped_points
+from moesim.api.validation_points_run import FOLDER, LENGTHS, Overhead, Overheads, Prediction, Runner, client_of, read_overheads
+from moesim.api.validation_points_scores import choice, error_floor, grouped, ranking, summary, throughput
+from moesim.errors import InputError, MoesimError
+from moesim.files import read_yaml, sha256_hex, write_atomic
+from moesim.hardware.cluster import Cluster
+from moesim.model.moe_model import MoEModel
+from moesim.traces.routing_trace import RoutingTrace
+
+SCHEMA = "moesim.validate/1"
+MOST_CLIENTS = 256
+AGREEMENT = 1.05
+"""Rows of equal inputs agree if their largest value is at most this times their smallest."""
+QUANTITIES = ("ttft", "tpot", "throughput")
+MEAN_SHARE = 0.9
+"""Mean length of a request over the nominal one."""
+CALIBRATION_RUNS, MIN_ROWS = 8, 6
+"""Calibrating rows of a version that are simulated, and those that it needs for overheads of its own."""
+STEPS = (0.0, 300.0, 800.0)
+"""Overheads per step that are tried, µs."""
+FRONTS = (0.0, 30.0, 80.0, 140.0)
+"""Overheads per request that are tried, ms."""
+
+
+def validate_points(
+    source: str | Path | None = None,
+    *,
+    hardware: str | Cluster,
+    model: str | MoEModel | None = None,
+    requests_trace: str | None = None,
+    map_layers: str | None = None,
+    strict: bool = False,
+    seed: int = 0,
+    overheads: Overheads | None = None,
+    wanted: Callable[[Point], bool] = lambda point: True,
+) -> dict[str, Any]:
+    """Return the report of `moesim validate --points`.
+
+    source: a CSV file, gzipped or not; None or "default": the package's own of the hardware. model: stands for the model of every row.
+    requests_trace: routing of MoE models; None draws balanced choices. wanted: which rows are looked at.
+    Raises InputError if the file is not one of this kind, or nothing is left to score.
+    """
+    began = time.perf_counter()
+    runner = Runner(hardware, model=model, requests_trace=requests_trace, map_layers=map_layers, strict=strict, seed=seed, overheads=overheads)
+    points = read_points(_path(source, runner.base))
+    rows, refused = _resolved([point for point in points.points if wanted(point)], runner)
+    rows, copies = without_copies(rows)
+    floors = _floors(rows)
+    refused += [*points.refused, *copies]
+    rows, left_out = excluded(rows)
+    refused += left_out
+    used = calibrating_runs(runner) if overheads is None else set()
+    calibrating = [row for row in rows if _run_of(row) in used]
+    scored = [row for row in rows if _run_of(row) not in used]
+    done: list[tuple[Point, Prediction]] = []
+    for row in scored:
+        try:
+            done.append((row, runner.predict(row)))
+        except MoesimError as cause:
+            refused.append(Refused(id=row.id, reason="cannot be simulated", detail=str(cause)))
+    if not done:
+        raise InputError(f"{points.source}: no row is left to score; {dict(Counter(one.reason for one in refused))}")
+    return _report(runner, points, done, calibrating, refused, floors, requests_trace, time.perf_counter() - began)
+
+
+def _path(source: str | Path | None, cluster: Cluster) -> Path:
+    if source is not None and str(source) != "default":
+        return Path(source)
+    shipped, device = shipped_points(), re.sub(r"-\d+(x\d+)?$", "", cluster.name)
+    if device not in shipped:
+        raise InputError(f"{cluster.name}: the package has no end-to-end points of {device}; give a CSV file with --points; shipped: {', '.join(shipped)}")
+    return shipped[device]
+
+
+# --- which rows are scored ----------------------------------------------------------------------------------------
+
+
+def _resolved(points: Sequence[Point], runner: Runner) -> tuple[list[Point], list[Refused]]:
+    """Return the rows with the library's name of their model, so that relabelled rows meet, and those whose model is not known."""
+    rows, refused = [], []
+    for point in points:
+        try:
+            runner.model_of(point)
+            rows.append(point)
+        except MoesimError as cause:
+            refused.append(Refused(id=point.id, reason="unknown model", detail=str(cause)))
+    names = {row.model: runner.model_of(row).name for row in rows}
+    twins = {row.model for row in rows} - set(names.values())
+    first = {name: next(row.model for row in rows if names[row.model] == name) for name in set(names.values())} if twins else {}
+    return [replace(row, model=first.get(names[row.model], row.model)) for row in rows], refused
+
+
+def without_copies(rows: Sequence[Point]) -> tuple[list[Point], list[Refused]]:
+    """Return one of every measurement, the fullest row of it: equal times to the last digit at equal model, engine, lengths and clients are one run."""
+    kept: list[Point] = []
+    refused: list[Refused] = []
+    for group in grouped(rows, lambda row: (row.model, row.backend, row.prompt, row.output, row.clients, row.ttft_ms, row.tpot_ms)):
+        best = max(group, key=lambda row: row.filled)
+        kept.append(best)
+        refused += [Refused(id=row.id, reason="copy of another row", detail=best.id) for row in group if row is not best]
+    return kept, refused
+
+
+def excluded(rows: Sequence[Point]) -> tuple[list[Point], list[Refused]]:
+    """Return the rows that may be scored, without the quantities that may not, and what was left out and why."""
+    kept: list[Point] = []
+    refused: list[Refused] = []
+    for row in rows:
+        if row.clients >= MOST_CLIENTS:
+            refused.append(Refused(id=row.id, reason=f"clients >= {MOST_CLIENTS}"))
+        elif row.ttft_ms is not None and any(part is not None and part.workers is None for part in (row.decode, row.prefill)):
+            refused.append(Refused(id=row.id, reason="worker counts missing: TPOT only"))
+            kept.append(replace(row, ttft_ms=None))
+        else:
+            kept.append(row)
+    result: list[Point] = []
+    for group in grouped(kept, lambda row: row.inputs):
+        for name in ("ttft_ms", "tpot_ms"):
+            values = [getattr(row, name) for row in group if getattr(row, name) is not None]
+            if len(values) > 1 and max(values) > AGREEMENT * min(values):
+                refused += [Refused(id=row.id, reason=f"equal inputs disagree: {name[:4]}") for row in group if getattr(row, name) is not None]
+                group = [replace(row, ttft_ms=None) if name == "ttft_ms" else replace(row, tpot_ms=None) for row in group]
+        result += [row for row in group if row.ttft_ms is not None or row.tpot_ms is not None]
+    return result, refused
+
+
+def calibrates(row: Point, runner: Runner) -> bool:
+    """Return whether a row of a shipped file calibrates the host overheads: dense models, half of the inputs by hash, so that repeats stay together."""
+    return not runner.model_of(row).moe_layer_ids and int(sha256_hex(repr(row.inputs).encode())[:8], 16) % 2 == 0
+
+
+def calibrating_runs(runner: Runner) -> set[tuple[object, ...]]:
+    """Return the measurements on which the overheads of the package rest; a row of any file that is one of them is not scored."""
+    found = set()
+    for path in shipped_points().values():
+        rows, _ = _resolved(read_points(path).points, runner)
+        found |= {_run_of(row) for row in excluded(without_copies(rows)[0])[0] if calibrates(row, runner)}
+    return found
+
+
+def _run_of(row: Point) -> tuple[object, ...]:
+    return (row.model.rsplit("/", 1)[-1].lower(), row.backend, row.prompt, row.output, row.clients, row.ttft_ms, row.tpot_ms)
+
+
+def _floors(rows: Sequence[Point]) -> dict[str, dict[str, float | None]]:
+    """Return the floors by quantity of every model and engine, disagreeing rows included."""
+    found = {}
+    for group in grouped([row for row in rows if row.clients < MOST_CLIENTS], lambda row: (row.model, row.backend)):
+        same = grouped(group, lambda row: row.inputs)
+        found[_label(group[0])] = {
+            name: error_floor([values for one in same if (values := [v for row in one if (v := getattr(row, f"{name}_ms")) is not None])])
+            for name in ("ttft", "tpot")
+        }
+    return found
+
+
+def _label(row: Point) -> str:
+    return f"{row.model} {row.backend}".strip()
+
+
+# --- overheads ----------------------------------------------------------------------------------------------------
+
+
+def fit_overheads(source: str | Path | None, *, hardware: str | Cluster, target: Path = FOLDER / "overheads.json", seed: int = 0) -> dict[str, Any]:
+    """Fit the host overheads on the calibrating rows alone, write them to `target` and return them.
+
+    Of every combination of `STEPS`, `FRONTS` and (for an unknown client) lengths, a version takes the one with the least mean |error| of TPOT plus median
+    |error| of TTFT. Versions with fewer than `MIN_ROWS` such rows take those of their kind of client, pooled, or of the engine.
+    """
+    runner = Runner(hardware, overheads=Overheads(), seed=seed)
+    rows = excluded(without_copies(_resolved(read_points(_path(source, runner.base)).points, runner)[0])[0])[0]
+    rows = [row for row in rows if calibrates(row, runner) and row.ttft_ms is not None and row.tpot_ms is not None]
+    versions = [group for group in grouped(rows, lambda row: (row.backend, row.version)) if len(group) >= MIN_ROWS]
+    sample = [row for group in versions for row in sorted(group, key=lambda row: sha256_hex(row.id.encode()))[:CALIBRATION_RUNS]]
+    found: list[dict[str, Any]] = []
+    for keys in (lambda row: row.version, client_of, lambda row: "*"):
+        for group in grouped(sample, lambda row: (row.backend, keys(row))):  # noqa: B023
+            backend, version = group[0].backend, keys(group[0])
+            scores = {}
+            for lengths in LENGTHS if any(client_of(row) == "* undated" for row in group) else LENGTHS[:1]:
+                for step in STEPS:
+                    for front in FRONTS:
+                        one = Overhead(step_us=step, front_ms=front, lengths=lengths)
+                        scores[one] = _score(group, runner, one)
+            best = min(scores, key=lambda one: sum(scores[one]))
+            tpot, ttft = scores[best]
+            entry = {"backend": backend, "version": version, "step_us": best.step_us, "front_ms": best.front_ms, "lengths": best.lengths}
+            found.append(entry | {"rows": len(group), "mean_abs_tpot_error": round(tpot, 4), "median_abs_ttft_error": round(ttft, 4)})
+    document = {
+        "comment": "host overheads fitted on calibrating rows by `moesim validate --points default --hardware h100-sxm-8 --fit-overheads FILE`",
+        "overheads": sorted(found, key=lambda one: (one["backend"], one["version"])),
+    }
+    write_atomic(target, json.dumps(document, indent=1) + "\n")
+    return document
+
+
+def _score(group: Sequence[Point], runner: Runner, one: Overhead) -> tuple[float, float]:
+    """Return the mean absolute error of TPOT and the median one of TTFT under an overhead."""
+    runner.overheads = Overheads(by_version={(row.backend, "*"): one for row in group})
+    tpot, ttft = [], []
+    for row in group:
+        try:
+            guess = runner.predict(row)
+        except MoesimError:
+            continue
+        tpot.append(abs(guess.tpot_ms / float(row.tpot_ms or 1.0) - 1.0))
+        ttft.append(abs(guess.ttft_ms / float(row.ttft_ms or 1.0) - 1.0))
+    return (float(np.mean(tpot)), float(np.median(ttft))) if tpot else (float("inf"), float("inf"))
+
+
+# --- report -------------------------------------------------------------------------------------------------------
+
+
+def _report(
+    runner: Runner,
+    points: Points,
+    done: list[tuple[Point, Prediction]],
+    calibrating: list[Point],
+    refused: list[Refused],
+    floors: dict[str, dict[str, float | None]],
+    trace: str | RoutingTrace | None,
+    wall_s: float,
+) -> dict[str, Any]:
+    rows = [_row(point, guess) for point, guess in done]
+    groups = {}
+    peers = read_yaml(FOLDER / "peers.yaml")
+    for group in grouped(list(zip(rows, done, strict=True)), lambda one: _label(one[1][0])):
+        first = group[0][1][0]
+        model = runner.model_of(first)
+        peer = {tool: found.get(model.name if model.moe_layer_ids else "dense") for tool, found in peers.items()}
+        groups[_label(first)] = {
+            **{name: summary([row["errors"][name] for row, _ in group if row["errors"][name] is not None]) for name in QUANTITIES},
+            "rows": len(group),
+            "error_floor": floors.get(_label(first)),
+            "peers": {
+                tool: {name: {"mean_abs_error": pair[0], "median_abs_error": pair[1]} for name, pair in (found or {}).items()} for tool, found in peer.items()
+            },
+        }
+    full = [(point, guess) for point, guess in done if point.ttft_ms is not None and point.tpot_ms is not None]
+    speeds = [(point, *_speeds(point, guess)) for point, guess in full]
+    tpots = [(point, float(point.tpot_ms or 0.0), guess.tpot_ms, true, said) for (point, guess), (_, true, said) in zip(full, speeds, strict=True)]
+    classes: dict[str, float] = {}
+    for _, guess in done:
+        for name, share in guess.provenance.items():
+            classes[name] = classes.get(name, 0.0) + share / len(done)
+    known = [value["tpot"] for value in floors.values() if value["tpot"] is not None]
+    return {
+        "schema": SCHEMA,
+        "mode": "points",
+        "source": Path(points.source).name,
+        "hardware": runner.base.name,
+        "routing": {"source": trace or BALANCED, "use": "given" if trace else "choices of every batch drawn, all experts equally popular"},
+        **{name: summary([row["errors"][name] for row in rows if row["errors"][name] is not None]) for name in QUANTITIES},
+        "groups": groups,
+        "ranking": ranking(tpots),
+        "layout_choice": choice(speeds),
+        "overheads": [
+            {"backend": key[0], "version": key[1], "step_us": one.step_us, "front_ms": one.front_ms, "lengths": one.lengths}
+            for key, one in sorted(runner.overheads.by_version.items())
+        ],
+        "rows_read": points.rows,
+        "rows_scored": len(rows),
+        "rows_calibrated": len(calibrating),
+        "rows_excluded": dict(sorted(Counter(one.reason for one in refused).items())),
+        "rows_repaired": dict(sorted(Counter(repair for point in points.points for repair in point.repairs).items())),
+        "error_floor": float(np.mean(known)) if known else None,
+        "provenance": dict(sorted(classes.items())),
+        "columns_ignored": list(points.ignored),
+        "rows": rows,
+        "calibrating": [point.id for point in calibrating],
+        "excluded": [{"id": one.id, "reason": one.reason, "detail": one.detail} for one in refused],
+        "wall_s": wall_s,
+    }
+
+
+def _speeds(point: Point, guess: Prediction) -> tuple[float, float]:
+    """Return measured and predicted throughput; the measurement's follows from its TTFT and TPOT."""
+    assert point.ttft_ms is not None and point.tpot_ms is not None
+    return throughput(point, point.ttft_ms, point.tpot_ms, MEAN_SHARE), throughput(point, guess.ttft_ms, guess.tpot_ms, MEAN_SHARE)
+
+
+def _row(point: Point, guess: Prediction) -> dict[str, Any]:
+    errors: dict[str, float | None] = {
+        "ttft": None if point.ttft_ms is None else guess.ttft_ms / point.ttft_ms - 1.0,
+        "tpot": None if point.tpot_ms is None else guess.tpot_ms / point.tpot_ms - 1.0,
+        "throughput": None,
+    }
+    if point.ttft_ms is not None and point.tpot_ms is not None:
+        true, said = _speeds(point, guess)
+        errors["throughput"] = said / true - 1.0
+    return {
+        "id": point.id,
+        "model": point.model,
+        "backend": point.backend,
+        "version": point.version,
+        "clients": point.clients,
+        "isl": point.prompt,
+        "osl": point.output,
+        "gpus": point.gpus,
+        "measured_ms": {"ttft": point.ttft_ms, "tpot": point.tpot_ms},
+        "predicted_ms": {"ttft": guess.ttft_ms, "tpot": guess.tpot_ms},
+        "errors": errors,
+        "repairs": list(point.repairs),
+    }
+
+
+__all__ = ["fit_overheads", "read_overheads", "validate_points"]
