@@ -202,6 +202,9 @@ class Deployment:
         if self.failure is None and not self.exit_codes and self.pids:
             with contextlib.suppress(ApplyError):
                 self.schedule("stop", timeout_s=timeout_s)
+        for rank, pid in enumerate(self.pids):
+            if pid == os.getppid():  # the rank that forked the coordinator ends with it
+                self.exit_codes.setdefault(rank, 0)
         self._await_ends(timeout_s if self.failure is None else 0.0)
         for name, wait_s in ((signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0)):
             for rank in [rank for rank in range(len(self.pids)) if rank not in self.exit_codes and rank not in self._remote]:

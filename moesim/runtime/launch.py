@@ -91,6 +91,8 @@ def serve(settings: Settings, *, token: str = "") -> int:
     capacity = _capacity(settings)
     if settings.trace_out is not None:
         check_target(settings.trace_out)
+    if settings.checkpoint is not None and not (settings.checkpoint / "checkpoint.json").is_file():
+        raise InputError(f"{settings.checkpoint / 'checkpoint.json'}: does not exist; give a folder that a checkpoint was saved to")
     store = (LOOPBACK, 0)
     if settings.launcher == "env":
         rank, store = _told(settings, os.environ)
@@ -179,9 +181,6 @@ def _be_rank(rank: int, store: tuple[str, int], coordinator: int | None) -> int:
 
 def _serve(settings: Settings, capacity: int, journal: Journal, scratch: Path, store: tuple[str, int], token: str) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    holder: list[Any] = []
-    control = ControlServer(settings.host, settings.port, lambda request, progress: holder[0].handle(request, progress), token=token)
-
     import torch
 
     from moesim.runtime.model import skeleton
@@ -190,13 +189,19 @@ def _serve(settings: Settings, capacity: int, journal: Journal, scratch: Path, s
     config: Any = skeleton(settings.spec).config
     layout = settings.layout
     layout.check_layers(config.num_hidden_layers, settings.spec.moe_layer_ids, settings.plan.source)
+    holder: list[Any] = []
+    control = ControlServer(settings.host, settings.port, lambda request, progress: holder[0].handle(request, progress), token=token)
     forked = settings.launcher == "fork"
     pids, pipes = _fork(layout.world, control) if forked else ([], [])
 
     from moesim.runtime.coordinator import Coordinator
     from moesim.runtime.deployment import Deployment
 
-    deployment = Deployment(store[0], layout.world, port=store[1], pids=pids if forked else None, answer_s=settings.answer_s)
+    try:
+        deployment = Deployment(store[0], layout.world, port=store[1], pids=pids if forked else None, answer_s=settings.answer_s)
+    except BaseException:
+        control.close()
+        raise
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

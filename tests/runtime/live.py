@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,13 @@ def await_gone(pids: list[int], timeout_s: float) -> list[int]:
 class Live:
     """A running deployment."""
 
-    def __init__(self, model: Path, *flags: str, ranks: int = 4, token: str = "", failpoints: bool = False) -> None:
+    def __init__(self, model: Path, *flags: str, ranks: int = 4, token: str = "", failpoints: bool = False, command: Sequence[str] = ()) -> None:
+        """command: what to run instead of `moesim serve-demo`, a script that takes the flags."""
         environment = {**os.environ, "MOESIM_TOKEN": token, "MOESIM_TEST_FAILPOINTS": "1" if failpoints else "0"}
-        command = [sys.executable, "-m", "moesim", "serve-demo", "--ranks", str(ranks), "--model", str(model), "--batch", "4", "--prompt", "16", "--json"]
+        command = command or [sys.executable, "-m", "moesim", "serve-demo", "--ranks", str(ranks), "--model", str(model)]
         self.errors = (model.parent / "stderr").open("w+")
-        self.process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment)
+        command = [*command, "--batch", "4", "--prompt", "16", "--json", *flags]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment)
         self.token, self.stderr_text = token, ""
         assert self.process.stdout is not None
         with selectors.DefaultSelector() as selector:
