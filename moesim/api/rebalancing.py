@@ -59,9 +59,7 @@ def rebalance(
     passes = [
         item
         for routing in routings
-        for item in passes_of(
-            routing, cluster.num_ranks, tokens_per_step, seed, micro_batches=chosen.micro_batches, router=router_of(chosen.router, routing)
-        )
+        for item in passes_of(routing, cluster.num_ranks, tokens_per_step, seed, micro_batches=chosen.micro_batches, router=router_of(chosen.router, routing))
     ]
     passes = [replace(item, step=number) for number, item in enumerate(passes)]
 
