@@ -74,6 +74,8 @@ def main() -> None:
     torch.set_num_threads(settings["threads"])
     cuda = settings["device"] == "cuda"
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     wait = (lambda: torch.cuda.synchronize(device)) if cuda else (lambda: None)
     store = dist.TCPStore(settings["host"], settings["port"], is_master=False, timeout=timedelta(seconds=60))
     group = _group(store, rank, size, settings["host"], device)
