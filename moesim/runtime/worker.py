@@ -81,9 +81,9 @@ def _serve(rank: int, host: str, port: int, store: Any, settings: dict[str, Any]
     mesh = join(dist.PrefixStore("data/0", store), layout, rank=rank, timeout_s=settings["timeout_s"], host=address)
     held = build_part(spec, plan, mesh, slot_capacity=settings["slot_capacity"])
     if settings["checkpoint"] is not None:
-        from moesim.runtime import checkpoint
+        from moesim.runtime.checkpoint import load  # a second of torch that few need
 
-        checkpoint.load(Path(settings["checkpoint"]), held, mesh, spec)
+        load(Path(settings["checkpoint"]), held, mesh, spec)
     workload = Workload(**settings["workload"])
     spool, clock, moe_layers = None, None, []
     if settings["spool"] is not None:
@@ -112,9 +112,9 @@ def _serve(rank: int, host: str, port: int, store: Any, settings: dict[str, Any]
 
 def _saver(held: Any, mesh: Any, spec: Any) -> Any:
     def save(folder: str) -> None:
-        from moesim.runtime import checkpoint
+        from moesim.runtime.checkpoint import save as write
 
-        checkpoint.save(Path(folder), held, mesh, spec)
+        write(Path(folder), held, mesh, spec)
 
     return save
 
