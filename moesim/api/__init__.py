@@ -1,7 +1,7 @@
 """What notebooks and users import: replay a trace, solve for a plan, search a split, weigh rebalancing, serve requests – names or paths in, reports out.
 
 `replay` → `Replay` (report, ledger, plan); `solve` → `Solution` (report, plan); `trace_statistics` → `TraceStatistics` (report, arrays);
-`serve` → `Serving` (report, times of every request); `parallelize`, `rebalance`, `validate_run` and `validate_kernels` → report. A report is the
+`serve` → `Serving` (report, times of every request); `parallelize`, `rebalance` and `validate_…` → report. A report is the
 JSON object that the command line prints; its keys are stable. Bad input raises an `InputError` that says what to change.
 """
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moesim.api.comparing import compare
     from moesim.api.documents import trace_shape
     from moesim.api.parallel import parallelize
+    from moesim.api.published.validate import validate_published
     from moesim.api.rebalancing import rebalance
     from moesim.api.replaying import replay
     from moesim.api.running import Replay
@@ -37,6 +38,7 @@ __all__ = [
     "trace_shape",
     "trace_statistics",
     "validate_kernels",
+    "validate_published",
     "validate_run",
 ]
 
@@ -54,6 +56,7 @@ _HOME = {
     "TraceStatistics": "statistics",
     "trace_statistics": "statistics",
     "validate_kernels": "validation_kernels",
+    "validate_published": "published.validate",
     "validate_run": "validation",
 }
 
