@@ -14,6 +14,7 @@ import numpy as np
 
 from moesim.api.documents import cluster_of, model_of, need_equal_layers, read_plan, trace_of
 from moesim.costs import footprint
+from moesim.costs.energy import cost
 from moesim.costs.group import Group
 from moesim.costs.group_loads import Placement, capped_LE, linear_placement
 from moesim.costs.model import CostModel
@@ -346,6 +347,7 @@ def serving_report(run: ServingRun, requests: Requests, deployment: Deployment, 
         ratio = mean / most
         balance = {"mean_over_max": float(mean.sum() / most.sum()), "layer_mean": float(ratio.mean()), "worst_layer": float(ratio.min())}
     tier = deployment.cluster.memory.name
+    priced = cost(deployment.cluster, simulated_s=simulated, tokens=tokens, output_tokens=run.output_tokens)
     return {
         "schema": "moesim.replay/1",
         "model": deployment.model.name,
@@ -384,6 +386,7 @@ def serving_report(run: ServingRun, requests: Requests, deployment: Deployment, 
         "utilisation": run.sums.busy_s / (simulated * run.instances) if simulated else 0.0,
         "routing": routing.report() if routing is not None else None,
         "provenance": provenance(run, deployment),
+        **({} if priced is None else {"cost": priced}),
     }
 
 

@@ -29,11 +29,16 @@ def energy(cluster: Cluster, *, simulated_s: float, state_s: Mapping[str, float]
     return {"joules": joules, "joules_per_token": joules / tokens if tokens else 0.0}
 
 
-def cost(cluster: Cluster, *, simulated_s: float, tokens: int) -> dict[str, float] | None:
-    """Return `per_million_tokens`, in dollars; None unless the document declares a price or where no token was made."""
+def cost(cluster: Cluster, *, simulated_s: float, tokens: int, output_tokens: int = 0) -> dict[str, float] | None:
+    """Return `per_million_tokens` in dollars, and `per_million_output_tokens` where output is told apart.
+
+    None unless the document declares a price, or where no token was processed.
+    """
     if cluster.price_per_hour is None or not tokens:
         return None
-    return {"per_million_tokens": cluster.price_per_hour * cluster.num_ranks * simulated_s / SECONDS_PER_HOUR / tokens * 1e6}
+    dollars = cluster.price_per_hour * cluster.num_ranks * simulated_s / SECONDS_PER_HOUR
+    output = {"per_million_output_tokens": dollars / output_tokens * 1e6} if output_tokens else {}
+    return {"per_million_tokens": dollars / tokens * 1e6, **output}
 
 
 def declared(cluster: Cluster, *, simulated_s: float, state_s: Mapping[str, float], tokens: int) -> dict[str, Any]:

@@ -39,6 +39,14 @@ def test_cost_is_the_price_of_all_devices_for_the_time() -> None:
     assert cost(machine(), simulated_s=5.0, tokens=2000) == {"per_million_tokens": pytest.approx(20.0)}
 
 
+def test_a_served_workload_tells_output_apart() -> None:
+    report = api.serve("synthetic:poisson:40,prompt=128,output=32,n=20", trace="synthetic:balanced", model="flame-moe-290m", hardware=machine()).report
+    dollars = 0.008 * report["simulated_s"]
+    output = report["output_tokens_per_s"] * report["simulated_s"]
+    assert report["cost"]["per_million_output_tokens"] == pytest.approx(dollars / output * 1e6)
+    assert report["cost"]["per_million_tokens"] == pytest.approx(dollars / report["tokens"] * 1e6) < report["cost"]["per_million_output_tokens"]
+
+
 def test_nothing_is_said_of_what_is_not_declared() -> None:
     assert energy(machine(idle=None), simulated_s=1.0, state_s={}, tokens=1) is None
     assert energy(machine(states=None), simulated_s=1.0, state_s={}, tokens=1) is None
