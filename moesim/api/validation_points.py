@@ -96,7 +96,7 @@ def _path(source: str | Path | None, cluster: Cluster) -> Path:
 
 
 def _resolved(points: Sequence[Point], runner: Runner) -> tuple[list[Point], list[Refused]]:
-    """Return the rows with the library's name of their model, so that relabelled rows meet, and those whose model is not known."""
+    """Return the rows under the most common label of their model, so that relabelled rows meet, and those whose model is not known."""
     rows, refused = [], []
     for point in points:
         try:
@@ -104,10 +104,10 @@ def _resolved(points: Sequence[Point], runner: Runner) -> tuple[list[Point], lis
             rows.append(point)
         except MoesimError as cause:
             refused.append(Refused(id=point.id, reason="unknown model", detail=str(cause)))
-    names = {row.model: runner.model_of(row).name for row in rows}
-    twins = {row.model for row in rows} - set(names.values())
-    first = {name: next(row.model for row in rows if names[row.model] == name) for name in set(names.values())} if twins else {}
-    return [replace(row, model=first.get(names[row.model], row.model)) for row in rows], refused
+    labels: dict[str, Counter[str]] = {}
+    for row in rows:
+        labels.setdefault(runner.model_of(row).name, Counter())[row.model] += 1
+    return [replace(row, model=labels[runner.model_of(row).name].most_common(1)[0][0]) for row in rows], refused
 
 
 def without_copies(rows: Sequence[Point]) -> tuple[list[Point], list[Refused]]:
@@ -241,13 +241,13 @@ def _report(
     trace: str | RoutingTrace | None,
     wall_s: float,
 ) -> dict[str, Any]:
-    rows = [_row(point, guess) for point, guess in done]
+    rows = [_row(point, guess) | {"routed": bool(runner.model_of(point).moe_layer_ids)} for point, guess in done]
     groups = {}
     peers = read_yaml(FOLDER / "peers.yaml")
     for group in grouped(list(zip(rows, done, strict=True)), lambda one: _label(one[1][0])):
         first = group[0][1][0]
         model = runner.model_of(first)
-        peer = {tool: found.get(model.name if model.moe_layer_ids else "dense") for tool, found in peers.items()}
+        peer = {tool: found.get(f"{model.name} {first.backend}" if model.moe_layer_ids else "dense") for tool, found in peers.items()}
         groups[_label(first)] = {
             **{name: summary([row["errors"][name] for row, _ in group if row["errors"][name] is not None]) for name in QUANTITIES},
             "rows": len(group),

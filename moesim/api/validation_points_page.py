@@ -10,6 +10,9 @@ from moesim.files import write_atomic
 
 COLUMNS = ("model, engine", "quantity", "rows", "mean error", "mean |error|", "median", "p90", "floor", "peer mean / median")
 
+OTHER_ROUTING = "synthetic:zipf:1.0"
+"""Routing of the second table of the page: what other assumption than equal popularity does to the same rows."""
+
 
 def percent(value: float | None, sign: bool = False) -> str:
     """Return a fraction as a percentage; a dash for None."""
@@ -66,8 +69,8 @@ def notes(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write_page(report: dict[str, Any], path: Path) -> None:
-    """Write the generated page; equal reports give equal bytes."""
+def write_page(report: dict[str, Any], path: Path, other: dict[str, Any] | None = None) -> None:
+    """Write the generated page; equal reports give equal bytes. other: the report of the routed models under another routing."""
     known = {(one["backend"], one["version"]): one for one in report["overheads"]}
     worst = sorted((row for row in report["rows"] if row["errors"]["tpot"] is not None), key=lambda row: -abs(row["errors"]["tpot"]))[:20]
     lines = [
@@ -83,6 +86,7 @@ def write_page(report: dict[str, Any], path: Path) -> None:
         "",
         *[f"- {line}" for line in notes(report)],
         "",
+        *([] if other is None else _other(other)),
         "## Host overheads",
         "",
         "Fitted on the calibrating rows only (dense models, half of the inputs by hash). Lengths: what an unknown client (no date in the row's id) sends.",
@@ -107,4 +111,19 @@ def write_page(report: dict[str, Any], path: Path) -> None:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns), *("| " + " | ".join(row) + " |" for row in rows)]
+    return [
+        "| " + " | ".join(name.replace("|", "\\|") for name in columns) + " |",
+        "|" + " --- |" * len(columns),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+def _other(report: dict[str, Any]) -> list[str]:
+    return [
+        f"## The same MoE rows under {report['routing']['source']}",
+        "",
+        "Nothing else is changed: which experts a batch touches decides how many weights a step reads.",
+        "",
+        *_table(COLUMNS, [row for row in group_rows(report) if row[0] != "all"]),
+        "",
+    ]

@@ -29,9 +29,15 @@ def show_points(
         return
     report = validate_points(source, hardware=hardware, model=model, requests_trace=requests_trace, map_layers=map_layers, strict=strict, seed=seed)
     if write is not None:
-        from moesim.api.validation_points_page import write_page
+        from moesim.api.validation_points_page import OTHER_ROUTING, write_page
 
-        write_page(report, Path(write))
+        other = None
+        if requests_trace is None:
+            dense = {row["model"] for row in report["rows"]} - {row["model"] for row in report["rows"] if row["routed"]}
+            other = validate_points(
+                source, hardware=hardware, model=model, requests_trace=OTHER_ROUTING, strict=strict, seed=seed, wanted=lambda point: point.model not in dense
+            )
+        write_page(report, Path(write), other)
     if as_json:
         emit_json(report)
     else:
