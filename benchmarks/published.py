@@ -16,11 +16,11 @@ COMMAND = "moesim validate --published all --json > report.json && python benchm
 CAUSES = """
 ## What the misses are believed to come from
 
-Predictions are too fast throughout, prefill more than decode. Not in the model, in the order of what they may explain:
+Predictions are too fast throughout, prefill more than decode. Not in the model, and not measured apart by anyone that we know of:
 
 - **Interference**: exchanges beside computation cost it SMs (20 of 132 in prefill, none in decode), but no memory bandwidth and no clock; decode kernels that
   send and reduce run on SMs for a part of their time. Overlap therefore gains too much: see its row for prefill and for 128 requests or more.
-- **Sustained clocks**: tables are short bursts of one kernel; a GPU near its power limit runs long passes slower.
+- **Sustained clocks**: tables are timed kernel by kernel; a GPU near its power limit may run a whole pass slower.
 - **Small kernels around expert products**: permuting rows before and after them and quantising activations. On the H100 table of prefill expert layers
   (`wideep_moe_context`, equal loads, EP 4–256) time is 221 us + 74.6 ns per (token, expert) pair + 7.8 ns per row received, 2 % median error; the products
   alone are 71 ns per pair.

@@ -121,6 +121,14 @@ def test_eplb_gains_from_skew_and_only_from_it() -> None:
     assert gains["EPLB in decode, balanced routing (control)"] == pytest.approx(1.0, abs=0.02)
 
 
+def test_the_page_holds_every_row_and_names_its_command() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "published-throughput.md").read_text()
+    assert "moesim validate --published all" in text.splitlines()[2] and "do not edit" in text.splitlines()[2]
+    figures = read_figures()
+    shown = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")]
+    assert shown == ["setting", *(row.name for row in figures.rows), "gain", *(ratio.name for ratio in figures.ratios)]
+
+
 @pytest.mark.slow
 def test_all_figures_have_the_published_orders() -> None:
     report = validate_published()
