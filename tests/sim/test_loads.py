@@ -206,7 +206,7 @@ def compile_many(plan: Plan, passes: list[PassRouting]) -> StepLoads:
     )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 2**32),
     st.integers(1, 4),

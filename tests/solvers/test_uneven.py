@@ -55,7 +55,7 @@ def test_a_smaller_layer_has_as_many_extra_slots_as_the_largest_spread_evenly() 
     assert tight.fill_LR.tolist() == [[1, 1, 1, 1], [1, 1, 3, 3], [1, 1, 0, 0]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(problem=uneven())
 def test_bounds_and_exact_plans_agree_with_brute_force(problem: PlacementProblem) -> None:
     best = np.array([least_cost(problem, layer, np.ones(1)) for layer in range(problem.num_layers)])

@@ -229,7 +229,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
         ServingSettings(acceptance=2.0)
 
 
-def test_a_hundred_thousand_requests_take_no_more_memory_than_those_in_flight() -> None:
+def test_many_requests_take_no_more_memory_than_those_in_flight() -> None:
     def peak(count: int) -> int:
         requests = open_requests(f"synthetic:poisson:2000,prompt=8,output=1-3,n={count}", seed=1)
         simulation = Simulation(requests, ServingSettings(max_num_seqs=64, max_num_batched_tokens=512), pool(lambda prompt, decodes: 0.01))
@@ -239,7 +239,8 @@ def test_a_hundred_thousand_requests_take_no_more_memory_than_those_in_flight() 
         tracemalloc.stop()
         return found
 
-    assert peak(100_000) < 16 * 2**20
+    # What is kept of a finished request are three numbers.
+    assert peak(10_000) - peak(5_000) < 5_000 * 200
 
 
 def test_equal_runs_are_equal() -> None:
