@@ -129,7 +129,17 @@ class TokenTimes:
 class StepModel:
     """Evaluates groups; what depends on few of the degrees is computed once."""
 
-    def __init__(self, model: MoEModel, cluster: Cluster, costs: Costs, assign_LE: np.ndarray, placement: Placement, *, draw_seed: int | None = None, all2all: str = "auto") -> None:
+    def __init__(
+        self,
+        model: MoEModel,
+        cluster: Cluster,
+        costs: Costs,
+        assign_LE: np.ndarray,
+        placement: Placement,
+        *,
+        draw_seed: int | None = None,
+        all2all: str = "auto",
+    ) -> None:
         """assign_LE: expected choices of every expert by one token, [MoE layers or 1, E]; its rows sum to top_k. placement: where experts lie.
         draw_seed: experts' times are means over random draws of a batch's choices; None: every slot has its expected tokens.
         all2all: how tokens reach their experts: `exchange`, `gather`, or `auto`, the faster of both.

@@ -1,181 +1,344 @@
-"""Recording what was routed: every rank spools rows to a file of its own; a finished prefix becomes a `moetrace/1` folder.
+"""Recording a Hugging Face MoE model while it runs: a context manager that hooks the model and writes a `moetrace/1` folder.
 
-A spool is three append-only files of fixed-size records per rank: tokens (step, request, position, phase, routes), kernels
-(step, layer, stage, begin, duration, bytes, tokens) and steps (step, epoch, tokens by phase, begin, end; written last), and
-one plan per epoch. Whole steps only, so any common number of steps of all ranks is a consistent trace. Expert ids are logical:
-what the router chose, before any placement. A rank's files are bounded; stage times end first, at `MAX_KERNEL_ROWS`.
-That is the deployment's own recorder; `Capture`, for any Hugging Face model, lives in `capture_model` and is found here too.
+Every forward pass of the model is a step: its tokens' requests, positions and phase (0 prefill, 1 decode, 2 train, 3 padding) follow from the call itself,
+what was routed from the inputs of every `*.mlp.experts` (hidden [N, H], ids [N, k], weights [N, k]), which are the router's own choice in every family. A
+hook copies into buffers that lie on the model's device and does nothing else: on CUDA there is no synchronisation in it, and one asynchronous copy per column
+and step on a side stream, read a step later. Memory is bounded by one step and one shard; every `checkpoint_s` the trace is made readable as far as it has got.
+Shapes: N tokens of a step, L MoE layers, k choices, E experts.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
-from moesim.errors import InputError
-from moesim.files import read_json
-from moesim.plan import Plan
-from moesim.traces.archive import FILE_NAME, MANIFEST
-from moesim.traces.manifest import KERNELS_SPEC
-from moesim.traces.routing_trace import TokenBatch, TraceShape
+from moesim import __version__
+from moesim.errors import ModelError, describe
+from moesim.files import canonical_json, sha256_hex
+from moesim.plan import linear
+from moesim.runtime.capture_spool import MAX_KERNEL_ROWS, check_target
+from moesim.runtime.model import moe_layers, router_of
+from moesim.runtime.serving import request_id
+from moesim.runtime.stages import CudaStageClock, StageClock, watch
+from moesim.traces.manifest import KERNELS_SPEC, STEPS_SPEC, Columns
+from moesim.traces.routing_trace import DECODE, DUMMY, PREFILL, TRAIN, TokenBatch, TraceShape
 from moesim.traces.writer import TraceWriter
 
-STEP = np.dtype([("step", "<u4"), ("epoch", "<u4"), ("prefill", "<u4"), ("decode", "<u4"), ("start_ns", "<i8"), ("end_ns", "<i8")])
-ROW = np.dtype([(name, kind) for name, kind in KERNELS_SPEC.items() if name != "rank"])
-"""One stage of one step on one rank."""
-MAX_SPOOL_BYTES = 1 << 30
-"""Per rank; recording ends there, serving goes on, and the manifest says so."""
-MAX_KERNEL_ROWS = 1 << 21
-"""Of all ranks together, because publishing holds them in memory: 80 MB. Later steps have routes, but no stage times."""
-MAX_EPOCHS = 256
-"""Maps that a trace names."""
+MAX_STEPS = 1 << 22
+"""Rows of the step table: 150 MB. Later steps have routes, but no times."""
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+RANK_REQUESTS = 1 << 40
+"""Numbers of requests that one rank may use."""
 
 
-def __getattr__(name: str) -> Any:
-    """Import `Capture`, which needs torch, when it is first asked for."""
-    if name != "Capture":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from moesim.runtime.capture_model import Capture
-
-    return Capture
-
-
-def token_dtype(shape: TraceShape) -> np.dtype:
-    """Return the record of one token and forward pass."""
-    return np.dtype([("step", "<u4"), ("request", "<u8"), ("position", "<u4"), ("phase", "u1"), ("routes", shape.dtype, (shape.num_layers, shape.top_k))])
+def shape_of(model: nn.Module, name: str) -> TraceShape:
+    """Return what a trace of `model` holds; raise ModelError if it has no MoE layers that are known how to hook."""
+    blocks, config = moe_layers(model), model.config
+    experts = next((int(getattr(config, key)) for key in EXPERT_COUNTS if getattr(config, key, None)), 0)
+    if not blocks or not experts:
+        raise ModelError(f"{name}: {type(model).__name__} has no module named experts in its layers, so there is no routing to record; give an MoE model")
+    groups = int(getattr(config, "n_group", None) or 1)
+    limits: dict[str, Any] = {"num_groups": groups, "top_k_groups": int(getattr(config, "topk_group", None) or 1)} if groups > 1 else {}
+    return TraceShape(model=name, num_experts=experts, top_k=int(config.num_experts_per_tok), moe_layer_ids=tuple(blocks), **limits)
 
 
-class Spool:
-    """Appends one rank's rows to its files."""
+@dataclass(slots=True)
+class _Step:
+    """What is known of a step when it begins."""
 
-    def __init__(self, folder: Path, rank: int, shape: TraceShape, *, ranks: int = 1) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.shape, self._dtype, self._folder, self._rank = shape, token_dtype(shape), folder, rank
-        self._tokens = (folder / f"tokens-{rank}").open("wb")
-        self._kernels = (folder / f"kernels-{rank}").open("wb")
-        self._steps = (folder / f"steps-{rank}").open("wb")
-        self._kernel_rows, self._timed = MAX_KERNEL_ROWS // ranks, True
-        self._epoch = -1
-        self.full = False
+    number: int
+    requests: np.ndarray
+    positions: np.ndarray
+    phase: np.ndarray
+    start_ns: int
+    end_ns: int = 0
 
-    def add(
-        self, *, step: int, epoch: int, phase: int, requests: np.ndarray, positions: np.ndarray, experts_LNk: Sequence[Any], start_ns: int, end_ns: int,
-        plan: Plan | None = None, stages: np.ndarray | None = None,
+
+class _Column:
+    """One value per token, layer and choice, [L, capacity, k], where the model computes."""
+
+    def __init__(self, layers: int, top_k: int, dtype: torch.dtype) -> None:
+        self._layers, self._top_k, self._dtype = layers, top_k, dtype
+        self._buffer: torch.Tensor | None = None
+
+    def put(self, row: int, values: torch.Tensor, tokens: int) -> None:
+        """Copy the values [tokens, k] of one layer; on the device, without waiting for it."""
+        if self._buffer is None or self._buffer.shape[1] < tokens:
+            with torch.inference_mode(False):  # or it could not be written outside of inference mode, in training
+                fresh = torch.empty((self._layers, tokens, self._top_k), dtype=self._dtype, device=values.device)
+            self._buffer = fresh
+        self._buffer[row, :tokens].copy_(values)
+
+    def host(self, tokens: int, stream: Any) -> torch.Tensor:
+        """Return a host copy [L, tokens, k]; under a CUDA `stream` it is filled when that stream gets there."""
+        assert self._buffer is not None
+        part = self._buffer[:, :tokens]
+        if stream is None:
+            return part.clone()
+        pinned = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+        pinned.copy_(part.contiguous(), non_blocking=True)
+        return pinned
+
+
+class Capture:
+    """Records every forward pass of `model` between entering and leaving.
+
+    Example: `with Capture(model, Path("trace")): model.generate(**inputs)`.
+    """
+
+    def __init__(
+        self, model: nn.Module, target: Path, *, name: str | None = None, weights: bool = False, predictions: bool = False, stages: bool = True,
+        rank: int = 0, ranks: int = 1, provenance: Mapping[str, Any] | None = None, checkpoint_s: float = 60.0,
     ) -> None:  # fmt: skip
-        """Append one step; `experts_LNk` holds per layer the ids [N, k] that the router chose; plan: the map in force; stages: rows of `ROW`."""
-        if self.full:
+        """Prepare to record to the folder `target`, which must be empty, new or a trace.
+
+        weights: also what the router weighed its choices with. predictions: also what the next layer's router says to this layer's hidden state (the first
+        layer's: to the hidden state before its attention). stages: times of attention, router, experts … of every layer. rank, ranks: of a distributed run,
+        in which every rank records to a folder of its own. Raises ModelError if the model has no MoE layers, InputError if `target` holds something else.
+        """
+        self.model = model
+        self.shape = shape_of(model, name or str(getattr(model.config, "model_type", "model")))
+        check_target(target)
+        self.target, self.rank = target, rank
+        self.steps = self.rows = self.incomplete = 0
+        """Forward passes, rows written, and passes left out because a layer was not reached."""
+        first = next(model.parameters())
+        self._dtype = "float32" if first.dtype == torch.float32 else "float16"
+        self._cuda = first.device.type == "cuda"
+        blocks = moe_layers(model)
+        self._blocks, self._row = list(blocks.values()), {layer: row for row, layer in enumerate(blocks)}
+        self._routers = [router_of(block, self.shape.num_experts) for block in self._blocks] if predictions else []
+        # Group-limited routers choose without an order; best first then means by weight.
+        self._sorts = any(hasattr(child, "e_score_correction_bias") for block in self._blocks for child in block.children())
+        count, top_k = len(blocks), self.shape.top_k
+        narrow = torch.uint8 if self.shape.dtype.itemsize == 1 else torch.int16
+        self._columns = {"experts": _Column(count, top_k, narrow)}
+        if weights or self._sorts:
+            self._columns["weights"] = _Column(count, top_k, torch.float32 if self._dtype == "float32" else torch.float16)
+        if predictions:
+            self._columns["predicted"] = _Column(count, top_k, narrow)
+        self._weights, self._predictions = weights, predictions
+        self._clock: StageClock | None = None
+        if stages:
+            self._clock = CudaStageClock() if self._cuda else StageClock()
+        self._ranks, self._checkpoint_s = ranks, checkpoint_s
+        self._provenance = {"tool": "moesim capture", "version": __version__, "hardware": _hardware(first.device), **(provenance or {})}
+        self._facts: dict[str, Any] = {"parallel": {"ep": ranks, "dp": ranks, "tp": 1}, "clock": "CLOCK_MONOTONIC"}
+        if ranks == 1:
+            plan = linear(model=self.shape.model, num_experts=self.shape.num_experts, moe_layer_ids=self.shape.moe_layer_ids, num_ranks=1)
+            self._facts["parallel"]["plans"] = {"0": {**plan.content(), "sha256": sha256_hex(canonical_json(plan.content()))}}
+        self._open: _Step | None = None
+        self._reached: set[int] = set()
+        self._pending: deque[tuple[_Step, dict[str, torch.Tensor], Any]] = deque()
+        self._stream = torch.cuda.Stream(first.device) if self._cuda else None
+        self._numbers = self._live = np.zeros(0, np.int64)
+        self._next_request = rank * RANK_REQUESTS
+        self._handles: list[Any] = []
+        self._step_rows: list[tuple[int, ...]] = []
+        self._kernel_rows: list[np.ndarray] = []
+        self._kernels_left = MAX_KERNEL_ROWS // ranks
+        self._writer: TraceWriter | None = None
+
+    # --- entering and leaving ---------------------------------------------------------------------
+
+    def __enter__(self) -> Capture:
+        columns = Columns(weights=self._dtype if self._weights else None, predicted=self._predictions)
+        self._writer = TraceWriter(self.target, self.shape, columns=columns, provenance=self._provenance, facts=self._facts)
+        self._saved = time.monotonic()
+        self._attach()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        assert self._writer is not None
+        while self._pending:
+            self._write(*self._pending.popleft())
+        if kind is not None and not issubclass(kind, KeyboardInterrupt):
+            self._writer.checkpoint()  # what was routed until the failure is readable, and marked as unfinished
             return
-        rows = np.empty(len(requests), self._dtype)
-        rows["step"], rows["request"], rows["position"], rows["phase"] = step, requests, positions, phase
-        for layer, ids in enumerate(experts_LNk):
-            rows["routes"][:, layer] = ids.numpy()
-        prefill = len(rows) if phase == 0 else 0
-        self._tokens.write(rows.tobytes())
-        self._tokens.flush()
-        self._kernel_rows -= 0 if stages is None else len(stages)
-        self._timed = self._timed and stages is not None and self._kernel_rows >= 0
-        if self._timed and stages is not None:
-            self._kernels.write(stages.tobytes())
-            self._kernels.flush()
-        if plan is not None and self._rank == 0 and epoch != self._epoch:
-            plan.write(self._folder / f"plan-{epoch}")
-            self._epoch = epoch
-        self._steps.write(np.array([(step, epoch, prefill, len(rows) - prefill, start_ns, end_ns)], STEP).tobytes())
-        self._steps.flush()
-        self.full = self._tokens.tell() > MAX_SPOOL_BYTES
+        self._finish_stages()
+        self._add_tables()
+        self._writer.provenance |= {"steps": self.steps, **({"incomplete_steps": self.incomplete} if self.incomplete else {})}
+        self._writer.close()
 
-    def close(self) -> None:
-        """Close the files."""
-        self._tokens.close()
-        self._kernels.close()
-        self._steps.close()
+    def _attach(self) -> None:
+        if self._clock is not None:
+            self._handles += watch(self.model, (), self._clock)
+        for row, block in enumerate(self._blocks):
+            self._handles.append(block.experts.register_forward_pre_hook(lambda _, args, kwargs, row=row: self._routed(row, args, kwargs), with_kwargs=True))
+        if self._predictions:
+            names = [name for name, module in self.model.named_modules() if any(child is self._blocks[0] for child in module.children())]
+            self._handles.append(self.model.get_submodule(names[0]).register_forward_pre_hook(self._before_first, with_kwargs=True))
+        self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
+        self._handles.append(self.model.register_forward_hook(self._end))
+
+    # --- hooks ------------------------------------------------------------------------------------
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = kwargs.get("input_ids", args[0] if args else None)
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        if inputs is None:
+            return
+        batch, length = int(inputs.shape[0]), int(inputs.shape[1])
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        if past == 0 or len(self._live) != batch:
+            self._live = self._next_request + np.arange(batch)
+            self._next_request += batch
+        phase = TRAIN if model.training else DECODE if past and length == 1 else PREFILL
+        phases = np.full((batch, length), phase, np.uint8)
+        positions = np.broadcast_to(past + np.arange(length), (batch, length))
+        mask = kwargs.get("attention_mask")
+        if not self._cuda and isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
+            real = mask.numpy().astype(bool)  # on CUDA reading it would make the host wait, so padding counts as tokens there
+            phases[~real[:, -length:]] = DUMMY
+            positions = np.maximum(np.cumsum(real, axis=1)[:, -length:] - 1, 0)
+        self._reached.clear()
+        if self._clock is not None:
+            self._clock.start()
+        flat = (np.repeat(request_id(self._live), length), positions.reshape(-1).astype(np.uint32), phases.reshape(-1))
+        self._open = _Step(self.steps, *flat, start_ns=time.monotonic_ns())
+
+    def _routed(self, row: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        step = self._open
+        if step is None:  # a recomputation in the backward pass
+            return
+        values = (*args, *kwargs.values())
+        tokens = len(step.requests)
+        if len(values) < 3 or len(values[1]) != tokens:
+            return
+        with torch.no_grad():
+            self._columns["experts"].put(row, values[1], tokens)
+            if "weights" in self._columns:
+                self._columns["weights"].put(row, values[2].detach(), tokens)
+            if self._predictions and row + 1 < len(self._routers):
+                self._predict(row + 1, values[0])
+        self._reached.add(row)
+
+    def _before_first(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._open is not None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            self._predict(0, hidden.reshape(-1, hidden.shape[-1]))
+
+    def _predict(self, row: int, hidden: torch.Tensor) -> None:
+        with torch.no_grad():
+            self._columns["predicted"].put(row, self._routers[row](hidden)[2], len(hidden))
+
+    def _end(self, *_: Any) -> None:
+        step, self._open = self._open, None
+        if step is None:
+            return
+        if len(self._reached) != len(self._blocks):
+            self.incomplete += 1
+            return
+        self.steps += 1
+        tokens = len(step.requests)
+        event = None
+        if self._stream is not None:
+            event = torch.cuda.Event()
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+            with torch.cuda.stream(self._stream):
+                held = {name: column.host(tokens, self._stream) for name, column in self._columns.items()}
+                event.record(self._stream)
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)  # the next step must not overwrite what is being copied
+        else:
+            held = {name: column.host(tokens, None) for name, column in self._columns.items()}
+        step.end_ns = time.monotonic_ns()
+        if self._clock is not None:
+            self._take(self._clock.take(step.number))
+        self._pending.append((step, held, event))
+        while len(self._pending) > (1 if self._cuda else 0):
+            self._write(*self._pending.popleft())
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    def _write(self, step: _Step, held: dict[str, torch.Tensor], event: Any) -> None:
+        if event is not None:
+            event.synchronize()  # of the step before: over long ago
+        cubes = {name: np.ascontiguousarray(value.numpy().swapaxes(0, 1)) for name, value in held.items()}
+        experts = cubes["experts"].view(self.shape.dtype)
+        if self._sorts:
+            order = np.argsort(-cubes["weights"], axis=-1, kind="stable")
+            experts, cubes["weights"] = (np.take_along_axis(cube, order, -1) for cube in (experts, cubes["weights"]))
+        tokens = len(step.requests)
+        assert self._writer is not None
+        self._writer.append(
+            TokenBatch(
+                step_T=np.full(tokens, step.number, np.uint32), rank_T=np.full(tokens, self.rank, np.uint16), request_T=step.requests,
+                position_T=step.positions, phase_T=step.phase, experts_TLK=experts, weights_TLK=cubes["weights"] if self._weights else None,
+                predicted_TLK=cubes["predicted"].view(self.shape.dtype) if self._predictions else None,
+            )
+        )  # fmt: skip
+        self.rows += tokens
+        decode = int((step.phase == DECODE).sum())
+        if len(self._step_rows) < MAX_STEPS:
+            self._step_rows.append((step.number, self.rank, 0, tokens - decode, decode, step.start_ns, step.end_ns))
+        if time.monotonic() - self._saved > self._checkpoint_s:
+            self._writer.checkpoint()
+            self._saved = time.monotonic()
+
+    def _take(self, rows: np.ndarray) -> None:
+        self._kernels_left -= len(rows)
+        if self._kernels_left >= 0:
+            self._kernel_rows.append(rows)
+
+    def _finish_stages(self) -> None:
+        if isinstance(self._clock, CudaStageClock):
+            self._take(self._clock.rest())
+
+    def _add_tables(self) -> None:
+        assert self._writer is not None
+        if self._step_rows:
+            self._writer.add_table("steps", {name: np.array(values) for name, values in zip(STEPS_SPEC, zip(*self._step_rows, strict=True), strict=True)})
+        rows = np.concatenate(self._kernel_rows) if self._kernel_rows else np.zeros(0, [("step", "<u4")])
+        if len(rows):
+            table = {name: rows[name] for name in KERNELS_SPEC if name != "rank"}
+            self._writer.add_table("kernels", {**table, "rank": np.full(len(rows), self.rank, np.uint16)})
 
 
-def spooled_steps(folder: Path, ranks: int) -> int:
-    """Return how many steps all ranks have written."""
-    paths = [folder / f"steps-{rank}" for rank in range(ranks)]
-    return min((path.stat().st_size // STEP.itemsize if path.exists() else 0) for path in paths)
+def _hardware(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def publish(folder: Path, ranks: int, shape: TraceShape, target: Path, provenance: Mapping[str, Any]) -> int:
-    """Write the steps that all ranks have spooled as a trace to `target`, replacing it whole; return the number of rows."""
-    count = spooled_steps(folder, ranks)
-    fresh = target.parent / f".{target.name}.new-{os.getpid()}"
-    shutil.rmtree(fresh, ignore_errors=True)
-    steps = [np.fromfile(folder / f"steps-{rank}", STEP, count) for rank in range(ranks)]
-    starts = [np.concatenate([[0], np.cumsum(table["prefill"].astype(np.int64) + table["decode"])]) for table in steps]
-    # Bounded, because behind the last whole step a rank may be in the middle of writing a row.
-    tokens = [np.memmap(folder / f"tokens-{rank}", token_dtype(shape), mode="r", shape=(int(starts[rank][-1]),)) for rank in range(ranks)]
-    try:
-        plans = _plans(folder, steps[0]["epoch"])
-        facts = {"parallel": {"ep": ranks, "dp": ranks, "tp": 1, **({"plans": plans} if plans else {})}, "clock": "CLOCK_MONOTONIC"}
-        with TraceWriter(fresh, shape, provenance={**provenance, "steps": count}, facts=facts) as writer:
-            for index in range(count):
-                for rank in range(ranks):
-                    rows = np.array(tokens[rank][starts[rank][index] : starts[rank][index + 1]])
-                    writer.append(
-                        TokenBatch(
-                            step_T=rows["step"], rank_T=np.full(len(rows), rank, np.uint16), request_T=rows["request"], position_T=rows["position"],
-                            phase_T=rows["phase"], experts_TLK=np.ascontiguousarray(rows["routes"]),
-                        )
-                    )  # fmt: skip
-            joined = np.stack(steps, axis=1).reshape(-1) if count else np.empty(0, STEP)
-            if count:
-                names = {"step": "step", "map_epoch": "epoch", "n_prefill": "prefill", "n_decode": "decode", "t_start_ns": "start_ns", "t_end_ns": "end_ns"}
-                table = {column: joined[name] for column, name in names.items()}
-                writer.add_table("steps", {**table, "rank": np.tile(np.arange(ranks, dtype=np.uint16), count)})
-            kernels = _kernels(folder, ranks, steps)
-            if kernels is not None:
-                writer.add_table("kernels", kernels)
-        _replace(fresh, target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    return int(sum(start[-1] for start in starts))
+def join_ranks(folders: list[Path], target: Path) -> int:
+    """Join what the ranks of one run recorded, one folder per rank in their order, to one trace; return its rows.
+
+    Steps are joined by number, up to the last that all ranks have. Raises TraceError if the folders are not of one model, or lack a step.
+    """
+    from moesim.runtime.capture_join import join
+
+    return join(folders, target)
 
 
-def _plans(folder: Path, epochs: np.ndarray) -> dict[str, Any]:
-    """Return epoch → plan for the maps that steps were served under, the first `MAX_EPOCHS` of them."""
-    paths = {str(epoch): folder / f"plan-{epoch}" for epoch in np.unique(epochs).tolist()[:MAX_EPOCHS]}
-    return {epoch: read_json(path) for epoch, path in paths.items() if path.exists()}
+def overhead(model: nn.Module, run: Any, target: Path, *, pairs: int = 5, **options: Any) -> dict[str, float]:
+    """Return the seconds of `run()` without and with recording to the scratch folder `target`, the fastest of `pairs` in turn, and their ratio − 1.
 
-
-def _kernels(folder: Path, ranks: int, steps: Sequence[np.ndarray]) -> dict[str, np.ndarray] | None:
-    """Return the columns of the kernel table, sorted by step, rank and time; None if no stage was timed."""
-    parts = []
-    for rank in range(ranks):
-        path = folder / f"kernels-{rank}"
-        rows = np.fromfile(path, ROW) if path.exists() else np.empty(0, ROW)
-        parts.append(rows[np.isin(rows["step"], steps[rank]["step"])])
-    joined = np.concatenate(parts)
-    if not len(joined):
-        return None
-    rank_K = np.repeat(np.arange(ranks, dtype=np.uint16), [len(rows) for rows in parts])
-    order = np.lexsort((joined["t_ns"], rank_K, joined["step"]))
-    return {"rank": rank_K[order], **{name: joined[name][order] for name in ROW.names or ()}}
-
-
-def check_target(target: Path) -> None:
-    """Raise InputError if `target` exists and holds anything but a trace, because publishing replaces it."""
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{target}: is a file; give a folder for the trace")
-    strangers = sorted(path.name for path in target.iterdir() if path.name != MANIFEST and not FILE_NAME.match(path.name)) if target.exists() else []
-    if strangers:
-        raise InputError(f"{target}: holds {strangers[0]!r}, which is not part of a trace; give an empty or new folder")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as cause:
-        raise InputError(f"{target}: cannot be written ({cause.strerror or cause}); check the folder and its permissions") from None
-
-
-def _replace(fresh: Path, target: Path) -> None:
-    check_target(target)
-    old = target.parent / f".{target.name}.old-{os.getpid()}"
-    if target.exists():
-        os.rename(target, old)
-    os.rename(fresh, target)
-    shutil.rmtree(old, ignore_errors=True)
+    The fastest, because what else runs on the machine only adds.
+    """
+    if pairs < 1:
+        raise ModelError(describe("overhead", "pairs", pairs, "must be >= 1"))
+    times: tuple[list[float], list[float]] = ([], [])
+    run()
+    for _ in range(pairs):
+        begin = time.perf_counter()
+        run()
+        times[0].append(time.perf_counter() - begin)
+        with Capture(model, target, **options):
+            begin = time.perf_counter()
+            run()
+            if next(model.parameters()).is_cuda:
+                torch.cuda.synchronize()
+            times[1].append(time.perf_counter() - begin)
+    without, recording = (min(values) for values in times)
+    return {"without_s": without, "recording_s": recording, "overhead": recording / without - 1.0}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from moesim.errors import TraceError, describe
-from moesim.runtime.capture import check_target
+from moesim.runtime.capture_spool import check_target
 from moesim.traces.manifest import TABLES
 from moesim.traces.open import open_trace
 from moesim.traces.routing_trace import RoutingTrace, TokenBatch

@@ -61,7 +61,7 @@ def run(job: Job, on_progress: Callable[[str], None] = lambda text: None) -> dic
     """
     import torch
 
-    from moesim.runtime.capture_model import Capture, overhead
+    from moesim.runtime.capture import Capture, overhead
 
     device = _device(job.device)
     if job.threads:

@@ -82,7 +82,7 @@ class Settings:
 
 def serve(settings: Settings, *, token: str = "") -> int:
     """Run a deployment until it is stopped; print one JSON line when it serves. Return the exit code."""
-    from moesim.runtime.capture import check_target
+    from moesim.runtime.capture_spool import check_target
 
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
@@ -338,7 +338,7 @@ class _Recorder:
 
     def publish_if_due(self) -> None:
         """Publish when four times as many steps have been served as last time."""
-        from moesim.runtime.capture import spooled_steps
+        from moesim.runtime.capture_spool import spooled_steps
 
         if self.settings.trace_out is not None and spooled_steps(self.folder, self.settings.plan.num_ranks) >= self._due:
             self._due *= 4
@@ -360,7 +360,7 @@ class _Recorder:
     def publish(self) -> int | None:
         """Write the trace so far; return its rows, or None if there is nothing to write."""
         from moesim import __version__
-        from moesim.runtime.capture import publish, spooled_steps
+        from moesim.runtime.capture_spool import publish, spooled_steps
         from moesim.traces.routing_trace import TraceShape
 
         target = self.settings.trace_out

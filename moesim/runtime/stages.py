@@ -11,17 +11,14 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from moesim.runtime.capture import ROW
+from moesim.runtime.capture_spool import ROW
 from moesim.traces.manifest import STAGES
-
-if TYPE_CHECKING:
-    from moesim.runtime.expert_parallel import ExpertParallelExperts
 
 _CODES = {name: code for code, name in enumerate(STAGES)}
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\Z")
@@ -136,7 +133,14 @@ class CudaStageClock(StageClock):
         return 0
 
 
-def watch(model: nn.Module, experts: Sequence[ExpertParallelExperts], clock: StageClock) -> list[Any]:
+class Spread(Protocol):
+    """Experts over several ranks, which enter dispatch, experts and combine by themselves."""
+
+    stages: tuple[StageClock, int] | None
+    """The clock, and the layer's index in the model."""
+
+
+def watch(model: nn.Module, experts: Sequence[Spread], clock: StageClock) -> list[Any]:
     """Let the layers of a Hugging Face model enter their stages on `clock`; return the hooks' handles.
 
     experts: the model's expert-parallel modules, which know dispatch and combine; any other `experts` is one stage, and what follows it the combine.

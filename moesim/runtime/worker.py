@@ -66,7 +66,7 @@ def _serve(rank: int, host: str, port: int, store: Any, settings: dict[str, Any]
 
     from moesim.plan import Plan
     from moesim.runtime.agent import Agent
-    from moesim.runtime.capture import Spool
+    from moesim.runtime.capture_spool import Spool
     from moesim.runtime.mesh import Layout, join, own_address
     from moesim.runtime.model import agree, build_part, fingerprint
     from moesim.runtime.pipeline import Stage

@@ -179,7 +179,6 @@ class Slowdown:
         there = _last_not_after(work, done)
         return np.where(real, _pick(knots, there) + (done - _pick(work, there)) / _pick(speed, there), begin)
 
-
     def _one_after_another(self, begin: np.ndarray, work_s: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return when work ends beside Ops of one lane: up to each, then beside it, as long as work is left."""
         now, left = begin, work_s

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from moesim.solvers.parts import parts_of
 from moesim.solvers.problem import PlacementProblem
 
 MAX_PARTNERED = 4
@@ -31,8 +32,6 @@ def layer_bound_KL(problem: PlacementProblem) -> np.ndarray:
     """Return float64 [K, L]: a time (load / speed) that the slowest rank cannot beat."""
     shape = problem.load_KLE.shape
     if problem.experts_L is not None:
-        from moesim.solvers.uneven import parts_of
-
         result = np.empty(shape[:2])
         for part in parts_of(problem):
             result[:, part.layers_n] = layer_bound_KL(part.problem)

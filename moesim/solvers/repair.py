@@ -22,11 +22,11 @@ from moesim.solvers.assignment import align_LS, relabel_LS
 from moesim.solvers.bounds import layer_bound_KL
 from moesim.solvers.greedy import search_table_LRC
 from moesim.solvers.packing import from_slots_LRC, to_slots_LS
+from moesim.solvers.parts import parts_of
 from moesim.solvers.problem import PlacementProblem
 from moesim.solvers.result import FrontierPoint, PlacementResult, cost_weight_KL, make_result
 from moesim.solvers.search import Deadline, expired
 from moesim.solvers.state import SearchState
-from moesim.solvers.uneven import parts_of
 
 FRONTIER_STEP, FINEST = 1.3, 2000
 """Factor from one budget of the frontier to the next; part of the largest that the first one is."""

@@ -15,8 +15,8 @@ from moesim.solvers import metrics
 from moesim.solvers.bounds import layer_bound_KL
 from moesim.solvers.objective import Decode
 from moesim.solvers.packing import from_slots_LRC
+from moesim.solvers.parts import parts_of
 from moesim.solvers.problem import PlacementProblem
-from moesim.solvers.uneven import parts_of
 
 
 def copies_LE(problem: PlacementProblem, table_LS: np.ndarray) -> np.ndarray:

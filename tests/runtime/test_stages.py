@@ -12,8 +12,8 @@ torch = pytest.importorskip("torch", reason="the runtime needs torch")
 pytest.importorskip("transformers", reason="the runtime needs transformers")
 
 from moesim.plan import linear  # noqa: E402
-from moesim.runtime import capture  # noqa: E402
-from moesim.runtime.capture import ROW, Spool, publish  # noqa: E402
+from moesim.runtime import capture_spool  # noqa: E402
+from moesim.runtime.capture_spool import ROW, Spool, publish  # noqa: E402
 from moesim.runtime.model import build_distributed  # noqa: E402
 from moesim.runtime.spec import ModelSpec  # noqa: E402
 from moesim.runtime.stages import StageClock, watch  # noqa: E402
@@ -77,7 +77,7 @@ def test_a_profiler_sees_the_stages_by_name(tmp_path: Path) -> None:
 def test_stage_times_and_maps_reach_the_trace_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = TraceShape(model="m", num_experts=4, top_k=1, moe_layer_ids=(0,))
     plans = [linear(model="m", num_experts=4, moe_layer_ids=(0,), num_ranks=2, kind=kind) for kind in ("linear", "round_robin")]
-    monkeypatch.setattr(capture, "MAX_KERNEL_ROWS", 2 * 3 * 4)
+    monkeypatch.setattr(capture_spool, "MAX_KERNEL_ROWS", 2 * 3 * 4)
     for rank in range(2):
         spool = Spool(tmp_path / "spool", rank, shape, ranks=2)
         for number in range(6 - rank):
