@@ -76,7 +76,7 @@ def read_measured(path: Path, facts: Facts | None = None) -> tuple[Measured, ...
             try:
                 with np.errstate(all="ignore"):  # cells that are no sizes give rows that `_finish` drops
                     tables = reader(path, columns, dict(facts or {}))
-            except TypeError:
+            except (TypeError, ArithmeticError):  # arithmetic on cells of text
                 raise HardwareError(f"{path}: one of {', '.join(columns)} holds text where sizes or times are expected; check the columns") from None
             for table in tables:
                 _finish(table, ragged)

@@ -159,7 +159,7 @@ def _parts(path: Path, source: str, candidates: list[tuple[str, str, np.ndarray 
 
 
 def frontier_moe(path: Path, columns: Columns, facts: dict[str, float]) -> list[Measured]:
-    tokens, experts, top_k = columns["num_tokens"], columns["num_experts"], columns["router_topk"]
+    tokens, experts, top_k = (numbers_of(columns, name) for name in ("num_tokens", "num_experts", "router_topk"))
     hidden, tp = columns["hidden_dim"], numbers_of(columns, "num_tensor_parallel_workers", 1.0)
     ffn, slots = columns["expert_hidden_dim"] / tp, numbers_of(columns, "num_experts_per_device", None)
     slots = np.where(np.isnan(slots), experts, slots)
