@@ -17,14 +17,16 @@ from moesim.plan import Plan
 
 if TYPE_CHECKING:
     from moesim.solvers.parallelism import ParallelismResult, Workload
+    from moesim.traces.requests.document import Request
 
 
 def parallelize(
     *,
     model: str | MoEModel,
     hardware: str | Cluster,
-    prompt_tokens: int,
-    output_tokens: int,
+    prompt_tokens: int | None = None,
+    output_tokens: int | None = None,
+    requests: str | None = None,
     concurrency: int | None = None,
     arrival_rps: float | None = None,
     ttft_ms: float | None = None,
@@ -37,9 +39,10 @@ def parallelize(
 ) -> dict[str, Any]:
     """Search how to split a model over all devices of a cluster; return the report of `moesim parallel`.
 
-    routing: `balanced`, `zipf:S`, or a trace (name, path, `synthetic:…`) whose expert loads are taken. The other arguments are those of
-    `moesim.solvers.parallelism`. plan_path: where to write the plan of the best deployment; one with two pools gives two files, `.prefill` and
-    `.decode` before the suffix. Raises InfeasibleError, naming the smallest violated requirement, if no deployment will do.
+    requests: a request trace whose mean lengths and demand (arrival rate, or clients of a closed loop) are taken where they are not given; without one,
+    prompt_tokens and output_tokens have to be. routing: `balanced`, `zipf:S`, or a trace (name, path, `synthetic:…`) whose expert loads are taken. The
+    other arguments are those of `moesim.solvers.parallelism`. plan_path: where to write the plan of the best deployment; one with two pools gives two
+    files, `.prefill` and `.decode` before the suffix. Raises InfeasibleError, naming the smallest violated requirement, if no deployment will do.
     """
     from moesim.solvers.parallelism import Slo, Space, Workload, plan_parallelism
 
@@ -48,6 +51,13 @@ def parallelize(
     need_equal_layers(moe_model, "a search of parallel degrees")
     named = routing == "balanced" or routing.startswith("zipf:")
     load: str | np.ndarray = routing if named else windows_of([trace_of(routing, moe_model, 0, None)], "balance")[0]
+    if requests is not None:
+        asked = _asked(requests)
+        prompt_tokens, output_tokens = prompt_tokens or asked["prompt_tokens"], output_tokens or asked["output_tokens"]
+        if concurrency is None and arrival_rps is None:
+            concurrency, arrival_rps = asked["concurrency"], asked["arrival_rps"]
+    if prompt_tokens is None or output_tokens is None:
+        raise InputError("parallel: the lengths of a request are missing; give --prompt and --output, or --requests")
     workload = Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens, concurrency=concurrency, arrival_rps=arrival_rps, routing=load)
     limit = None if time_limit_s is None else (lambda: time_limit_s - (time.perf_counter() - began))
     slo = Slo(ttft_ms=ttft_ms, tpot_ms=tpot_ms)
@@ -58,10 +68,30 @@ def parallelize(
         "model": moe_model.name,
         "hardware": cluster.name,
         "routing": routing,
+        "requests": requests,
         "wall_s": time.perf_counter() - began,
         "plans": written,
         **result.as_dict(),
     }
+
+
+def _asked(ref: str) -> dict[str, Any]:
+    """Return what a request trace asks for on average: lengths, rounded up, and its arrivals per second or its clients."""
+    from moesim.traces.requests.open import open_requests
+
+    trace = open_requests(ref)
+    count = prompts = outputs = 0
+    last = 0.0
+    for first in trace:
+        last = first.arrival_s
+        request: Request | None = first
+        while request is not None:
+            count, prompts, outputs = count + 1, prompts + request.prompt_tokens, outputs + request.output_tokens
+            request = request.then
+    if count == 0:
+        raise InputError(f"{ref}: holds no request")
+    rate = count / last if trace.clients is None and last > 0 else None
+    return {"prompt_tokens": -(-prompts // count), "output_tokens": -(-outputs // count), "concurrency": trace.clients, "arrival_rps": rate}
 
 
 def plans_of(result: ParallelismResult, workload: Workload, model: MoEModel, cluster: Cluster) -> dict[str, Plan]:

@@ -14,8 +14,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 def parallel(
     model: Annotated[str, typer.Option("--model", help="model name, config.json or its folder")],
     hardware: Annotated[str, typer.Option("--hardware", help="hardware name like h100-sxm-8x4, or a YAML file")],
-    prompt: Annotated[int, typer.Option("--prompt", help="tokens per prompt")] = 4096,
-    output: Annotated[int, typer.Option("--output", help="tokens generated per request")] = 512,
+    requests: Annotated[str | None, typer.Option("--requests", help="request trace whose mean lengths and demand are taken where none are given")] = None,
+    prompt: Annotated[int | None, typer.Option("--prompt", help="tokens per prompt; 4096 where there is no request trace")] = None,
+    output: Annotated[int | None, typer.Option("--output", help="tokens generated per request; 512 where there is no request trace")] = None,
     concurrency: Annotated[int | None, typer.Option("--concurrency", help="requests in flight; default: as many as fit")] = None,
     rate: Annotated[float | None, typer.Option("--rate", help="requests per second that have to be carried")] = None,
     ttft: Annotated[float | None, typer.Option("--ttft-ms", help="longest time to the first token")] = None,
@@ -34,8 +35,9 @@ def parallel(
     report = api.parallelize(
         model=model,
         hardware=hardware,
-        prompt_tokens=prompt,
-        output_tokens=output,
+        prompt_tokens=prompt or (None if requests else 4096),
+        output_tokens=output or (None if requests else 512),
+        requests=requests,
         concurrency=concurrency,
         arrival_rps=rate,
         ttft_ms=ttft,

@@ -56,3 +56,14 @@ def test_two_pools_give_two_plans(tmp_path: Path) -> None:
 
 def test_without_a_path_no_plan_is_written() -> None:
     assert api.parallelize(**SMALL)["plans"] == []
+
+
+def test_a_request_trace_gives_lengths_and_demand(tmp_path: Path) -> None:
+    trace = tmp_path / "requests.csv"
+    trace.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0.0,100,10\n1.0,200,20\n2.0,303,33\n")
+    options: dict[str, Any] = {"model": "flame-moe-290m", "hardware": "h100-sxm-2", "modes": ("mixed",)}
+    taken = api.parallelize(requests=str(trace), **options)
+    given = api.parallelize(prompt_tokens=201, output_tokens=21, arrival_rps=1.5, **options)
+    assert taken["best"] == given["best"] and taken["requests"] == str(trace)
+    with pytest.raises(InputError, match="--requests"):
+        api.parallelize(**options)
