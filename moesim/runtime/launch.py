@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from moesim.errors import ApplyError, InputError, MoesimError, describe
 from moesim.plan import Plan
@@ -98,7 +98,7 @@ def serve(settings: Settings, *, token: str = "") -> int:
         rank, store = _told(settings, os.environ)
         coordinator = os.fork() if rank == 0 else None
         if coordinator != 0:
-            return _be_rank(rank, store, coordinator)
+            _be_rank(rank, store, coordinator)
         os.setpgid(0, 0)  # what torchrun tells its ranks is not for the coordinator
         _die_with_parent()
     scratch = Path(tempfile.mkdtemp(prefix="moesim-launch-"))
@@ -153,14 +153,14 @@ def _told(settings: Settings, environment: Mapping[str, str]) -> tuple[int, tupl
     return numbers["RANK"], (environment["MASTER_ADDR"], port)
 
 
-def _be_rank(rank: int, store: tuple[str, int], coordinator: int | None) -> int:
+def _be_rank(rank: int, store: tuple[str, int], coordinator: int | None) -> NoReturn:
     """Serve as a rank; that of the coordinator's machine also waits for it and ends with it if it fails."""
     from moesim.runtime import worker
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     _die_with_parent()
     if coordinator is None:
-        return worker.run(rank, *store)
+        _leave(worker.run(rank, *store))
     ended: list[int] = []
 
     def reap(*_: object) -> None:
@@ -176,7 +176,14 @@ def _be_rank(rank: int, store: tuple[str, int], coordinator: int | None) -> int:
     deadline = time.monotonic() + (LINGER_S if code == 0 else 1.0)
     while not ended and time.monotonic() < deadline:
         time.sleep(0.02)
-    return code
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End this rank at once, as forked ones do: gloo's threads abort the process if the interpreter takes them down after a peer has gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _serve(settings: Settings, capacity: int, journal: Journal, scratch: Path, store: tuple[str, int], token: str) -> int:
