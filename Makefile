@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)            ## walk the loop once: replay, solve, serve, apply, compare
 	$(BIN)/moesim demo --out demo-out
 
-test: $(STAMP)            ## the tests, about four minutes on two cores
+test: $(STAMP)            ## the tests, about six minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-all: $(STAMP)        ## the tests and the long grids
