@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from moesim.api.error_summary import error_summary
 from moesim.costs.exchange import COMMUNICATION_SMS
 from moesim.costs.holdout import GRIDS, leave_one_out, merge_repeats
 from moesim.costs.predict import Predictor, engine_of
@@ -174,19 +175,6 @@ def score_models(cluster: Cluster, wanted: Callable[[str], bool]) -> dict[str, d
 # --- what a report says ---------------------------------------------------------------------------------------------
 
 
-def _figures(errors: np.ndarray) -> dict[str, Any]:
-    if not len(errors):
-        return {"n": 0, "mean_error": None, "mean_abs_error": None, "median_abs_error": None, "p90_abs_error": None}
-    size = np.abs(errors)
-    return {
-        "n": len(errors),
-        "mean_error": float(errors.mean()),
-        "mean_abs_error": float(size.mean()),
-        "median_abs_error": float(np.median(size)),
-        "p90_abs_error": float(np.quantile(size, 0.9)),
-    }
-
-
 def _shares(codes: np.ndarray) -> dict[str, float]:
     return {item.name.lower(): float((codes == item).mean()) for item in Provenance if (codes == item).any()}
 
@@ -208,17 +196,17 @@ def quantity_of(scores: list[Score]) -> dict[str, Any]:
     method = max(dict.fromkeys(methods), key=methods.count) if methods else "none"
     parts = {}
     if len(scores) > 1:
-        parts = {score.table.part or score.table.kind: {**_figures(score.errors), "method": score.method} for score in scores}
+        parts = {score.table.part or score.table.kind: {**error_summary(score.errors), "method": score.method} for score in scores}
     for score in scores:
         prefix = f"{score.table.part}, " if len(scores) > 1 and score.table.part else ""
         if len(score.axes) > 1:
             for axis, predicted in score.axes.items():
                 known = np.isfinite(predicted)
-                parts[f"{prefix}along {axis}" if score.method == "leave_one_out" else f"{prefix}{axis}"] = _figures(
+                parts[f"{prefix}along {axis}" if score.method == "leave_one_out" else f"{prefix}{axis}"] = error_summary(
                     predicted[known] / score.measured[known] - 1.0
                 )
     return {
-        **_figures(errors),
+        **error_summary(errors),
         "method": method,
         "rows_scored": len(errors),
         "rows_calibrated": sum(score.calibrated for score in scores),

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from moesim.api.error_summary import error_summary
 from moesim.api.serving import BALANCED
 from moesim.api.validation_points_read import Point, Points, Refused, read_points, shipped_points
 from moesim.api.validation_points_run import FOLDER, LENGTHS, Overhead, Overheads, Prediction, Runner, client_of, read_overheads
-from moesim.api.validation_points_scores import choice, error_floor, grouped, ranking, summary, throughput
+from moesim.api.validation_points_scores import choice, error_floor, grouped, ranking, throughput
 from moesim.errors import InputError, MoesimError
 from moesim.files import read_yaml, sha256_hex, write_atomic
 from moesim.hardware.cluster import Cluster
@@ -249,7 +250,7 @@ def _report(
         model = runner.model_of(first)
         peer = {tool: found.get(f"{model.name} {first.backend}" if model.moe_layer_ids else "dense") for tool, found in peers.items()}
         groups[_label(first)] = {
-            **{name: summary([row["errors"][name] for row, _ in group if row["errors"][name] is not None]) for name in QUANTITIES},
+            **{name: error_summary([row["errors"][name] for row, _ in group if row["errors"][name] is not None]) for name in QUANTITIES},
             "rows": len(group),
             "error_floor": floors.get(_label(first)),
             "peers": {
@@ -270,7 +271,7 @@ def _report(
         "source": Path(points.source).name,
         "hardware": runner.base.name,
         "routing": {"source": trace or BALANCED, "use": "given" if trace else "choices of every batch drawn, all experts equally popular"},
-        **{name: summary([row["errors"][name] for row in rows if row["errors"][name] is not None]) for name in QUANTITIES},
+        **{name: error_summary([row["errors"][name] for row in rows if row["errors"][name] is not None]) for name in QUANTITIES},
         "groups": groups,
         "ranking": ranking(tpots),
         "layout_choice": choice(speeds),

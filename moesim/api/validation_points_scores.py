@@ -19,21 +19,6 @@ MIN_LAYOUTS = 4
 Row = TypeVar("Row")
 
 
-def summary(errors: Sequence[float]) -> dict[str, Any]:
-    """Return n, mean, and mean, median and 90th percentile of the absolute errors."""
-    if not len(errors):
-        return {"n": 0, "mean_error": None, "mean_abs_error": None, "median_abs_error": None, "p90_abs_error": None}
-    each = np.asarray(errors, dtype=np.float64)
-    size = np.abs(each)
-    return {
-        "n": len(each),
-        "mean_error": float(each.mean()),
-        "mean_abs_error": float(size.mean()),
-        "median_abs_error": float(np.median(size)),
-        "p90_abs_error": float(np.percentile(size, 90)),
-    }
-
-
 def error_floor(groups: Iterable[Sequence[float]]) -> float | None:
     """Return the mean absolute relative error of the best function of the inputs; None of nothing."""
     total, count = 0.0, 0

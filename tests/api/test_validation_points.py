@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moesim.api.error_summary import error_summary
 from moesim.api.validation_points import calibrates, excluded, validate_points, without_copies
 from moesim.api.validation_points_page import write_page
 from moesim.api.validation_points_read import Layout, Point, read_points, shipped_points, unfold
 from moesim.api.validation_points_run import Overhead, Overheads, Runner, read_overheads
-from moesim.api.validation_points_scores import choice, error_floor, kendall, ranking, summary, throughput
+from moesim.api.validation_points_scores import choice, error_floor, kendall, ranking, throughput
 from moesim.errors import InputError
 from moesim.sim.serving.instance import Instance
 
@@ -152,7 +153,7 @@ def test_throughput_is_littles_law() -> None:
 def test_a_perfect_prediction_ranks_perfectly() -> None:
     rows = [(point(clients=c), float(c), float(c), 2.0 * c, 2.0 * c) for c in (1, 2, 4)]
     assert ranking(rows)["median_tau"]["tpot.moesim"] == 1.0
-    assert summary([0.1, -0.3])["mean_abs_error"] == pytest.approx(0.2)
+    assert error_summary([0.1, -0.3])["mean_abs_error"] == pytest.approx(0.2)
 
 
 def test_one_client_waits_for_nobody() -> None:

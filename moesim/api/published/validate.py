@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moesim.api.documents import cluster_of, model_of, trace_shape
+from moesim.api.error_summary import error_summary
 from moesim.api.published.loads import counts_trace, pass_trace
 from moesim.api.replaying import replay
 from moesim.api.solving import solve
@@ -149,7 +150,7 @@ def validate_published(
         "schema": SCHEMA,
         "source": figures.name,
         "model": model.name,
-        "throughput": _summary(errors),
+        "throughput": error_summary(errors),
         "rows_scored": len(scored),
         "rows_calibrated": 0,
         "rows_excluded": {item.reason: 1 for item in document.excluded},
@@ -158,19 +159,6 @@ def validate_published(
         "ratios": [_ratio(ratio, rows) for ratio in ratios if ratio.of in rows and ratio.over in rows],
         "excluded": [item.model_dump() for item in document.excluded],
         "seed": seed,
-    }
-
-
-def _summary(errors: np.ndarray) -> dict[str, Any]:
-    if not len(errors):
-        return {"n": 0, "mean_error": None, "mean_abs_error": None, "median_abs_error": None, "p90_abs_error": None}
-    size = np.abs(errors)
-    return {
-        "n": len(errors),
-        "mean_error": float(errors.mean()),
-        "mean_abs_error": float(size.mean()),
-        "median_abs_error": float(np.median(size)),
-        "p90_abs_error": float(np.quantile(size, 0.9)),
     }
 
 
