@@ -27,8 +27,8 @@ demo: $(STAMP)            ## walk the loop once: replay, solve, serve, apply, co
 test: $(STAMP)            ## the tests, about six minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
-test-all: $(STAMP)        ## the tests and the long grids
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test-all: $(STAMP)        ## the tests with new random examples, and the long grids
+	MOESIM_RANDOM_TESTS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)            ## style, types, import contracts
 	$(BIN)/ruff check .

@@ -208,7 +208,7 @@ class LoadCompiler:
         segment_Q, first_X = _masks.segment_starts(group.start_X, size)
         lines_LUBJ = _masks.transposed_lines(experts_BLK)
         few = size * choices < slots * group.start_X.size
-        by_expert = self._by_expert if 2 * group.start_X.size * row <= size * choices else None
+        by_expert = self._by_expert if not few and 2 * group.start_X.size * row <= size * choices else None
         many = min(plan.num_layers, max(1, COUNT_WORDS // size))
         chunk = min(many, max(1, CHUNK_ENTRIES // (size * choices)))
         place_KLB = None

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moesim.costs.traffic import ALGORITHMS, Ports
@@ -186,6 +186,7 @@ def test_loads_equal_a_count_token_by_token_for_many_machine_shapes(ranks: int, 
 
 @settings(max_examples=60, deadline=None)
 @given(SHAPES, st.integers(1, 5), st.lists(st.integers(0, 6), min_size=1, max_size=7), st.booleans())
+@example({"seed": 0, "experts": 1, "layers": 1, "ranks": 3, "extra": 1, "empty": 3, "shares": True, "ragged": False}, 1, [6], False)
 def test_many_passes_in_one_call_equal_each_pass_alone(shape: dict[str, Any], top_k: int, sizes: list[int], holes: bool) -> None:
     plan = make_plan(**shape)
     rng = np.random.default_rng(shape["seed"])
