@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the reference scheduler lives with the tests
 
 from moesim.api.documents import cluster_of, model_of
-from moesim.api.serving import deployment_of
+from moesim.api.serving_deployment import deployment_of
 from moesim.api.validation import read_run
 from moesim.costs.group import Group
 from moesim.sim.serving.settings import ServingSettings

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from moesim.api.documents import cluster_of, model_of
-from moesim.api.serving import BALANCED, Deployment, deployment_of, group_with, provenance, routing_of
+from moesim.api.serving_deployment import BALANCED, Deployment, deployment_of, group_with, routing_of
+from moesim.api.serving_report import provenance
 from moesim.errors import InputError, MoesimError, describe
 from moesim.files import parse_json, read_bytes, read_json
 from moesim.hardware.cluster import Cluster

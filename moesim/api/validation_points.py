@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from moesim.api.error_summary import error_summary
-from moesim.api.serving import BALANCED
+from moesim.api.serving_deployment import BALANCED
 from moesim.api.validation_points_read import Point, Points, Refused, read_points, shipped_points
 from moesim.api.validation_points_run import FOLDER, LENGTHS, Overhead, Overheads, Prediction, Runner, client_of, read_overheads
 from moesim.api.validation_points_scores import choice, error_floor, grouped, ranking, throughput

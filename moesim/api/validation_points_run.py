@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from moesim.api.documents import cluster_of, model_of
-from moesim.api.serving import BALANCED, Deployment, Routing, deployment_of, group_with, provenance, routing_of
+from moesim.api.serving_deployment import BALANCED, Deployment, Routing, deployment_of, group_with, routing_of
+from moesim.api.serving_report import provenance
 from moesim.api.validation_points_read import Layout, Point
 from moesim.costs.model import ENGINES
 from moesim.errors import InputError, MoesimError, describe

@@ -10,7 +10,7 @@ import pytest
 
 from moesim import api
 from moesim.api.documents import cluster_of, model_of
-from moesim.api.serving import Deployment, deployment_of, group_with, kv_blocks, routing_of
+from moesim.api.serving_deployment import Deployment, deployment_of, group_with, kv_blocks, routing_of
 from moesim.api.validation import read_run, shipped_runs, validate_run
 from moesim.costs.group import Group
 from moesim.errors import InputError, PlanError
