@@ -113,7 +113,8 @@ class Agent:
     def count_step(self, *, prefill: int, decode: int, start_ns: int) -> None:
         """Record a step that has just been served: its tokens by phase, and when it began (monotonic ns)."""
         counts = [layer.take_counts() for layer in self.layers]
-        self.history.add(self.step, self.epoch, counts, prefill=prefill, decode=decode, start_ns=start_ns)
+        exchanged = [layer.take_exchanged() for layer in self.layers]
+        self.history.add(self.step, self.epoch, counts, prefill=prefill, decode=decode, start_ns=start_ns, exchanged=exchanged)
         with self._lock:
             self.step += 1
 
@@ -141,6 +142,7 @@ class Agent:
             output = self._probe()
             for layer in self.layers:
                 layer.take_counts()
+                layer.take_exchanged()
             self._probes.append(output)
             if len(self._probes) == 2:
                 answer |= compare(*self._probes)

@@ -101,12 +101,26 @@ class ExpertParallelExperts(nn.Module):
         self._header = torch.tensor([slot_map.epoch, *identity, slot_map.layer])
         self.received_Q = np.zeros(self.last - self.first, np.int64)
         self.compute_s = 0.0
+        self.exchanged = (0, 0.0)
         self.captured: torch.Tensor | None = None
 
     def take_counts(self) -> tuple[np.ndarray, float]:
         """Return the rows received per local slot and the seconds spent on experts since the last call, and reset both."""
         result = self.received_Q, self.compute_s
         self.received_Q, self.compute_s = np.zeros_like(self.received_Q), 0.0
+        return result
+
+    def take_exchanged(self) -> tuple[int, float]:
+        """Return the bytes sent to other ranks and the seconds spent in exchanges, waiting included, since the last call, and reset both."""
+        result, self.exchanged = self.exchanged, (0, 0.0)
+        return result
+
+    def _exchange(self, rows: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
+        begin = time.perf_counter()
+        result = _AllToAll.apply(rows, send, receive, self.group)
+        nbytes, seconds = self.exchanged
+        away = (sum(send) - send[self.rank]) * (rows[0].numel() * rows.element_size() if rows.shape[0] else 0)
+        self.exchanged = nbytes + away, seconds + time.perf_counter() - begin
         return result
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -155,7 +169,7 @@ class ExpertParallelExperts(nn.Module):
         outgoing[:, :HEADER] = self._header
         for rank, (first, last) in enumerate(self._bounds_R):
             outgoing[rank, HEADER : HEADER + last - first] = counts_S[first:last]
-        incoming = exchange(outgoing, [1] * ranks, [1] * ranks, self.group)
+        incoming = self._exchange(outgoing, [1] * ranks, [1] * ranks)
         if not bool((incoming[:, :HEADER] == self._header).all()):
             other = int((incoming[:, :HEADER] != self._header).any(1).nonzero()[0, 0])
             raise MapMismatch(
@@ -202,7 +216,7 @@ class ExpertParallelExperts(nn.Module):
             send = [int(counts_S[first:last].sum()) for first, last in self._bounds_R]
             receive = from_RQ.sum(1).tolist()
             self._note(rows, sum(send) - send[self.rank], sum(send))
-            rows = _AllToAll.apply(rows, send, receive, self.group)
+            rows = self._exchange(rows, send, receive)
             source_slot = torch.arange(from_RQ.shape[1]).repeat(from_RQ.shape[0]).repeat_interleave(from_RQ.reshape(-1))
             regroup = torch.argsort(source_slot, stable=True)
             back = torch.empty_like(regroup)
@@ -218,7 +232,7 @@ class ExpertParallelExperts(nn.Module):
         self._enter("combine")
         if back is not None:
             self._note(rows, sum(receive) - receive[self.rank], sum(receive))
-            rows = _AllToAll.apply(rows[back], receive, send, self.group)
+            rows = self._exchange(rows[back], receive, send)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.numel())
         result_NkH = rows[inverse].view(tokens, choices, hidden_NH.shape[1])

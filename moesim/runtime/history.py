@@ -33,6 +33,8 @@ class StepRecord:
     decode: int
     start_ns: int
     end_ns: int
+    exchanged: tuple[int, float]
+    """Bytes sent to other ranks, and seconds in exchanges, waiting included."""
 
 
 class History:
@@ -43,7 +45,8 @@ class History:
         self._records: deque[StepRecord] = deque(maxlen=KEEP_STEPS)
         self._tables: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
-        self.rows, self.tokens = np.zeros(num_layers, np.int64), 0
+        self.rows, self.tokens, self.steps = np.zeros(num_layers, np.int64), 0, 0
+        self.exchanged = (0, 0.0)
 
     def use(self, epoch: int, table_LQ: np.ndarray) -> None:
         """Take int32 [L, Q], the expert of every local slot, as the placement of the steps of `epoch`."""
@@ -51,14 +54,20 @@ class History:
             held = {record.epoch for record in self._records}
             self._tables = {key: table for key, table in self._tables.items() if key in held} | {epoch: table_LQ}
 
-    def add(self, step: int, epoch: int, counts: Sequence[tuple[np.ndarray, float]], *, prefill: int, decode: int, start_ns: int) -> None:
+    def add(
+        self, step: int, epoch: int, counts: Sequence[tuple[np.ndarray, float]], *, prefill: int, decode: int, start_ns: int,
+        exchanged: Sequence[tuple[int, float]] = (),
+    ) -> None:  # fmt: skip
         """Record one step."""
         received_LQ = np.stack([rows for rows, _ in counts]).astype(np.int32)
-        record = StepRecord(step, epoch, received_LQ, sum(seconds for _, seconds in counts), prefill, decode, start_ns, time.monotonic_ns())
+        sent = sum(nbytes for nbytes, _ in exchanged), sum(seconds for _, seconds in exchanged)
+        record = StepRecord(step, epoch, received_LQ, sum(seconds for _, seconds in counts), prefill, decode, start_ns, time.monotonic_ns(), sent)
         with self._lock:
             self._records.append(record)
             self.rows += received_LQ.sum(1)
             self.tokens += prefill + decode
+            self.steps += 1
+            self.exchanged = self.exchanged[0] + sent[0], self.exchanged[1] + sent[1]
 
     def _between(self, first: int, last: int) -> list[StepRecord]:
         with self._lock:
@@ -76,7 +85,7 @@ class History:
         times = np.array([record.end_ns - record.start_ns for record in records]) / 1e6
         return {
             "rows_LE": rows_LE.tolist(), "compute_s": sum(record.compute_s for record in records), "step_ms": float(times.mean()),
-            "epochs": sorted({record.epoch for record in records}),
+            "epochs": sorted({record.epoch for record in records}), "exchanged": self.exchanged, "steps": self.steps,
         }  # fmt: skip
 
     def metrics(self) -> dict[str, Any]:
