@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moesim.runtime.digest import BLOCK_WORDS, DIGEST_BYTES, digest
+from moesim.runtime.digest import BLOCK_WORDS, DIGEST_BYTES, FOLD_FROM, SEGMENT_WORDS, WIDTHS, digest
 
 
 def random_bytes(size: int, seed: int = 0) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(seed)).integers(0, 256, size, dtype=np.uint8)
 
 
-@pytest.mark.parametrize("size", [98304, 3 * BLOCK_WORDS * 8 + 5, 1000])
+@pytest.mark.parametrize("size", [98304, 3 * BLOCK_WORDS * 8 + 5, 1000, 8 * FOLD_FROM, 8 * 2 * SEGMENT_WORDS + 1003])
 def test_100_of_100_random_single_bit_flips_are_detected(size: int) -> None:
     data = random_bytes(size)
     clean = digest(data)
@@ -44,6 +44,29 @@ def test_the_same_bit_flipped_in_two_words_is_detected(bit: int) -> None:
         seen.add(digest(words))
         words[[0, other]] ^= np.uint64(1 << bit)
     assert len(seen) == 300
+
+
+@pytest.mark.parametrize("distance", [1, WIDTHS[0], WIDTHS[1], 4 * WIDTHS[0], SEGMENT_WORDS, SEGMENT_WORDS + WIDTHS[0]])
+@pytest.mark.parametrize("bit", [0, 31, 63])
+def test_two_flipped_or_swapped_words_of_a_large_array_are_detected_at_any_distance(bit: int, distance: int) -> None:
+    words = random_bytes(8 * 2 * SEGMENT_WORDS).view(np.uint64)
+    clean = digest(words)
+    for first in (0, 5000, SEGMENT_WORDS - distance - 1 if distance < SEGMENT_WORDS else 77):
+        pair = [first, first + distance]
+        words[pair] ^= np.uint64(1 << bit)
+        assert digest(words) != clean
+        words[pair] ^= np.uint64(1 << bit)
+        words[pair] = words[pair[::-1]]
+        assert digest(words) != clean
+        words[pair] = words[pair[::-1]]
+    assert digest(words) == clean
+
+
+def test_large_arrays_of_one_value_and_rotated_ones_are_told_apart() -> None:
+    words = random_bytes(8 * 2 * SEGMENT_WORDS).view(np.uint64)
+    constant = [np.full(2 * SEGMENT_WORDS, value, np.uint64) for value in (0, 1, 1 << 63)]
+    rolled = [np.roll(words, by) for by in (1, WIDTHS[0], WIDTHS[1], SEGMENT_WORDS)]
+    assert len({digest(array) for array in [words, words[:-1], *rolled, *constant]}) == 9
 
 
 def test_swapped_words_and_blocks_and_lengths_are_told_apart() -> None:
