@@ -15,6 +15,8 @@ from moesim.errors import CostError, describe
 from moesim.hardware.cluster import Cluster, Link
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter")
+ENGINES = ("sglang", "trtllm", "vllm")
+"""Serving engines; any other name asks for NCCL alone."""
 NCCL_CALL_S = 6.6e-6
 """A call of NCCL beside its hops, where no table says it. Source: base latency of the ring with LL in NCCL's tuning model (src/graph/tuning.cc)."""
 _RING_PASSES = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "alltoall": 1.0}
@@ -105,7 +107,7 @@ class LinkModel:
             nearest = int(known[np.argmin(np.abs(np.log2(known / ranks)))])
             mine = rows["num_gpus"] == nearest
             curve = _sorted_curve(rows["message_bytes"][mine], rows["latency_s"][mine])
-            if operation == "all_reduce" and self._engine == "sglang":
+            if operation == "all_reduce" and self._engine in ENGINES:
                 curve = self._faster(curve, nearest)
             result = (curve, ((ranks - 1) / ranks) / ((nearest - 1) / nearest))
             if nearest != ranks:
@@ -121,8 +123,15 @@ class LinkModel:
         return Provenance.EXTRAPOLATED
 
     def _faster(self, curve: Curve, ranks: int) -> Curve:
-        """Return the engine's own all-reduce (inside a captured graph) at every size where it beats NCCL, as the engine chooses."""
-        rows = self._tables.rows("custom_allreduce", "message_bytes", "latency_s", where={"num_gpus": ranks, "backend": f"{self._engine}_graph"})
+        """Return the engine's own all-reduce (inside a captured graph) at every size where it beats NCCL, as the engine chooses.
+
+        All three have such kernels for small messages of one node; where an engine's own were not measured, those of another speak for them.
+        """
+        rows = None
+        for engine in sorted(ENGINES, key=lambda one: one != self._engine):
+            rows = self._tables.rows("custom_allreduce", "message_bytes", "latency_s", where={"num_gpus": ranks, "backend": f"{engine}_graph"})
+            if rows is not None:
+                break
         if rows is None:
             return curve
         own = _sorted_curve(*drop_spikes(*_sorted(rows["message_bytes"], rows["latency_s"])))
