@@ -244,10 +244,14 @@ class Plan:
         counts = () if self.experts_L is None else (self.experts_L,)
         return sha256_hex(repr((table.shape, self.num_experts, self.num_ranks, *counts)).encode() + table.tobytes() + ranks.tobytes())
 
+    def stamped(self) -> dict[str, Any]:
+        """Return the JSON object of the plan with its stamp, as `from_content` takes it."""
+        content = self.content()
+        return {**content, "sha256": sha256_hex(canonical_json(content))}
+
     def write(self, path: Path) -> None:
         """Write the plan to `path`, whole or not at all."""
-        content = self.content()
-        write_atomic(path, canonical_json({**content, "sha256": sha256_hex(canonical_json(content))}) + b"\n")
+        write_atomic(path, canonical_json(self.stamped()) + b"\n")
 
     @classmethod
     def read(cls, path: Path) -> Plan:

@@ -20,6 +20,7 @@ import numpy as np
 from moesim.balance import balance_of
 from moesim.errors import ApplyError, MoesimError, PlanError, describe
 from moesim.plan import Plan
+from moesim.runtime.counts import gather
 from moesim.runtime.deployment import Deployment
 from moesim.runtime.journal import Journal
 from moesim.runtime.mesh import Layout, is_silent
@@ -245,13 +246,7 @@ class Apply:
         epochs = {epoch for answer in answers for epoch in answer["epochs"]}
         if len(epochs) != 1:
             raise ApplyError(f"steps {first}..{last - 1} were served in epochs {sorted(epochs)}; balance needs one")
-        rows = [np.array(answer["rows_LE"]) for answer in answers]
-        rows_RLE = np.stack([np.concatenate(rows[place :: self.old.num_ranks]) for place in range(self.old.num_ranks)])
-        load_LR = rows_RLE.sum(2).T
-        return {
-            "rows_LE": rows_RLE.sum(0), "load_LR": load_LR, "balance": balance_of(load_LR).mean_over_max,
-            "compute_s": sum(answer["compute_s"] for answer in answers), "step_ms": float(np.mean([answer["step_ms"] for answer in answers])),
-        }  # fmt: skip
+        return gather(answers, self.old.num_ranks)
 
     def _break_even(self, cost_s: float, before: dict[str, Any], after_LR: np.ndarray) -> int | None:
         """Return the steps after which the pause is paid back, or None for never.

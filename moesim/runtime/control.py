@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import json
+import math
 import os
 import socket
 import threading
@@ -27,6 +28,22 @@ REQUEST_S = 10.0
 SILENCE_S = 30.0
 """Longest silence of a coordinator that a caller puts up with; it speaks every KEEPALIVE_S while it works."""
 KEEPALIVE_S = 2.0
+
+
+class Unreachable(ApplyError):
+    """No deployment answers, or not in time."""
+
+
+class StaleBase(ApplyError):
+    """The deployment runs another placement than the one that a plan was made for."""
+
+
+class RefusedPlan(ApplyError):
+    """The deployment cannot run the plan."""
+
+
+_SAID = {"StaleBase": StaleBase, "PlanError": RefusedPlan}
+"""Kind of an error that a deployment answers with → the exception of the caller; any other is an ApplyError."""
 Handler = Callable[[dict[str, Any], Callable[[str], None]], dict[str, Any]]
 
 
@@ -69,38 +86,44 @@ def read_line(connection: socket.socket, deadline: float, buffer: bytearray) -> 
     return line
 
 
-def call(address: str, op: str, *, on_progress: Callable[[str], None] | None = None, **fields: Any) -> dict[str, Any]:
-    """Ask the deployment at `address` and return its answer; raise ApplyError with its reason if it refuses or is silent."""
+def call(
+    address: str, op: str, *, on_progress: Callable[[str], None] | None = None, deadline_s: float = math.inf, **fields: Any
+) -> dict[str, Any]:
+    """Ask the deployment at `address` and return its answer; raise ApplyError with its reason if it refuses, Unreachable if it is silent.
+
+    deadline_s: longest wait for the answer, however busy the deployment says that it is.
+    """
+    deadline = time.monotonic() + deadline_s
     host, port = parse_address(address)
     request = json.dumps({"op": op, "token": os.environ.get("MOESIM_TOKEN", ""), **fields}).encode() + b"\n"
     try:
         connection = socket.create_connection((host, port), timeout=5)
     except (OSError, UnicodeError) as cause:
         reason = getattr(cause, "strerror", None) or cause
-        raise ApplyError(f"{address}: no deployment answers there ({reason}); check the address that serve-demo printed") from None
+        raise Unreachable(f"{address}: no deployment answers there ({reason}); check the address that serve-demo printed") from None
     with connection:
         try:
             connection.sendall(request)
         except OSError as cause:
-            raise ApplyError(f"{address}: the connection broke ({cause.strerror or cause})") from None
-        for answer in _answers(connection, address):
+            raise Unreachable(f"{address}: the connection broke ({cause.strerror or cause})") from None
+        for answer in _answers(connection, address, deadline):
             if "ok" not in answer:
                 if on_progress is not None and answer.get("progress"):
                     on_progress(str(answer["progress"]))
             elif answer["ok"] is True:
                 return answer
             else:
-                raise ApplyError(f"{address}: {answer.get('error', 'refused without a reason')}")
+                raise _SAID.get(str(answer.get("kind")), ApplyError)(f"{address}: {answer.get('error', 'refused without a reason')}")
     raise AssertionError("unreachable")
 
 
-def _answers(connection: socket.socket, address: str) -> Iterator[dict[str, Any]]:
+def _answers(connection: socket.socket, address: str, deadline: float) -> Iterator[dict[str, Any]]:
     buffer = bytearray()
     while True:
         try:
-            answer = parse_json(read_line(connection, time.monotonic() + SILENCE_S, buffer), address, error=InputError)
+            answer = parse_json(read_line(connection, min(time.monotonic() + SILENCE_S, deadline), buffer), address, error=InputError)
         except MoesimError as cause:
-            raise ApplyError(f"{address}: {cause}; the deployment may have ended, or this is another service") from None
+            raise Unreachable(f"{address}: {cause}; the deployment may have ended, or this is another service") from None
         if not isinstance(answer, dict) or not ("ok" in answer or "progress" in answer):
             raise ApplyError(f"{address}: answers with something else than a moesim deployment does; check the address")
         yield answer
@@ -170,7 +193,7 @@ class ControlServer:
                     threading.Thread(target=keep_alive, daemon=True).start()
                     answer = {"ok": True, **self._handler(request, lambda text: send({"progress": text}))}
                 except MoesimError as error:
-                    answer = {"ok": False, "error": str(error)}
+                    answer = {"ok": False, "error": str(error), "kind": type(error).__name__}
                 except Exception as error:
                     answer = {"ok": False, "error": f"internal error: {type(error).__name__}: {error}"}
                 finally:

@@ -1,4 +1,4 @@
-"""What the control port of a deployment answers: status, metrics, apply, trace, checkpoint, stop."""
+"""What the control port of a deployment answers: status, metrics, counts, apply, trace, checkpoint, stop."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from moesim.errors import ApplyError, InputError, PlanError, describe
 from moesim.plan import Plan
 from moesim.runtime import failpoints
 from moesim.runtime.apply import Apply
+from moesim.runtime.control import StaleBase
+from moesim.runtime.counts import counts_answer, window_of
 from moesim.runtime.deployment import Deployment
 from moesim.runtime.journal import Journal
+from moesim.runtime.moves import placement_sha256
 
-OPS = ("status", "metrics", "apply", "trace", "checkpoint", "stop", "failpoint")
+OPS = ("status", "metrics", "counts", "apply", "trace", "checkpoint", "stop", "failpoint")
 SAVE_S = 3600.0
 """Longest wait for a checkpoint."""
 
@@ -52,6 +55,14 @@ class Coordinator:
     def _metrics(self, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
         return {"schema": "moesim.metrics/1", "rank_metrics": self.deployment.ask("metrics")}
 
+    def _counts(self, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
+        first, last = window_of(request)
+        plan = self.plan
+        answers = self.deployment.ask("window", first=first, last=last)
+        placement = placement_sha256(plan)
+        known = {"plan": plan.stamped()} if request.get("known") != placement else {}
+        return {"schema": "moesim.counts/1", "first": first, "last": last, **counts_answer(answers, plan.num_ranks), "placement": placement, **known}
+
     def _trace(self, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
         rows = self._publish()
         if rows is None:
@@ -83,7 +94,10 @@ class Coordinator:
     def _failpoint(self, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
         if not failpoints.allowed():
             raise InputError("failpoints are for tests; start the deployment with MOESIM_TEST_FAILPOINTS=1")
-        self.deployment.ask("failpoint", **{key: request[key] for key in ("rank", "name", "action")})
+        if request["rank"] == "coordinator":
+            failpoints.arm(request["name"], request["action"], int(request.get("skip", 0)))
+        else:
+            self.deployment.ask("failpoint", rank=request["rank"], name=request["name"], do=request["action"], skip=request.get("skip", 0))
         return {}
 
     def _apply(self, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
@@ -92,6 +106,9 @@ class Coordinator:
         if not isinstance(dry_run, bool):
             raise PlanError("request: dry_run must be true or false")
         with self._alone():
+            base = request.get("base")
+            if base is not None and base != placement_sha256(self.plan):
+                raise StaleBase(f"the plan was made for placement {str(base)[:12]}, but {placement_sha256(self.plan)[:12]} is installed; plan again")
             self._applies += 1
             change = Apply(
                 self.deployment, spec=self.spec, installed=self.plan, plan=plan, number=self._applies, slot_capacity=self.slot_capacity,
