@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.sim.serving.curves import StepCurves
-from moesim.sim.serving.metrics import Sample
 from moesim.sim.serving.replica import Replica, Sequence, Work
 from moesim.sim.serving.settings import ServingSettings
 
-MIN_LEAP, MAX_LEAP = 8, 1 << 14
+MIN_LEAP, MAX_LEAP = 2, 1 << 10
 """Steps that are worth an array, and those that one array holds at most."""
 
 
@@ -68,12 +67,17 @@ class StepSums:
 
 
 class Flight:
-    """A step that runs."""
+    """A step that runs, or several of which nothing but their contexts differs."""
 
-    __slots__ = ("lane", "works")
+    __slots__ = ("lane", "works", "until", "ends", "moe_s")
 
     def __init__(self, lane: int, works: list[Work]) -> None:
         self.lane, self.works = lane, works
+        self.until = 0.0
+        """When it ends; an event at another time is void."""
+        self.ends: np.ndarray | None = None
+        """End of every step of several."""
+        self.moe_s = 0.0
 
 
 class Instance:
@@ -88,6 +92,8 @@ class Instance:
         """When every stage is free."""
         self.until = 0.0
         """End of the latest step; a request that arrives before is seen then."""
+        self.flight: Flight | None = None
+        """The steps in flight, if they are several."""
         self.sums = StepSums()
 
     def start(self, now: float) -> tuple[Flight, float] | None:
@@ -127,40 +133,62 @@ class Instance:
             return Flight(index, works), at
         return None
 
-    def leap(self, flight: Flight, end: float, horizon: float, step: Sample) -> float:
-        """Run the steps after the one in flight in which nothing but decoding happens, as long as they begin before `horizon`; return the end of the last.
+    def leap(self, flight: Flight, end: float) -> float:
+        """Plan the steps after the one in flight, which ends at `end`, up to the one with which a sequence ends; return the end of the last.
 
-        Exact up to rounding: no sequence ends, needs a block or waits meanwhile, so of all that a step's time depends on only the contexts grow.
+        Exact up to rounding: no sequence ends or is admitted meanwhile and blocks are free, so of all that a step's time depends on only the contexts
+        grow. What comes meanwhile cuts the plan short; `finish` books what is left of it.
         """
-        lanes = [replica.lanes[0] for replica in self.replicas]
-        if len(self.free_s) > 1 or end >= horizon or any(work.chunks for work in flight.works) or any(replica.waiting for replica in self.replicas):
+        flight.until = end
+        if len(self.free_s) > 1 or not all(work.settled for work in flight.works):
             return end
-        active = [(lane, work) for lane, work in zip(lanes, flight.works, strict=True) if work.decodes]
-        count = min(min(min(lane.ends), min(lane.needs, default=1 << 62) - 1) - lane.steps for lane, _ in active)
+        active = [(replica, replica.lanes[0], work) for replica, work in zip(self.replicas, flight.works, strict=True) if work.decodes]
+        count = min(min(lane.ends) - lane.steps for _, lane, _ in active) if active else 0
+        if count >= MIN_LEAP:
+            count = min(count, MAX_LEAP, *(replica.supplied(lane) for replica, lane, _ in active))
         if count < MIN_LEAP:
             return end
-        gain, pool, sums = self.replicas[0].settings.acceptance, self.pool, self.sums
-        grown = np.arange(1, min(count, MAX_LEAP) + 1) * gain
-        seconds, moe = self.curves.decode_run(flight.works, grown)
-        ends = end + np.cumsum(seconds * pool.scale + pool.host_s + pool.draft_s)
+        grown = np.arange(1, count + 1) * self.replicas[0].settings.acceptance
+        seconds, flight.moe_s = self.curves.decode_run(flight.works, grown)
+        flight.ends = np.cumsum(np.concatenate([[end], seconds * self.pool.scale + (self.pool.host_s + self.pool.draft_s)]))
+        self.flight = flight
+        return self._until(flight)
+
+    def cut(self, now: float) -> bool:
+        """Keep of a plan the steps that have begun before `now`; return whether it ends earlier than it did."""
+        flight = self.flight
+        if flight is None or flight.ends is None:
+            return False
         # A step begins when the one before it ends.
-        kept = 1 + int(np.searchsorted(ends[:-1], horizon, side="left"))
-        last = float(ends[kept - 1])
-        for took in np.diff(ends[:kept], prepend=end).tolist():
-            step.add(took)
+        kept = 1 + int(np.searchsorted(flight.ends[:-1], now, side="left"))
+        if kept == len(flight.ends):
+            return False
+        flight.ends = flight.ends[:kept]
+        self._until(flight)
+        return True
+
+    def _until(self, flight: Flight) -> float:
+        assert flight.ends is not None
+        self.free_s[0] = self.until = flight.until = float(flight.ends[-1])
+        return flight.until
+
+    def _book(self, flight: Flight, ends: np.ndarray) -> None:
+        """Book the steps of a plan but its first, which `start` has booked, and its last, which `finish` does."""
+        kept, gain, sums = len(ends) - 1, self.replicas[0].settings.acceptance, self.sums
         sums.steps += kept
-        sums.busy_s += last - end
-        sums.moe_s += moe * pool.scale * kept
-        for lane, work in active:
-            sums.decodes += work.decodes * kept
-            sums.contexts += work.contexts * kept + work.decodes * float(grown[:kept].sum())
-            lane.steps += kept
-            lane.contexts += lane.decoding * gain * kept
-        self.free_s[0] = self.until = last
-        return last
+        sums.busy_s += float(ends[-1] - ends[0])
+        sums.moe_s += flight.moe_s * self.pool.scale * kept
+        for replica, work in zip(self.replicas, flight.works, strict=True):
+            if work.decodes:
+                sums.decodes += work.decodes * kept
+                sums.contexts += work.contexts * kept + work.decodes * gain * (kept * (kept + 1) / 2)
+                replica.advance(replica.lanes[0], kept)
 
     def finish(self, flight: Flight) -> tuple[list[tuple[Replica, Sequence]], list[tuple[Replica, Sequence]]]:
         """End a step: return the sequences that have gained a token by their prompt, and those that have ended by decoding."""
+        if flight.ends is not None:
+            self._book(flight, flight.ends)
+            self.flight = None
         first, done = [], []
         for replica, work in zip(self.replicas, flight.works, strict=True):
             lane = replica.lanes[flight.lane]

@@ -30,10 +30,21 @@ class Sample:
         self.total += value
         self._values.append(value)
         if len(self._values) >= self._limit:
-            for one in self._values:
-                key = _bin(one)
-                self._bins[key] = self._bins.get(key, 0) + 1
-            self._values = array("d")
+            self._empty()
+
+    def extend(self, values: np.ndarray) -> None:
+        """Take many values at once."""
+        self.count += len(values)
+        self.total += float(values.sum())
+        self._values.frombytes(np.asarray(values, dtype=np.float64).tobytes())
+        if len(self._values) >= self._limit:
+            self._empty()
+
+    def _empty(self) -> None:
+        for one in self._values:
+            key = _bin(one)
+            self._bins[key] = self._bins.get(key, 0) + 1
+        self._values = array("d")
 
     @property
     def mean(self) -> float:

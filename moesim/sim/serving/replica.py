@@ -99,9 +99,11 @@ class Lane:
 class Work:
     """The batch of one step of a replica."""
 
-    __slots__ = ("chunks", "decodes", "contexts", "swap_tokens", "finished_prompts")
+    __slots__ = ("chunks", "decodes", "contexts", "swap_tokens", "finished_prompts", "settled")
 
     def __init__(self) -> None:
+        self.settled = False
+        """Whether the next step is the same unless a sequence ends or comes: no prompt runs, and the queue is empty or was asked in vain."""
         self.chunks: list[tuple[int, int, Sequence]] = []
         """New tokens, KV length at the end, and sequence of every prompt chunk."""
         self.decodes = 0
@@ -154,6 +156,7 @@ class Replica:
             if self.waiting and self.preemptions == before:
                 self._admit(lane, work, budget)
         work.decodes, work.contexts = lane.decoding, lane.contexts
+        work.settled = not work.chunks and not lane.partial and not work.swap_tokens and self.preemptions == before
         return work
 
     def _reserve(self, lane: Lane, work: Work) -> None:
@@ -248,6 +251,37 @@ class Replica:
         sequence.turn = self._admitted
         lane.running[sequence] = None
         self.running += 1
+
+    # --- many steps -----------------------------------------------------------------------------------------------
+
+    def supplied(self, lane: Lane) -> int:
+        """Return for how many steps after the next one the free blocks surely last."""
+        size, free, steps = self.settings.block_size, self.pool.free, lane.steps
+        safe = int((free // lane.decoding - 1) * size / self._gain)
+        if safe >= size:
+            return safe
+        # Few are left: within a block's length every sequence of the calendar takes one block at most.
+        most = max(int(size / self._gain) - self.settings.draft_tokens - 1, 0)
+        for step in sorted(lane.needs):
+            if step > steps + most:
+                break
+            free -= len(lane.needs[step])
+            if free < 0:
+                return max(step - 1 - steps, safe)
+        return max(most, safe)
+
+    def advance(self, lane: Lane, count: int) -> None:
+        """Book `count` steps in which nothing but decoding has happened, and give the blocks that the step after them needs."""
+        lane.steps += count
+        lane.contexts += lane.decoding * self._gain * count
+        now, needs = lane.steps, lane.needs
+        for step in [one for one in needs if one <= now]:
+            for sequence, epoch in needs.pop(step):
+                if sequence.epoch == epoch:
+                    length = ceil(sequence.context + (now - sequence.since) * self._gain - 1e-9) + self.settings.draft_tokens
+                    given = self.pool.grow(sequence.held, length)
+                    assert given, "the steps were supplied"
+                    self._next_need(lane, sequence)
 
     # --- between steps --------------------------------------------------------------------------------------------
 

@@ -3,7 +3,8 @@
 Between an arrival, the end of a step and the end of a KV transfer nothing changes, so time jumps from one such event to the next in a heap: exact, and
 a tenth of the cost of one process per instance. Everything that happens at one instant (ends first released, arrivals queued) is booked before new steps
 start. Requests go to the replica with the lowest load (four per waiting request, one per running one), the first of equals. Requests are read as they
-arrive and forgotten when they end, so memory is bounded by what is in flight.
+arrive and forgotten when they end, so memory is bounded by what is in flight. An instance plans all steps up to the next end of a sequence at once; what
+comes to it meanwhile cuts the plan short, and the event of its old end is void.
 
 With prefill instances a prompt's first token comes from there; its KV cache crosses the link once a decode replica has blocks for it. Transfers leave a
 prefill instance, and enter a decode instance, one after another.
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import inf
 from typing import Any
+
+import numpy as np
 
 from moesim.errors import SimulationError
 from moesim.sim.serving.instance import Flight, Instance, Pool, StepSums
@@ -100,6 +103,9 @@ class Simulation:
         else:
             self._upcoming = next(self._pending, None)
         while heap or self._upcoming is not None or self._dirty:
+            if heap and heap[0][2] == _END and heap[0][4].until != heap[0][0]:
+                heappop(heap)  # its steps have been cut short
+                continue
             at = heap[0][0] if heap else inf
             if self._upcoming is not None and self._upcoming.arrival_s < at:
                 at = self._upcoming.arrival_s
@@ -113,11 +119,12 @@ class Simulation:
                 _, _, kind, instance, what = heappop(heap)
                 if kind == _END:
                     assert instance is not None
-                    self._end(instance, what, now)
+                    if what.until == now:
+                        self._end(instance, what, now)
                 elif kind == _ARRIVE:
                     self._arrive(what, now)
                 elif kind == _READY:
-                    self._ready(*what)
+                    self._ready(*what, now)
                 else:
                     assert instance is not None
                     self._dirty[id(instance)] = instance
@@ -150,9 +157,9 @@ class Simulation:
             if self._clients:
                 self._next_client(now)
             return
-        self._queue(self._entry, Sequence(request, now))
+        self._queue(self._entry, Sequence(request, now), now)
 
-    def _queue(self, instances: list[Instance], sequence: Sequence) -> None:
+    def _queue(self, instances: list[Instance], sequence: Sequence, now: float) -> None:
         best, chosen, least = instances[0], instances[0].replicas[0], -1
         for instance in instances:
             for replica in instance.replicas:
@@ -160,6 +167,7 @@ class Simulation:
                 if least < 0 or load < least:
                     best, chosen, least = instance, replica, load
         chosen.waiting.append(sequence)
+        self._interrupt(best, now)
         if best.until > sequence.arrival_s and not best.idle:
             sequence.queued_s = best.until
         self._dirty[id(best)] = best
@@ -172,16 +180,19 @@ class Simulation:
                 return
             flight, end = began
             self.run.step.add(end - now)
-            if len(self._dirty) == 1:
-                # Nobody else is about to start, so nothing can happen before the next event.
-                later = self._upcoming.arrival_s if self._upcoming is not None else inf
-                end = instance.leap(flight, end, min(self._heap[0][0], later) if self._heap else later, self.run.step)
-            self._push(end, _END, instance, flight)
+            self._push(instance.leap(flight, end), _END, instance, flight)
         if instance.idle and instance.free_s[0] > now:
             self._push(instance.free_s[0], _WAKE, instance, None)
 
+    def _interrupt(self, instance: Instance, now: float) -> None:
+        """End the steps that an instance has planned with the one that runs."""
+        if instance.cut(now) and instance.flight is not None:
+            self._push(instance.until, _END, instance, instance.flight)
+
     def _end(self, instance: Instance, flight: Flight, now: float) -> None:
         self._dirty[id(instance)] = instance
+        if flight.ends is not None:
+            self.run.step.extend(np.diff(flight.ends))
         first, done = instance.finish(flight)
         for _, sequence in done:
             self._finish(sequence, now)
@@ -195,7 +206,7 @@ class Simulation:
                 replica.leave(lane, sequence)
                 self._finish(sequence, now)
             elif self._prefill and instance.pool is self._prefill[0].pool:
-                self._hand_over(instance, replica, sequence)
+                self._hand_over(instance, replica, sequence, now)
             else:
                 replica.decode(lane, sequence)
 
@@ -222,12 +233,12 @@ class Simulation:
 
     # --- prefill and decode instances -----------------------------------------------------------------------------
 
-    def _hand_over(self, instance: Instance, replica: Replica, sequence: Sequence) -> None:
+    def _hand_over(self, instance: Instance, replica: Replica, sequence: Sequence, now: float) -> None:
         moved = Sequence(sequence.request, sequence.arrival_s)
         moved.queued_s, moved.first_s, moved.generated = sequence.queued_s, sequence.first_s, sequence.generated
         moved.computed = moved.target = sequence.computed
         moved.source = (instance, replica, sequence)
-        self._queue(self._decode, moved)
+        self._queue(self._decode, moved, now)
 
     def _moves(self, instance: Instance, now: float) -> None:
         """Start the transfers of sequences that have just been given blocks."""
@@ -243,7 +254,7 @@ class Simulation:
                 self._push(begin + seconds, _READY, instance, (instance, replica, sequence))
             replica.arriving.clear()
 
-    def _ready(self, instance: Instance, replica: Replica, sequence: Sequence) -> None:
+    def _ready(self, instance: Instance, replica: Replica, sequence: Sequence, now: float) -> None:
         assert sequence.source is not None and sequence.lane is not None
         there, kept, original = sequence.source
         assert original.lane is not None
@@ -251,6 +262,7 @@ class Simulation:
         sequence.source, sequence.moving = None, False
         if sequence.lane.flying:
             sequence.lane.joining.append(sequence)
+            self._interrupt(instance, now)
         else:
             replica.decode(sequence.lane, sequence)
         self._dirty[id(there)] = there

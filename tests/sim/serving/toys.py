@@ -40,7 +40,7 @@ class ToyCurves:
         return [slowest / self.pp] * self.pp, 0.0, 0.0
 
     def decode_run(self, works: list[Work], grown_i: np.ndarray) -> tuple[np.ndarray, float]:
-        return np.full(len(grown_i), self.stages(works)[0][0]), 0.0
+        return np.array([self.stages(works)[0][0] for _ in grown_i]), 0.0
 
 
 def pool(
