@@ -24,7 +24,7 @@ from moesim.runtime.counts import gather
 from moesim.runtime.deployment import Deployment
 from moesim.runtime.journal import Journal
 from moesim.runtime.mesh import Layout, is_silent
-from moesim.runtime.moves import moves_between, pair_bytes, placement_sha256
+from moesim.runtime.moves import moves_between, pair_bytes, placement_sha256, staging_bytes_R
 
 SCHEMA = "moesim.apply/1"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -85,7 +85,7 @@ class Apply:
         }  # fmt: skip
         slots = [np.bincount(plan.slot_rank_S, minlength=self.old.num_ranks) for plan in (self.old, self.new)]
         grown = np.maximum(slots[1] - slots[0], 0) * self.old.num_layers * expert_bytes
-        staging = 2 * pairs.sum(0) + 32 * expert_bytes + grown
+        staging = staging_bytes_R(pairs) + grown
         if placement_sha256(self.old) == placement_sha256(self.new):
             return report
         self.progress("MEASURE")

@@ -7,7 +7,7 @@ numbers of slots can follow each other. Shapes: L layers (rows of the plan), R r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from moesim.plan import Plan
 
 MAX_OPS = 32
 """Most sends and receives that one rank has in flight; hundreds at once have hung other systems."""
+CHUNK_BYTES = 1 << 20
+"""Most bytes of one send; what is under way between two ranks stays in the caches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,20 @@ class Move:
     """Rank that gets it; equal to `source` for a copy on the rank."""
     target_slot: int
     """Index of the slot on `target`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Part of the stream of bytes between two ranks."""
+
+    peer: int
+    """The other rank."""
+    sends: bool
+    """Whether this rank sends it."""
+    begin: int
+    """Its first byte in the stream of the pair."""
+    end: int
+    """One past its last."""
 
 
 def placement_sha256(plan: Plan) -> str:
@@ -69,20 +85,29 @@ def moves_between(old: Plan, new: Plan) -> list[Move]:
     return result
 
 
-def chunks(moves: Sequence[Move], max_ops: int = MAX_OPS) -> list[list[int]]:
-    """Cut the moves between ranks into batches of indices in which no rank takes part in more than `max_ops`."""
-    result: list[list[int]] = []
-    load: dict[int, int] = {}
-    for index, move in enumerate(moves):
-        if move.source == move.target:
-            continue
-        if not result or max(load.get(move.source, 0), load.get(move.target, 0)) >= max_ops:
-            result.append([])
-            load = {}
-        result[-1].append(index)
-        for rank in (move.source, move.target):
-            load[rank] = load.get(rank, 0) + 1
+def rounds(sent_R: Sequence[int], received_R: Sequence[int], rank: int, *, chunk: int = CHUNK_BYTES, max_ops: int = MAX_OPS) -> list[list[Chunk]]:
+    """Cut what `rank` sends to and receives from every rank into rounds, of which two may be under way at a time.
+
+    sent_R, received_R: bytes. Every rank goes through the pairs in the same order, a few distances between ranks at a time, and both ends of a chunk
+    meet it in the same round, so that waiting for one round after another never ends in a circle.
+    """
+    result: list[list[Chunk]] = []
+    size, width = len(sent_R), max(max_ops // 4, 1)  # a send and a receive per distance, twice
+    for first in range(1, size, width):
+        streams = [
+            Chunk(peer=peer, sends=sends, begin=0, end=int(total[peer]))
+            for distance in range(first, min(first + width, size))
+            for sends, total, peer in ((True, sent_R, (rank + distance) % size), (False, received_R, (rank - distance) % size))
+        ]
+        for begin in range(0, max(stream.end for stream in streams), chunk):
+            result.append([replace(stream, begin=begin, end=min(begin + chunk, stream.end)) for stream in streams if begin < stream.end])
     return result
+
+
+def staging_bytes_R(pairs_RR: np.ndarray) -> np.ndarray:
+    """Return int64 [R]: bytes that every rank needs beside its live weights, if `pairs_RR` are the bytes between ranks: what arrives, and chunks to send."""
+    away = pairs_RR - np.diag(np.diag(pairs_RR))
+    return np.asarray(pairs_RR.sum(0) + np.minimum(away.sum(1), MAX_OPS // 2 * CHUNK_BYTES))
 
 
 def pair_bytes(moves: Sequence[Move], expert_bytes: int, num_ranks: int) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.plan import Plan, linear
-from moesim.runtime.moves import MAX_OPS, chunks, local_tables, moves_between, pair_bytes, placement_sha256
+from moesim.runtime.moves import CHUNK_BYTES, MAX_OPS, local_tables, moves_between, pair_bytes, placement_sha256, rounds, staging_bytes_R
 
 
 def plan_of(experts: int, ranks: int, seed: int, extra: int = 0) -> Plan:
@@ -50,16 +51,43 @@ def test_the_same_placement_needs_no_moves() -> None:
     assert moves_between(plan, plan) == []
 
 
-@pytest.mark.parametrize(("experts", "ranks"), [(512, 2), (512, 4), (64, 8)])
-def test_no_rank_takes_part_in_more_than_32_operations_of_a_batch(experts: int, ranks: int) -> None:
-    old = linear(model="m", num_experts=experts, moe_layer_ids=(0,), num_ranks=ranks)
-    new = linear(model="m", num_experts=experts, moe_layer_ids=(0,), num_ranks=ranks, kind="random", seed=1)
-    moves = moves_between(old, new)
-    batches = chunks(moves)
-    assert sorted(index for batch in batches for index in batch) == [index for index, move in enumerate(moves) if move.source != move.target]
-    for batch in batches:
-        load = np.bincount([rank for index in batch for rank in (moves[index].source, moves[index].target)])
-        assert load.max() <= MAX_OPS
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 40), st.integers(0, 10**6), st.sampled_from([4, 8, MAX_OPS]))
+def test_rounds_carry_every_byte_once_with_few_operations_and_without_waiting_in_a_circle(ranks: int, seed: int, max_ops: int) -> None:
+    generator = np.random.Generator(np.random.PCG64(seed))
+    pairs = generator.integers(0, 50, (ranks, ranks)) * generator.integers(0, 2, (ranks, ranks))
+    np.fill_diagonal(pairs, 0)
+    todo = [rounds(pairs[rank].tolist(), pairs[:, rank].tolist(), rank, chunk=16, max_ops=max_ops) for rank in range(ranks)]
+    carried = np.zeros((ranks, ranks), int)
+    for rank, batches in enumerate(todo):
+        assert all(len(one) + len(next_one) <= max_ops for one, next_one in pairwise([*batches, []]))
+        for chunk in (chunk for batch in batches for chunk in batch if chunk.sends):
+            assert chunk.begin % 16 == 0 and 0 < chunk.end - chunk.begin <= 16
+            carried[rank, chunk.peer] += chunk.end - chunk.begin
+    assert (carried == pairs).all()
+    posted: set[tuple[int, int, int]] = set()
+    place = [0] * ranks  # every rank posts a round, and goes on when both ends of all its operations are posted
+    for _ in range(2 * max(map(len, todo)) * ranks + 1):
+        for rank in range(ranks):
+            if place[rank] < len(todo[rank]):
+                posted |= {(rank, chunk.peer, chunk.begin if chunk.sends else -1 - chunk.begin) for chunk in todo[rank][place[rank]]}
+        for rank in range(ranks):
+            if place[rank] < len(todo[rank]) and all(
+                (chunk.peer, rank, -1 - chunk.begin if chunk.sends else chunk.begin) in posted for chunk in todo[rank][place[rank]]
+            ):
+                place[rank] += 1
+    assert place == [len(batches) for batches in todo]
+
+
+def test_512_experts_go_in_chunks_of_bounded_size() -> None:
+    old = linear(model="m", num_experts=512, moe_layer_ids=(0,), num_ranks=4)
+    new = linear(model="m", num_experts=512, moe_layer_ids=(0,), num_ranks=4, kind="random", seed=1)
+    pairs = pair_bytes(moves_between(old, new), 100_000, 4)
+    for rank in range(4):
+        batches = rounds(pairs[rank].tolist(), pairs[:, rank].tolist(), rank)
+        assert max(len(batch) for batch in batches) <= MAX_OPS // 2
+        assert max(chunk.end - chunk.begin for batch in batches for chunk in batch) <= CHUNK_BYTES
+        assert staging_bytes_R(pairs)[rank] <= pairs[:, rank].sum() + MAX_OPS // 2 * CHUNK_BYTES
 
 
 def test_sources_of_replicas_share_the_sending() -> None:
