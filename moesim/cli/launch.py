@@ -32,6 +32,7 @@ Window = Annotated[int | None, typer.Option("--window", min=1, max=1024, help="s
 Timeout = Annotated[float, typer.Option("--timeout", min=1, max=600, help="seconds after which an exchange with a silent rank fails")]
 Launcher = Annotated[str, typer.Option("--launcher", help="fork: ranks from one process that imports torch once; torchrun: by torchrun; env: already started")]
 AnswerTimeout = Annotated[float, typer.Option("--answer-timeout", min=1, max=600, help="seconds that a rank has to answer during an apply")]
+OnDeath = Annotated[str, typer.Option("--on-death", help="when a rank dies or hangs: stop, or shrink: the others serve on with all experts")]
 AsJson = Annotated[bool, typer.Option("--json", help="print nothing but the ready line")]
 
 
@@ -88,6 +89,7 @@ def launch(
     timeout: Timeout = 20.0,
     launcher: Launcher = "fork",
     answer_timeout: AnswerTimeout = 10.0,
+    on_death: OnDeath = "stop",
     store_port: Annotated[int | None, typer.Option("--store-port", min=1, max=65535, help="of the ranks' store with env; default: MASTER_PORT + 1")] = None,
     template: Annotated[str | None, typer.Option("--write-template", help="torchrun or slurm: print a script that starts this deployment, and stop")] = None,
     nodes: Annotated[int, typer.Option("--nodes", min=1, max=4096, help="machines that the script of --write-template uses")] = 1,
@@ -104,7 +106,7 @@ def launch(
     spec = spec_of("launch", model, seed=seed, dtype=dtype, skew=skew, scale=scale, launcher=launcher)
     settings = Settings(
         spec=spec, plan=Plan.read(plan), launcher=launcher, host=host, port=port, store_port=store_port, trace_out=trace_out, journal=journal,
-        checkpoint=checkpoint, slots_per_rank=slots_per_rank, timeout_s=timeout, answer_s=answer_timeout, window=window,
+        checkpoint=checkpoint, slots_per_rank=slots_per_rank, timeout_s=timeout, answer_s=answer_timeout, window=window, on_death=on_death,
         seed=seed, batch=batch, prompt=prompt, decode=decode, repeat=repeat, pace_ms=pace_ms,
     )  # fmt: skip
     if template is not None:

@@ -35,6 +35,7 @@ def serve_demo(
     timeout: launch.Timeout = 20.0,
     launcher: launch.Launcher = "fork",
     answer_timeout: launch.AnswerTimeout = 10.0,
+    on_death: launch.OnDeath = "stop",
     as_json: launch.AsJson = False,
 ) -> None:
     """Serve a seeded stream of requests through a random-weight model on RANKS processes; Ctrl-C or `stop` ends it.
@@ -54,7 +55,7 @@ def serve_demo(
         document = linear(model=spec.name, num_experts=spec.num_experts, moe_layer_ids=spec.moe_layer_ids, num_ranks=ranks)
     settings = Settings(
         spec=spec, plan=document, command="serve-demo", launcher=launcher, host=host, port=port, trace_out=trace_out, journal=journal,
-        slots_per_rank=slots_per_rank, timeout_s=timeout, answer_s=answer_timeout, window=window,
+        slots_per_rank=slots_per_rank, timeout_s=timeout, answer_s=answer_timeout, window=window, on_death=on_death,
         seed=seed, batch=batch, prompt=prompt, decode=decode, repeat=repeat, pace_ms=pace_ms,
     )  # fmt: skip
     if settings.layout.world != ranks:

@@ -35,6 +35,8 @@ LEASE = 4
 DECISION_TIMEOUT_S = 30.0
 """Longest wait for a decision; then the rank gives up, because going on could mix two maps."""
 POLL_S = 0.02
+LEAVE_S = 5.0
+"""Time that the serving thread has to come out of a group that has lost a rank."""
 HEARTBEAT_S = 0.25
 
 
@@ -56,6 +58,9 @@ class Agent:
         save: writes a checkpoint to the folder it is told (a collective). bind: own address, if it is not `host`.
         """
         self.rank, self.layers, self.plan, self.fingerprint = rank, list(layers), plan, fingerprint
+        self.seat = rank
+        """The rank with which this process started; `rank` changes when others are lost."""
+        self._attempt, self._called_at, self._patience_s = 0, 0.0, LEAVE_S
         self._place, self._save, self._bind = rank % plan.num_ranks, save, bind or host
         self.epoch, self.step, self.history = 0, 0, History(len(self.layers), plan.num_experts)
         self.history.use(0, self._table())
@@ -144,6 +149,7 @@ class Agent:
                 layer.take_counts()
                 layer.take_exchanged()
             self._probes.append(output)
+            failpoints.hit("probe.end")
             if len(self._probes) == 2:
                 answer |= compare(*self._probes)
             self._add_pause("probe_ms", begin)
@@ -177,6 +183,7 @@ class Agent:
                 if now - beat > HEARTBEAT_S:
                     beat = now
                     self._thread_store.set(f"status/{self.rank}", json.dumps(self.status()))
+                    self._watch_serving(now)
                 key = f"cmd/{number}"
                 if not self._thread_store.check([key]):
                     time.sleep(POLL_S)
@@ -187,9 +194,58 @@ class Agent:
                     threading.Thread(target=self._answer, args=(command, self.connect()), daemon=True).start()
                 else:
                     self._answer(command, self._thread_store)
-        except RuntimeError:  # DistStoreError is one
+        except Exception:  # DistStoreError: the coordinator is gone and nobody could ever decide again; any other: nobody listens any more
             if not self._stopped.is_set():
-                os._exit(4)  # the coordinator is gone: nobody could ever decide again
+                os._exit(4)
+
+    # --- when a peer is lost ------------------------------------------------------------------------
+
+    def _watch_serving(self, now: float) -> None:
+        """End this process if its serving thread does not come out of a broken group: gloo has waits that no timeout ends."""
+        if not self._thread_store.check([f"leave/{self._attempt}"]):
+            self._called_at = 0.0
+        elif not self._called_at:
+            self._called_at = now
+        elif now - self._called_at > self._patience_s:
+            what = f"its serving thread did not leave a broken group within {self._patience_s:g} s"
+            self._thread_store.set(f"down/{self.rank}", f"rank {self.rank}: {what}")
+            os._exit(5)
+
+    def standing(self) -> dict[str, Any]:
+        """Return what the coordinator needs to know of a survivor."""
+        return {"step": self.step, "epoch": self.epoch, "placement": placement_sha256(self.plan)}
+
+    def left(self, attempt: int, join_s: float) -> None:
+        """The serving thread has left the broken group; `attempt`: number of the next one, which may take `join_s` to come to nothing."""
+        self._attempt, self._called_at, self._patience_s = attempt, 0.0, LEAVE_S + join_s
+        with self._lock:
+            self._promise = None
+
+    def settle(self, installed: Plan, epoch: int) -> None:
+        """Bring this rank to the placement `installed` from what it has staged; raise ApplyError if it is not one step away."""
+        wanted, migration = placement_sha256(installed), self._migration
+        if migration is not None and wanted == placement_sha256(migration.new) and migration.is_staged:
+            migration.install(epoch)  # again, if it broke off in the middle
+        elif migration is not None and wanted == placement_sha256(migration.old):
+            if migration.is_touched:
+                migration.restore(epoch)
+        elif wanted != placement_sha256(self.plan):
+            raise ApplyError(f"rank {self.rank}: holds neither side of the change to map {wanted[:12]}; start the deployment again")
+        self.plan = installed
+        if migration is not None:
+            migration.close()
+        self._migration = None
+
+    def regroup(self, *, rank: int, plan: Plan, epoch: int, step: int) -> None:
+        """Go on as `rank` of the smaller `plan`."""
+        with self._lock:
+            self.rank, self.plan, self.epoch, self.step, self._place = rank, plan, epoch, step, rank
+        self._patience_s = LEAVE_S
+        self.history.use(epoch, self._table())
+        self._probes.clear()
+        self._store.set(f"status/{rank}", json.dumps(self.status()))
+
+    # --- commands -----------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
         """Return where this rank is; published a few times a second."""
@@ -197,11 +253,14 @@ class Agent:
         return {**place, "step": self.step, "epoch": self.epoch, "map_sha256": self.plan.map_sha256}
 
     def _answer(self, command: dict[str, Any], store: Any) -> None:
+        what = command.get("action", command["kind"])  # a name for failpoints
         try:
+            failpoints.hit(f"{what}.asked")
             answer = {"ok": True, **getattr(self, f"_do_{command['kind']}")(command, store)}
         except Exception as error:  # whatever went wrong is the coordinator's to judge
             answer = {"ok": False, "error": self._reason(error)}
         store.set(f"rep/{command['n']}/{self.rank}", json.dumps(answer))
+        failpoints.hit(f"{what}.answered")
 
     def _reason(self, error: Exception) -> str:
         return str(error) if isinstance(error, MoesimError) else f"rank {self.rank}: {type(error).__name__}: {str(error)[:300]}"
@@ -247,6 +306,10 @@ class Agent:
 
     def _do_finish(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
         """Drop the staging buffers, installed or not."""
+        with self._lock:
+            promise = self._promise
+        if promise is not None and promise["action"] in ("install", "restore"):
+            raise ApplyError(f"rank {self.rank}: {promise['action']} is still to be decided or done; staging is kept")
         if self._migration is not None:
             self._migration.close()
         self._migration = None
@@ -258,7 +321,7 @@ class Agent:
 
     def _do_failpoint(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
         if command["rank"] == self.rank:
-            failpoints.arm(command["name"], command["action"])
+            failpoints.arm(command["name"], command["do"], int(command.get("skip", 0)))
         return {}
 
 

@@ -73,6 +73,23 @@ def load(folder: Path, held: Part, mesh: Mesh, spec: ModelSpec, optimizer: torch
                     value.copy_(state[key])
 
 
+def load_some(folder: Path, state: dict[str, torch.Tensor], spec: ModelSpec) -> None:
+    """Fill the tensors of `state` from `folder`, one rank by itself; raise ModelError as `load` does. Keys are those of the format."""
+    import torch.distributed.checkpoint as dcp
+
+    files = _read(folder, spec, wants_state=False)["files"]
+    for name, value in files.items():
+        if digest(np.memmap(folder / name, np.uint8, mode="r")).hex() != value:
+            raise ModelError(f"{folder / name}: its content is not what was saved; the file was changed or damaged")
+    loaded = {key: torch.empty_like(value) for key, value in state.items()}
+    try:
+        dcp.load(loaded, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+    except Exception as cause:  # whatever torch makes of missing keys and other shapes
+        raise ModelError(f"{folder}: does not hold what this model needs ({' '.join(str(cause).split())[-200:]})") from None
+    for key, value in loaded.items():
+        state[key].copy_(value)
+
+
 def _tensors(held: Part, mesh: Mesh, optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """Yield key, tensor in place, and whether this rank is the one that saves it."""
     from torch.distributed.tensor import DTensor, Shard

@@ -5,22 +5,28 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-from moesim.errors import ApplyError, InputError, PlanError, describe
+from moesim.errors import ApplyError, InputError, MoesimError, PlanError, describe
 from moesim.plan import Plan
 from moesim.runtime import failpoints
-from moesim.runtime.apply import Apply
+from moesim.runtime.agent import LEAVE_S
+from moesim.runtime.apply import TOLERANCE, Apply
 from moesim.runtime.control import StaleBase
 from moesim.runtime.counts import counts_answer, window_of
-from moesim.runtime.deployment import Deployment
+from moesim.runtime.deployment import Deployment, LostAgain
 from moesim.runtime.journal import Journal
 from moesim.runtime.moves import placement_sha256
+from moesim.runtime.recovery import check_can_shrink, shrunk
 
 OPS = ("status", "metrics", "counts", "apply", "trace", "checkpoint", "stop", "failpoint")
 SAVE_S = 3600.0
 """Longest wait for a checkpoint."""
+REBUILD_S = 10.0
+"""Time for the experts of lost ranks to be loaded, beyond the time to meet."""
 
 
 class Coordinator:
@@ -33,8 +39,47 @@ class Coordinator:
         self.deployment, self.spec, self.plan, self.journal = deployment, spec, plan, journal
         self.slot_capacity, self.window, self._publish = slot_capacity, window, publish
         self.stop_asked = threading.Event()
-        self._busy = threading.Lock()
+        self._busy = threading.Lock()  # an apply, a checkpoint or a recovery
         self._applies = sum(record["kind"] == "prepare" for record in journal.records)
+
+    def recover(self, *, timeout_s: float) -> str | None:
+        """Go on without the ranks that were lost; return None, or why the rest cannot serve on.
+
+        timeout_s: of an exchange, and so the longest that a rank may take to notice. An apply under way ends by itself first, because
+        the deployment has failed; what the journal says is installed is what the survivors go on with.
+        """
+        ranks, reason = self.deployment, str(self.deployment.failure)
+        with self._busy:
+            try:
+                check_can_shrink(self.plan)
+                begin = time.monotonic()
+                while True:
+                    said = ranks.call_out(timeout_s + LEAVE_S)
+                    if not said:
+                        return f"{reason}; no rank is left"
+                    members = sorted(said)
+                    plan = self.plan if len(members) == ranks.size else shrunk(self.plan, members, self.slot_capacity)
+                    call = {
+                        "base": self.plan.stamped(), "plan": plan.stamped(), "epoch": max(answer["epoch"] for answer in said.values()) + 1,
+                        "step": max(answer["step"] for answer in said.values()) + 1, "wave": min(answer["wave"] for answer in said.values()),
+                    }  # fmt: skip
+                    try:
+                        ranks.rebuild(members, timeout_s + REBUILD_S, call, partial(self._agree_to_shrink, plan))
+                    except LostAgain:
+                        continue
+                    self.plan = plan
+                    ranks.lost_s = time.monotonic() - begin
+                    return None
+            except MoesimError as cause:
+                ranks.failure = f"{reason}; the other ranks cannot serve on: {cause}"
+                return ranks.failure
+
+    def _agree_to_shrink(self, plan: Plan, reports: list[dict[str, Any]]) -> None:
+        """Write the decision down; raise ApplyError if the outputs are not what they were when serving began."""
+        error, allowed = max(report["relative_error"] for report in reports), TOLERANCE[self.spec.dtype]
+        if not error <= allowed:
+            raise ApplyError(f"the probe's outputs differ from those at the start (relative error {error:.3g}, allowed {allowed:g})")
+        self.journal.append("shrink", plan=plan.stamped(), lost=self.deployment.size - plan.num_ranks)
 
     def handle(self, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
         """Answer one request; raise a MoesimError with the reason if it is refused."""
@@ -49,7 +94,7 @@ class Coordinator:
         return {
             "schema": "moesim.status/1", "state": "serving" if ranks.failure is None else "failed", "reason": ranks.failure, "model": self.spec.name,
             "ranks": ranks.size, "pids": ranks.pids, "map_sha256": self.plan.map_sha256, "slot_capacity": self.slot_capacity, "rank_status": statuses,
-            "num_experts": self.spec.num_experts, "moe_layer_ids": list(self.spec.moe_layer_ids), "window": self.window,
+            "lost": ranks.lost, "num_experts": self.spec.num_experts, "moe_layer_ids": list(self.spec.moe_layer_ids), "window": self.window,
         }  # fmt: skip
 
     def _metrics(self, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -25,8 +26,14 @@ ANSWER_S = 10.0
 KEEP_COMMANDS = 64
 SILENT_S = 20.0
 """Silence after which a rank on another machine counts as dead; those on this one are looked at."""
+SOON_S = 1.5
+"""Silence of a rank's own thread, which speaks four times a second, that tells a stopped process from one that lost its peer."""
 UNKNOWN = 255
 """Exit code of a rank whose own is not known here."""
+
+
+class LostAgain(ApplyError):
+    """Another rank was lost while the group was rebuilt."""
 
 
 class Deployment:
@@ -52,10 +59,19 @@ class Deployment:
         self.failure: str | None = None
         """Why the deployment can serve no more; None while it can."""
         self.stopping = False
+        self.seats = list(range(size))
+        """Rank with which every rank started; they differ once some have been lost."""
+        self.lost: list[dict[str, Any]] = []
+        """Ranks that others have gone on without: seat, pid, reason."""
+        self.lost_s = 0.0
+        """How long it took to go on after the last loss, from its notice."""
+        self.hang_s = 0.0
+        """Silence after which a rank of this machine counts as hung; 0: never."""
+        self._attempt, self._left_at = 0, 0.0
         self._number = 0
         self._heard: dict[int, tuple[str, float]] = {}
         self._remote: set[int] = set()
-        self._lock = threading.Lock()
+        self._lock, self._swap = threading.Lock(), threading.Lock()
         self._monitor = threading.Thread(target=self._watch, name="moesim-monitor", daemon=True)
 
     def start(self) -> None:
@@ -73,9 +89,10 @@ class Deployment:
 
     def _watch(self) -> None:
         while len(self.exit_codes) < self.size:
-            dead = [rank for rank in range(len(self.pids)) if rank not in self.exit_codes and self._has_ended(rank)]
-            if dead and self.failure is None and not self.stopping:
-                self.failure = self._reason(dead)
+            with self._swap:
+                dead = [rank for rank in range(len(self.pids)) if rank not in self.exit_codes and self._has_ended(rank)]
+                if not self.stopping and self.failure is None:
+                    self.failure = self._reason(dead) if dead else self._silent()
             if not self.pids and not self._children:
                 said = next((text for rank in range(self.size) if (text := self.get(f"down/{rank}"))), None)
                 ended = self.launcher is not None and self.launcher.poll() is not None
@@ -102,8 +119,29 @@ class Deployment:
             self.exit_codes[rank] = os.waitstatus_to_exitcode(status)
         return bool(pid)
 
+    def _silent(self) -> str | None:
+        """Return what is wrong with a rank that lives and has not been heard of for `hang_s`, or that lost a peer; None if all is well."""
+        if not self.hang_s or not self.pids:
+            return None
+        silent = self._hung(self.hang_s)
+        if silent:
+            return f"rank {silent[0]} (pid {self.pids[silent[0]]}) hangs or is stopped: no sign of life for {self.hang_s:g} s"
+        left = [json.loads(text)["reason"] for seat in self.seats if (text := self.get(f"out/{self._attempt}/{seat}"))]
+        if left and (silent := self._hung(SOON_S)):
+            return f"rank {silent[0]} (pid {self.pids[silent[0]]}) hangs or is stopped: {left[0]}"
+        self._left_at = (self._left_at or time.monotonic()) if left else 0.0
+        late = left and time.monotonic() - self._left_at > self.hang_s
+        return f"an exchange failed: {left[0]}" if late or len(left) == self.size else None
+
+    def _hung(self, silence_s: float) -> list[int]:
+        statuses = self.statuses()
+        return [rank for rank, status in enumerate(statuses) if rank not in self.exit_codes and status is not None and status["age_s"] > silence_s]
+
     def _reason(self, dead: list[int]) -> str:
         """Name the rank that failed first: one killed by a signal, else one whose error is not about a lost peer."""
+        hung = self._hung(SOON_S) if self.hang_s else []
+        if hung and all("peer" in (self.get(f"down/{rank}") or "") for rank in dead):
+            return f"rank {hung[0]} (pid {self.pids[hung[0]]}) hangs or is stopped: {self.get(f'down/{dead[0]}')}"
         killed = [rank for rank in dead if self.exit_codes[rank] < 0]
         if killed:
             return f"rank {killed[0]} (pid {self.pids[killed[0]]}) was killed by {signal.Signals(-self.exit_codes[killed[0]]).name}"
@@ -193,6 +231,63 @@ class Deployment:
         if decided != str(step):
             raise ApplyError(f"{action} was decided elsewhere: {decided}")
         return self._collect("act", number, action, timeout_s)
+
+    # --- going on without lost ranks ----------------------------------------------------------------
+
+    def call_out(self, timeout_s: float) -> dict[int, dict[str, Any]]:
+        """Call every rank out of the broken group; return what each survivor says, by rank. One that does not come is killed."""
+        attempt, deadline = self._attempt, time.monotonic() + timeout_s
+        self._attempt += 1
+        self.store.set(f"leave/{attempt}", str(self.failure))
+        for rank in self._hung(SOON_S):  # so that those who wait for it see a closed connection instead of a timeout
+            self._kill(rank)
+        while True:
+            living = [rank for rank in range(self.size) if rank not in self.exit_codes]
+            said = {rank: text for rank in living if (text := self.get(f"out/{attempt}/{self.seats[rank]}")) is not None}
+            if len(said) == len(living):
+                return {rank: json.loads(text) for rank, text in said.items()}
+            if time.monotonic() > deadline:
+                for rank in set(living) - set(said):
+                    self._kill(rank)
+                deadline = time.monotonic() + timeout_s
+            time.sleep(0.003)
+
+    def _kill(self, rank: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pids[rank], signal.SIGKILL)
+
+    def rebuild(self, members: list[int], timeout_s: float, call: dict[str, Any], before_going: Callable[[list[dict[str, Any]]], None]) -> None:
+        """Let the `members` (ranks) that have been called out meet in a smaller group and serve on, numbered anew.
+
+        before_going: called with what they report once all are ready; it may raise. Raises LostAgain if one dies or is late;
+        then all have to be called out again.
+        """
+        attempt, seats = self._attempt - 1, [self.seats[rank] for rank in members]
+        self.store.set(f"rebuild/{attempt}", json.dumps({**call, "seats": self.seats, "members": seats}))
+        before_going(self._await_members(f"built/{attempt}", members, timeout_s))
+        self.store.set(f"go/{attempt}", "")
+        self._await_members(f"here/{attempt}", members, timeout_s)
+        with self._swap:
+            gone = [rank for rank in range(self.size) if rank not in members]
+            self.lost += [{"seat": self.seats[rank], "pid": self.pids[rank], "reason": str(self.failure)} for rank in gone]
+            self.exit_codes = {place: self.exit_codes[rank] for place, rank in enumerate(members) if rank in self.exit_codes}
+            self.pids, self.seats, self.size = [self.pids[rank] for rank in members], seats, len(members)
+            self._heard.clear()
+            self.failure = self._reason(list(self.exit_codes)) if self.exit_codes else None
+
+    def _await_members(self, prefix: str, members: list[int], timeout_s: float) -> list[dict[str, Any]]:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            said = [self.get(f"{prefix}/{self.seats[rank]}") for rank in members]
+            if all(said):
+                return [json.loads(str(text)) for text in said]
+            dead = [rank for rank in members if rank in self.exit_codes]
+            if dead:
+                raise LostAgain(f"rank {dead[0]} was lost while the group was rebuilt")
+            if time.monotonic() > deadline:
+                self._kill(members[said.index(None)])
+                raise LostAgain(f"rank {members[said.index(None)]} did not join the smaller group within {timeout_s:g} s")
+            time.sleep(0.003)
 
     # --- stop -------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Named places in the migration at which a test can make a rank die, stop, fail or flip a bit.
+"""Named places in the protocol at which a test can make a rank or the coordinator die, stop, fail or flip a bit.
 
 Only a process started with MOESIM_TEST_FAILPOINTS=1 arms them; elsewhere `hit` returns at once.
 """
@@ -9,7 +9,7 @@ import os
 import signal
 
 ACTIONS = ("kill", "stop", "raise", "flip")
-_armed: dict[str, str] = {}
+_armed: dict[str, tuple[str, int]] = {}
 
 
 def allowed() -> bool:
@@ -17,16 +17,17 @@ def allowed() -> bool:
     return os.environ.get("MOESIM_TEST_FAILPOINTS") == "1"
 
 
-def arm(name: str, action: str) -> None:
-    """Let the next `hit(name)` do `action` once."""
+def arm(name: str, action: str, skip: int = 0) -> None:
+    """Let `hit(name)` do `action` once, after `skip` hits that do nothing."""
     if allowed() and action in ACTIONS:
-        _armed[name] = action
+        _armed[name] = action, skip
 
 
 def hit(name: str) -> bool:
     """Do what is armed for `name`; return True if the caller has to flip a bit."""
-    action = _armed.pop(name, None) if _armed else None
-    if action is None:
+    action, skip = _armed.pop(name, ("", 0)) if _armed else ("", 0)
+    if skip:
+        _armed[name] = action, skip - 1
         return False
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

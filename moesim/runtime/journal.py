@@ -1,7 +1,7 @@
 """The coordinator's journal: one checked JSON line per decision, on disk before anybody acts on it.
 
 A line is the first 16 hex digits of the SHA-256 of its JSON, a blank, the JSON. A torn or damaged line ends the journal.
-The installed placement is that of the last `commit` without a later `rollback` of the same apply; nothing else counts.
+The installed placement is that of the last `commit` without a later `rollback` of the same apply, or of a later `shrink` (ranks were lost).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moesim.errors import ApplyError, InputError
 from moesim.files import canonical_json, sha256_hex
 from moesim.plan import Plan
 
-KINDS = ("start", "prepare", "commit", "abort", "rollback", "done")
+KINDS = ("start", "prepare", "commit", "abort", "rollback", "done", "shrink")
 
 
 class Journal:
@@ -56,7 +56,7 @@ class Journal:
         for record in reversed(self.records):
             if record["kind"] == "commit" and record["apply"] not in undone:
                 return Plan.from_content(plans[record["apply"]], str(self.path))
-            if record["kind"] == "start":
+            if record["kind"] in ("start", "shrink"):
                 return Plan.from_content(record["plan"], str(self.path))
         return None
 

@@ -30,6 +30,7 @@ from moesim.plan import Plan
 from moesim.runtime.control import ControlServer
 from moesim.runtime.journal import Journal
 from moesim.runtime.mesh import Layout
+from moesim.runtime.recovery import check_can_shrink
 from moesim.runtime.spec import ModelSpec
 
 START_S = 120.0
@@ -65,6 +66,8 @@ class Settings:
     """After which an exchange with a silent rank fails."""
     answer_s: float = 10.0
     """After which a rank that does not answer a command fails an apply."""
+    on_death: str = "stop"
+    """When a rank dies or hangs: `stop`, or `shrink`: the others rebuild a smaller group and serve on."""
     window: int | None = None
     """Steps over which balance is measured; default two waves."""
     seed: int = 0
@@ -93,6 +96,7 @@ def serve(settings: Settings, *, token: str = "") -> int:
         check_target(settings.trace_out)
     if settings.checkpoint is not None and not (settings.checkpoint / "checkpoint.json").is_file():
         raise InputError(f"{settings.checkpoint / 'checkpoint.json'}: does not exist; give a folder that a checkpoint was saved to")
+    _check_on_death(settings)
     store = (LOOPBACK, 0)
     if settings.launcher == "env":
         rank, store = _told(settings, os.environ)
@@ -108,6 +112,16 @@ def serve(settings: Settings, *, token: str = "") -> int:
     finally:
         journal.close()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_on_death(settings: Settings) -> None:
+    if settings.on_death not in ("stop", "shrink"):
+        raise InputError(describe(settings.command, "--on-death", settings.on_death, "must be stop or shrink"))
+    if settings.on_death == "shrink":
+        check_can_shrink(settings.plan)
+        if settings.launcher != "fork":
+            rule = "must be fork: others end all ranks when one dies"
+            raise InputError(describe("--on-death shrink", "--launcher", settings.launcher, rule))
 
 
 def _die_with_parent() -> None:
@@ -221,9 +235,11 @@ def _serve(settings: Settings, capacity: int, journal: Journal, scratch: Path, s
                 file.write(str(deployment.store.port).encode())
         if settings.launcher == "torchrun":
             deployment.launcher = _torchrun(layout.world, deployment.store.port)
+        if settings.on_death == "shrink":
+            deployment.hang_s = settings.timeout_s
         deployment.start()
         if not journal.records:
-            journal.append("start", plan=_stamped(settings.plan))
+            journal.append("start", plan=settings.plan.stamped())
         window = settings.window or 2 * (1 + settings.decode)
         coordinator = Coordinator(
             deployment, spec=settings.spec, plan=settings.plan, slot_capacity=capacity, window=window, journal=journal, publish=recorder.publish,
@@ -239,7 +255,7 @@ def _serve(settings: Settings, capacity: int, journal: Journal, scratch: Path, s
         }  # fmt: skip
         sys.stdout.write(json.dumps(ready) + "\n")
         sys.stdout.flush()
-        return _stay(settings.command, deployment, coordinator, stop, recorder)
+        return _stay(settings, deployment, coordinator, stop, recorder)
     finally:
         deployment.stop()
         control.close()
@@ -288,17 +304,11 @@ def _torchrun(ranks: int, store_port: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, preexec_fn=die_with_parent, start_new_session=True)
 
 
-def _stamped(plan: Plan) -> dict[str, Any]:
-    from moesim.files import canonical_json, sha256_hex
-
-    content = plan.content()
-    return {**content, "sha256": sha256_hex(canonical_json(content))}
-
-
 def _worker_settings(settings: Settings, capacity: int, config: Any, recorder: _Recorder) -> dict[str, Any]:
     workload = {name: getattr(settings, name) for name in ("seed", "batch", "prompt", "decode", "repeat", "pace_ms")}
     return {
-        "timeout_s": settings.timeout_s, "slot_capacity": capacity, "spec": dataclasses.asdict(settings.spec), "plan": _stamped(settings.plan),
+        "timeout_s": settings.timeout_s, "on_death": settings.on_death, "slot_capacity": capacity, "spec": dataclasses.asdict(settings.spec),
+        "plan": settings.plan.stamped(),
         "workload": {**workload, "ranks": settings.layout.dp, "vocab": int(config.vocab_size)}, "num_layers": int(config.num_hidden_layers),
         "checkpoint": None if settings.checkpoint is None else str(settings.checkpoint.absolute()),
         "spool": None if settings.trace_out is None else str(recorder.folder.absolute()), "shape": recorder.shape_fields(),
@@ -318,12 +328,17 @@ def _await_first_step(deployment: Any, stop: threading.Event) -> None:
         time.sleep(0.05)
 
 
-def _stay(command: str, deployment: Any, coordinator: Any, stop: threading.Event, recorder: _Recorder) -> int:
+def _stay(settings: Settings, deployment: Any, coordinator: Any, stop: threading.Event, recorder: _Recorder) -> int:
     """Serve until a signal or a stop request, or for LINGER_S after a failure; return the exit code."""
-    failed_at = None
+    failed_at, command = None, settings.command
     while not (stop.wait(0.1) or coordinator.stop_asked.is_set()):
         recorder.publish_if_due()
         if deployment.failure and failed_at is None:
+            if settings.on_death == "shrink":
+                reason = deployment.failure
+                if coordinator.recover(timeout_s=settings.timeout_s) is None:
+                    print(f"moesim: {command}: {reason}; {deployment.size} ranks serve on", file=sys.stderr, flush=True)
+                    continue
             failed_at = time.monotonic()
             print(f"moesim: {command}: {deployment.failure}; serving has ended", file=sys.stderr, flush=True)
         if failed_at is not None and time.monotonic() - failed_at > LINGER_S:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from moesim.runtime.agent import Agent
+from moesim.runtime.mesh import Mesh
 from moesim.runtime.pipeline import Stage
 from moesim.runtime.stages import StageClock
 
@@ -73,20 +74,30 @@ class Server:
     """Serves waves on one rank until the agent says stop."""
 
     def __init__(
-        self, stage: Stage, workload: Workload, *, moe_layers: Sequence[int] = (), record: Callable[..., None] | None = None, clock: StageClock | None = None
-    ) -> None:
-        """record: called in the first pipeline stage after every step with what was routed and when (see `capture.Spool.add`).
+        self, stage: Stage, workload: Workload, *, probe: Callable[[], np.ndarray], moe_layers: Sequence[int] = (),
+        record: Callable[..., None] | None = None, clock: StageClock | None = None,
+    ) -> None:  # fmt: skip
+        """probe: runs a fixed batch through the model (a collective; once at the start).
 
-        moe_layers: how many MoE layers each pipeline stage has, if routes are recorded. clock: times the parts of every step.
+        record: called in the first pipeline stage after every step with what was routed and when (see `capture.Spool.add`). moe_layers: how many MoE layers each pipeline stage has, if routes are recorded. clock: times the parts of every step.
         """
         self.stage, self.workload, self._record, self._stages = stage, workload, record, clock
         self._moe_layers = list(moe_layers)
+        self.replica, self.probe, self.first_probe = stage.mesh.replica, probe, probe()
         self.served, self.waves, self._chain = 0, 0, hashlib.sha256()
+        self._chain_before = self._chain
         self.digests: deque[tuple[int, str]] = deque(maxlen=KEEP_WAVES)
 
     def metrics(self) -> dict[str, Any]:
         """Return how many requests were answered, in which waves, and the digest of every wave's answers."""
         return {"requests": self.served, "waves": self.waves, "wave_digests": list(self.digests), "answers_sha256": self._chain.hexdigest()}
+
+    def regroup(self, mesh: Mesh, *, wave: int) -> None:
+        """Serve on in a smaller mesh, the requests of the same replica as before, from the start of `wave`: this one or the one before."""
+        self.stage.mesh, self._record = mesh, None  # a trace has a fixed set of ranks
+        if wave < self.waves:
+            self.digests.pop()
+            self._chain, self.served, self.waves = self._chain_before, self.served - self.workload.batch, wave
 
     @torch.inference_mode()
     def run(self, agent: Agent) -> None:
@@ -96,9 +107,8 @@ class Server:
 
     def _wave(self, agent: Agent) -> bool:
         work = self.workload
-        replica = self.stage.mesh.replica
-        numbers = work.requests(self.waves, replica)
-        tokens = torch.from_numpy(work.prompts(self.waves, replica))
+        numbers = work.requests(self.waves, self.replica)
+        tokens = torch.from_numpy(work.prompts(self.waves, self.replica))
         cache, answers = None, []
         for index in range(work.wave_steps):
             if not agent.at_step_boundary():
@@ -126,6 +136,7 @@ class Server:
                 )  # fmt: skip
         content = np.concatenate(answers, axis=1).astype("<i4").tobytes()
         self.digests.append((self.waves, hashlib.sha256(content).hexdigest()[:16]))
+        self._chain_before = self._chain.copy()
         self._chain.update(content)
         self.served += work.batch
         self.waves += 1

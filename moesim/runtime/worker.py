@@ -67,9 +67,11 @@ def _serve(rank: int, host: str, port: int, store: Any, settings: dict[str, Any]
     from moesim.plan import Plan
     from moesim.runtime.agent import Agent
     from moesim.runtime.capture_spool import Spool
+    from moesim.runtime.expert_parallel import PeerLost
     from moesim.runtime.mesh import Layout, join, own_address
     from moesim.runtime.model import agree, build_part, fingerprint
     from moesim.runtime.pipeline import Stage
+    from moesim.runtime.regroup import Regroup
     from moesim.runtime.serving import Server, Workload, make_probe
     from moesim.runtime.spec import ModelSpec
     from moesim.runtime.stages import StageClock, watch
@@ -96,27 +98,33 @@ def _serve(rank: int, host: str, port: int, store: Any, settings: dict[str, Any]
             clock = StageClock()
             watch(held.model, held.experts, clock)
     stage = Stage(held.model, mesh)
-    server = Server(stage, workload, moe_layers=moe_layers, record=None if spool is None else spool.add, clock=clock)
+    probe = make_probe(stage, vocab=workload.vocab, seed=workload.seed)
+    server = Server(stage, workload, probe=probe, moe_layers=moe_layers, record=None if spool is None else spool.add, clock=clock)
     agent = Agent(
         rank=rank, host=host, port=port, layers=held.experts, plan=plan, fingerprint=agree(store, mesh, fingerprint(held, spec)),
-        probe=make_probe(stage, vocab=workload.vocab, seed=workload.seed), metrics=server.metrics, save=_saver(held, mesh, spec), bind=address,
+        probe=probe, metrics=server.metrics, save=lambda folder: _save(folder, held, stage.mesh, spec), bind=address,
     )  # fmt: skip
     agent.start()
+    regroup = Regroup(store, settings, spec, held, mesh, agent, server, address)
     try:
-        server.run(agent)
+        while True:
+            try:
+                server.run(agent)
+                break
+            except PeerLost as error:
+                if settings["on_death"] == "stop":
+                    raise
+                regroup.after(error)
     finally:
         agent.close()
         if spool is not None:
             spool.close()
 
 
-def _saver(held: Any, mesh: Any, spec: Any) -> Any:
-    def save(folder: str) -> None:
-        from moesim.runtime.checkpoint import save as write
+def _save(folder: str, held: Any, mesh: Any, spec: Any) -> None:
+    from moesim.runtime.checkpoint import save
 
-        write(Path(folder), held, mesh, spec)
-
-    return save
+    save(Path(folder), held, mesh, spec)
 
 
 def run(rank: int, host: str, port: int) -> int:

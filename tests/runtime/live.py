@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import selectors
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moesim.cli.main import main
+from moesim.plan import Plan
 
 CONFIG = {
     "model_type": "qwen3_moe", "torch_dtype": "float32", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -79,6 +81,8 @@ def await_gone(pids: list[int], timeout_s: float) -> list[int]:
 class Live:
     """A running deployment."""
 
+    process: Any
+
     def __init__(self, model: Path, *flags: str, ranks: int = 4, token: str = "", failpoints: bool = False, command: Sequence[str] = ()) -> None:
         """command: what to run instead of `moesim serve-demo`, a script that takes the flags."""
         environment = {**os.environ, "MOESIM_TOKEN": token, "MOESIM_TEST_FAILPOINTS": "1" if failpoints else "0"}
@@ -86,8 +90,11 @@ class Live:
         self.errors = (model.parent / "stderr").open("w+")
         command = [*command, "--batch", "4", "--prompt", "16", "--json", *flags]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment)
+        self.await_ready(token)
+
+    def await_ready(self, token: str) -> None:
+        """Read the line that says where the deployment answers."""
         self.token, self.stderr_text = token, ""
-        assert self.process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             line = self.process.stdout.readline() if selector.select(90) else ""
@@ -116,9 +123,66 @@ class Live:
         finally:
             self.process.kill()
             self.process.wait()
-            if self.process.stdout is not None:
-                self.process.stdout.close()
+            self.process.stdout.close()
             self.stderr_text = self.stderr()
             self.errors.close()
         assert await_gone(self.pids, 3) == [], "orphans"
         return code
+
+
+PRELOAD = [
+    "torch.distributed.device_mesh", "transformers.models.qwen3_moe.modeling_qwen3_moe", "moesim.runtime.worker", "moesim.runtime.coordinator",
+    "moesim.runtime.regroup", "moesim.runtime.launch", "moesim.runtime.capture_spool", "moesim.runtime.checkpoint",
+]  # fmt: skip
+
+
+class _Child:
+    """A process forked from one that has imported torch, with the few methods of Popen that `Live` uses."""
+
+    def __init__(self, process: Any, reader: int) -> None:
+        self._process, self.stdout, self.pid = process, os.fdopen(reader), process.pid
+
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("serve", timeout or 0)
+        return int(self._process.exitcode)
+
+
+class Forked(Live):
+    """A deployment whose coordinator is forked from a process that has imported torch: it serves after a second."""
+
+    def __init__(self, folder: Path, *, plan: Plan, failpoints: bool = True, token: str = "", **settings: Any) -> None:
+        """settings: fields of `launch.Settings`; the stderr goes to `folder`."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        model = write_config(folder / "tiny")
+        self.errors = (model.parent / "stderr").open("w+")
+        ready = model.parent / "ready"
+        ready.unlink(missing_ok=True)
+        os.mkfifo(ready)
+        reader = os.open(ready, os.O_RDONLY | os.O_NONBLOCK)
+        os.set_blocking(reader, True)
+        fields = {"repeat": 1, "batch": 2, "prompt": 8, "decode": 3, "window": 4, "timeout_s": 2.0, "answer_s": 3.0, **settings}
+        process = context.Process(target=_host, args=(model.parent, plan.stamped(), failpoints, fields, token))
+        process.start()
+        self.process = _Child(process, reader)
+        self.await_ready(token)
+
+
+def _host(folder: Path, plan: dict[str, Any], failpoints: bool, fields: dict[str, Any], token: str) -> None:
+    os.dup2(os.open(folder / "ready", os.O_WRONLY), 1)
+    os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_APPEND), 2)
+    os.environ |= {"MOESIM_TEST_FAILPOINTS": str(int(failpoints)), "OMP_NUM_THREADS": "1"}
+    from moesim.runtime.launch import Settings, serve
+    from moesim.runtime.spec import read_spec
+
+    sys.exit(serve(Settings(spec=read_spec(str(folder)), plan=Plan.from_content(plan, "plan"), command="serve-demo", **fields), token=token))
+
