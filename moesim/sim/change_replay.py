@@ -29,10 +29,7 @@ def run_change(
 ) -> ChangeRun:
     """Replay `passes` in order, starting under `plan`, with a balancer that asks `planner`, and with ranks that die, leave and join."""
     start = started(plan, settings.start_ranks)
-    balancer = None
-    if settings.balancer:
-        planner_s = None if settings.planner_s < 0 else settings.planner_s
-        balancer = Balancer(planner=planner, policy=settings.balancer, planner_s=planner_s, window=settings.window, min_gain=settings.min_gain)
+    balancer = balancer_of(settings, planner) if settings.balancer else None
     return run_with_change(
         passes,
         plan=start,
@@ -48,6 +45,13 @@ def run_change(
         membership=Membership(detection_s=settings.detection_s, rebuild_s=settings.rebuild_s, init_s=settings.init_s),
         progress=progress,
     )
+
+
+def balancer_of(settings: ChangeSettings, planner: Planner) -> Balancer:
+    """Return the balancer that the settings describe: the one of a replay and of a live deployment alike."""
+    same = ("window", "every", "min_gain", "min_interval", "hysteresis", "horizon", "budget")
+    planner_s = None if settings.planner_s < 0 else settings.planner_s
+    return Balancer(planner=planner, policy=settings.balancer, planner_s=planner_s, **{name: getattr(settings, name) for name in same})
 
 
 def started(plan: Plan, ranks: int) -> Plan:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from moesim.errors import InputError, describe
+from moesim.sim.balancer import budget_of
 from moesim.units import parse
 
 CHOICES = {"mode": ("background", "pause"), "discipline": ("low", "fair")}
@@ -35,8 +36,18 @@ class ChangeSettings:
     """Time that the planner takes; -1: a declared time per layer and expert."""
     window: int = 8
     """Passes that the balancer observes."""
+    every: int = 1
+    """Passes between two of its decisions."""
     min_gain: float = 0.02
     """A plan is taken if it raises the balance of the window by more than this share."""
+    min_interval: int = 0
+    """Least number of passes from asking the planner to asking it again."""
+    hysteresis: float = 0.0
+    """After a plan was declined the planner is not asked before the balance has fallen by this share; 0: it is."""
+    horizon: int = 0
+    """Passes within which a plan has to pay for its installation; 0: any number."""
+    budget: str = ""
+    """Most that a change may move, like `2 GB`, or cost, like `50 ms`; empty: no limit."""
     start_ranks: int = 0
     """Ranks that serve at first, the others wait to join; 0: all that the plan gives experts."""
     fail: str = ""
@@ -63,9 +74,15 @@ class ChangeSettings:
                 self._refuse(name, "must be finite and >= 0")
         if not (self.planner_s == -1.0 or 0 <= self.planner_s < float("inf")):
             self._refuse("planner_s", "must be finite and >= 0, or -1 for the declared time")
-        for name, low in (("layers_per_chunk", 0), ("window", 1), ("start_ranks", 0)):
+        for name, low in (("layers_per_chunk", 0), ("window", 1), ("every", 1), ("min_interval", 0), ("horizon", 0), ("start_ranks", 0)):
             if getattr(self, name) < low:
                 self._refuse(name, f"must be >= {low}")
+        if not 0 <= self.hysteresis < 1:
+            self._refuse("hysteresis", "must be in [0, 1)")
+        try:
+            budget_of(self.budget)
+        except ValueError as cause:
+            self._refuse("budget", str(cause))
         try:
             limit = self.staging_bytes
         except ValueError as cause:

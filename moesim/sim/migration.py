@@ -17,9 +17,11 @@ import numpy as np
 from moesim.errors import HardwareError, InputError, describe
 from moesim.hardware.cluster import Cluster
 from moesim.plan import Plan
+from moesim.sim.balancer import Price
 from moesim.sim.engine import Engine
 from moesim.sim.flows import Flow, Hop
 from moesim.sim.network import Network
+from moesim.sim.succession import held_LER
 
 CHECKPOINT = -1
 """Source of a copy that no live rank holds."""
@@ -102,14 +104,6 @@ class Moves:
 
     def __len__(self) -> int:
         return len(self.layer_M)
-
-
-def held_LER(plan: Plan) -> np.ndarray:
-    """Return int64 [L, E, R]: slots of every rank that hold each expert."""
-    layer, slot = np.nonzero(plan.slot_to_expert_LS >= 0)
-    result = np.zeros((plan.num_layers, plan.num_experts, plan.num_ranks), dtype=np.int64)
-    np.add.at(result, (layer, plan.slot_to_expert_LS[layer, slot], plan.slot_rank_S[slot]), 1)
-    return result
 
 
 def moves_between(old: Plan, new: Plan, *, ranks_per_node: int, alive_R: np.ndarray | None = None) -> Moves:
@@ -237,3 +231,15 @@ def way_of(network: Network, source: int, target: int, message_bytes: float, set
     # A port without limit takes no time and disturbs nobody.
     ranks = (target,) if source == CHECKPOINT else (source, target)
     return Way({hop: rate for hop, rate in reached.items() if math.isfinite(rate)}, latency, ranks)
+
+
+def price_of(cluster: Cluster, settings: MigrationSettings, expert_bytes: float, planner_s: float) -> Price:
+    """Return what a change is expected to cost on idle links: the installation, and where serving waits for it, planner and copies too."""
+    slot_s = install_s(cluster, np.ones((1, 1)), expert_bytes, settings)
+    if settings.mode == "background":
+        return Price(slot_s=slot_s)
+    if cluster.num_ranks == 1:
+        return Price(fixed_s=planner_s, slot_s=slot_s)
+    way = way_of(Network(cluster), 0, cluster.num_ranks - 1, expert_bytes, settings)
+    wire_s = max((expert_bytes / rate for rate in way.path.values()), default=0.0)
+    return Price(fixed_s=planner_s, slot_s=slot_s + settings.message_s + way.latency_s + wire_s)

@@ -17,14 +17,16 @@ from moesim.hardware.load import load_cluster
 from moesim.model import sizes
 from moesim.plan import Plan
 from moesim.sim import policies
-from moesim.sim.balancer import Balancer, Decision, LoadView
+from moesim.sim.balance_policies import Ask, LoadView
+from moesim.sim.balancer import Balancer
 from moesim.sim.change_report import ChangeRun, sweep_periods, verdict
 from moesim.sim.engine import Engine
 from moesim.sim.loads import LoadCompiler
-from moesim.sim.migration import CHECKPOINT, MigrationSettings, Moves, Transfer, held_LER, mixed, moves_between
+from moesim.sim.migration import CHECKPOINT, MigrationSettings, Moves, Transfer, mixed, moves_between
 from moesim.sim.network import Network
 from moesim.sim.policies import Policy
 from moesim.sim.replay import run_passes
+from moesim.sim.succession import held_LER
 from tests.sim import changes
 from tests.sim.changes import cluster_of, greedy, model_of, passes_of, simulate, start_plan
 
@@ -251,7 +253,7 @@ def test_the_pause_is_planner_messages_transfer_and_installation() -> None:
     def swap(load_KLE: np.ndarray, running: Plan, budget: int | None) -> Plan:
         return greedy(load_KLE, running, 2)
 
-    once = Policy(hook="balancer", name="once", function=lambda seen: Decision() if seen.passes == 1 else None)
+    once = Policy(hook="balancer", name="once", function=lambda seen: Ask() if seen.passes == 1 else None)
     chosen = MigrationSettings(mode="pause", message_s=1e-3, install_Bps=1e9, install_slot_s=2e-3)
     run = simulate(passes, plan=plan, migration=chosen, balancer=Balancer(planner=swap, policy=once, planner_s=0.25, min_gain=0.0))
     assert run.rebalances == 1 and run.messages == 2

@@ -14,14 +14,16 @@ from moesim.errors import InputError, SimulationError
 from moesim.hardware.cluster import Tier
 from moesim.model import sizes
 from moesim.plan import Plan
-from moesim.sim.balancer import Balancer, Decision
+from moesim.sim.balance_policies import Ask
+from moesim.sim.balancer import Balancer
 from moesim.sim.batch import Pass, PassShape
-from moesim.sim.change import _Run
 from moesim.sim.change_report import ChangeRun
+from moesim.sim.change_serving import Serving
 from moesim.sim.membership import Event, Membership, alive_of, ladder, lost_LE, refill, reshard
-from moesim.sim.migration import CHECKPOINT, MigrationSettings, held_LER
+from moesim.sim.migration import CHECKPOINT, MigrationSettings
 from moesim.sim.policies import Policy
 from moesim.sim.settings import Settings
+from moesim.sim.succession import held_LER
 from tests.sim import changes
 from tests.sim.changes import cluster_of, greedy, model_of, passes_of, replicated, simulate, start_plan
 
@@ -131,7 +133,7 @@ def test_a_failure_aborts_the_migration_in_flight() -> None:
 
 
 def test_a_failure_while_the_planner_runs_drops_its_plan() -> None:
-    once = Policy(hook="balancer", name="once", function=lambda seen: Decision() if seen.passes == 2 else None)
+    once = Policy(hook="balancer", name="once", function=lambda seen: Ask() if seen.passes == 2 else None)
     run = simulate(passes_of(("zipf:1.0", 20, 1)), events=[fail(2)], membership=QUICK, balancer=rebalance(policy=once, planner_s=0.012))
     assert [event["kind"] for event in run.events][:3] == ["decision", "fail", "aborted"]
     assert [epoch.reason for epoch in run.epochs] == ["start", "fail"] and everything_is_there(run.plan, run.alive_R)
@@ -296,7 +298,7 @@ def test_refill_keeps_what_is_held_and_misses_nothing(seed: int) -> None:
 
 
 def test_a_plan_change_within_a_pass_is_refused() -> None:
-    run = _Run(start_plan(), changes.builder_of, None, None, (), MigrationSettings(), Membership(), 16)
+    run = Serving(start_plan(), changes.builder_of, None, MigrationSettings(), 16)
     run.in_pass = True
     with pytest.raises(SimulationError, match="a pass is running"):
         run.install(start_plan(), run.alive_R, "test")
