@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from moesim.errors import ModelError, MoesimError, describe
+from moesim.runtime.expert_rows import ExpertRows, Reader
 from moesim.runtime.slot_map import SlotMap
 from moesim.runtime.stages import StageClock
 
@@ -92,6 +93,10 @@ class ExpertParallelExperts(nn.Module):
         for name in self.tensor_names:
             delattr(template, name)
         self.template = template
+        self.rows = ExpertRows(self)
+        """What moves with an expert."""
+        self.tokens = 0
+        """Tokens routed here since the counts were taken."""
         self.stages: tuple[StageClock, int] | None = None
         """Who times the stages of this layer, and its index in the model; None: nobody."""
         self.use(slot_map)
@@ -114,7 +119,7 @@ class ExpertParallelExperts(nn.Module):
     def take_counts(self) -> tuple[np.ndarray, float]:
         """Return the rows received per local slot and the seconds spent on experts since the last call, and reset both."""
         result = self.received_Q, self.compute_s
-        self.received_Q, self.compute_s = np.zeros_like(self.received_Q), 0.0
+        self.received_Q, self.compute_s, self.tokens = np.zeros_like(self.received_Q), 0.0, 0
         return result
 
     def take_exchanged(self) -> tuple[int, float]:
@@ -135,36 +140,25 @@ class ExpertParallelExperts(nn.Module):
         return getattr(self, name).data
 
     @property
-    def expert_bytes(self) -> int:
-        """Bytes of one expert over all its tensors."""
-        return sum(int(np.prod(self.shapes[name])) for name in self.tensor_names) * self.dtype.itemsize
-
-    @property
     def held_slots(self) -> int:
         """Slots that the weight tensors have room for."""
         return int(self.tensor(WEIGHTS[0]).shape[0])
 
-    def read_expert(self, local: int) -> np.ndarray:
-        """Return a copy of the bytes of local slot `local`: its tensors in the order of their names."""
-        return np.concatenate([self.tensor(name)[local].detach().contiguous().view(torch.uint8).cpu().numpy().reshape(-1) for name in self.tensor_names])
-
-    def write_expert(self, local: int, data: np.ndarray) -> None:
-        """Copy the bytes of an expert into local slot `local`, in place."""
-        offset = 0
-        for name in self.tensor_names:
-            row = self.tensor(name)[local]
-            size = row.numel() * self.dtype.itemsize
-            source = torch.from_numpy(data[offset : offset + size]).view(self.dtype).view(row.shape)
-            row.copy_(source)
-            offset += size
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all that moves with one expert."""
+        return Reader(self.rows).expert_bytes
 
     def grow(self, slots: int) -> None:
         """Make room for `slots` local slots; existing rows keep their bytes, their addresses change."""
-        for name in self.tensor_names:
-            old = getattr(self, name)
-            fresh = torch.zeros((slots, *self.shapes[name]), dtype=self.dtype, device=old.device)
-            fresh[: old.shape[0]] = old.data
-            setattr(self, name, nn.Parameter(fresh, requires_grad=old.requires_grad))
+        self.rows.grow(slots)
+
+    def read_expert(self, local: int) -> np.ndarray:
+        """Return a copy of the bytes of local slot `local`: all that moves with the expert (see `expert_rows`)."""
+        reader = Reader(self.rows)
+        result = np.empty(reader.expert_bytes, np.uint8)
+        reader.read(local, result)
+        return result
 
     # --- forward ----------------------------------------------------------------------------------
 
@@ -208,6 +202,8 @@ class ExpertParallelExperts(nn.Module):
         """Return [N, H]: the weighted sum of the chosen experts for every token."""
         tokens, choices = expert_Nk.shape
         self.captured = expert_Nk
+        self.tokens += tokens
+        self.rows.pending |= torch.is_grad_enabled()
         self._enter("dispatch")
         slot = self.slot_map.choose(expert_Nk, self.rank)
         order = torch.argsort(slot, stable=True)
