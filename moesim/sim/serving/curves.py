@@ -72,21 +72,27 @@ class StepCurves:
         self._hop: list[float] = (far if spans else near).tolist() if pp > 1 else []
         self.share = [len(part) / layers for part in np.array_split(np.arange(layers), pp)]
         """Share of the layers on every stage."""
-        self._decode_rows(max_seqs, max_context)
+        self._row_width = -(-max_seqs // MAX_ROWS)
+        self._max_rows = max_seqs // self._row_width + 1
+        self._contexts = octaves(1, max(max_context, 2), 8)
+        self._context_keys: list[float] = self._contexts.tolist()
+        self._rows: list[tuple[list[float], np.ndarray]] = []
         self._max_context = max_context
         self._chunks: dict[int, tuple[list[float], list[float], list[list[float]]]] = {}
         self._news = octaves(1, max(max_tokens, 2), 4)
         self._prefixes = np.concatenate([[0.0], octaves(16, max(max_context, 32), 4)])
         self._moe = {phase: self._moe_lines(phase, max_tokens) for phase in ("prefill", "decode")} if moe else {}
 
-    def _decode_rows(self, max_seqs: int, max_context: int) -> None:
-        self._row_width = -(-max_seqs // MAX_ROWS)
-        seqs = np.arange(1, max_seqs // self._row_width + 2, dtype=np.float64) * self._row_width
-        self._contexts = octaves(1, max(max_context, 2), 8)
-        batch, context = np.broadcast_arrays(seqs[:, None], self._contexts[None, :])
-        timed = self.steps.costs.attention_core(phase="decode", sequences=batch, new_tokens=batch, context=context, tp=self.group.tp)
-        self._rows: list[list[float]] = (self._layers * np.asarray(timed.seconds)).tolist()
-        self._context_keys: list[float] = self._contexts.tolist()
+    def _row(self, sequences: int) -> tuple[list[float], np.ndarray]:
+        """Return the scores of so many decoding sequences at every context; rows are made when they are first needed, up to a power of two."""
+        at = -(-sequences // self._row_width) - 1
+        if at >= len(self._rows) and len(self._rows) < self._max_rows:
+            first, last = len(self._rows), min(max(2 * len(self._rows), 1 << at.bit_length(), 16), self._max_rows)
+            seqs = np.arange(first + 1, last + 1, dtype=np.float64) * self._row_width
+            batch, context = np.broadcast_arrays(seqs[:, None], self._contexts[None, :])
+            timed = self.steps.costs.attention_core(phase="decode", sequences=batch, new_tokens=batch, context=context, tp=self.group.tp)
+            self._rows += [(row.tolist(), row) for row in self._layers * np.asarray(timed.seconds)]
+        return self._rows[min(at, len(self._rows) - 1)]
 
     def _moe_lines(self, phase: str, max_tokens: int) -> tuple[Line, Line]:
         """Return the times of exchanges and of routed experts, all layers, against the tokens of a replica."""
@@ -108,7 +114,7 @@ class StepCurves:
 
     def decode_core(self, sequences: int, context_sum: float) -> float:
         """Return the scores of decoding sequences, all layers."""
-        row = self._rows[min(-(-sequences // self._row_width) - 1, len(self._rows) - 1)]
+        row = self._row(sequences)[0]
         context, keys = context_sum / sequences, self._context_keys
         at = min(max(bisect_right(keys, context) - 1, 0), len(keys) - 2)
         return row[at] + (context - keys[at]) / (keys[at + 1] - keys[at]) * (row[at + 1] - row[at])
@@ -185,12 +191,11 @@ class StepCurves:
         for work, own in zip(works, tokens, strict=True):
             if not own:
                 continue
-            row = self._rows[min(-(-work.decodes // self._row_width) - 1, len(self._rows) - 1)]
+            row, keys = self._row(work.decodes)[1], self._contexts
             context = work.contexts / work.decodes + grown_i
-            keys = self._contexts
-            at = np.clip(np.searchsorted(keys, context, side="right") - 1, 0, len(keys) - 2)
-            low, high = np.asarray(row)[at], np.asarray(row)[at + 1]
-            core = low + (context - keys[at]) / (keys[at + 1] - keys[at]) * (high - low)
+            core = np.interp(context, keys, row)
+            if context[-1] > keys[-1]:
+                core += np.maximum(context - keys[-1], 0.0) * ((row[-1] - row[-2]) / (keys[-1] - keys[-2]))
             body_i = np.maximum(body_i, self.body(own) + core)
             ends = max(ends, self._embed[-(-own // self._width)] + self._head[-(-own // self._width)])
         moe = self.moe(sum(tokens), max(tokens), prefill=False)
