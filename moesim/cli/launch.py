@@ -27,6 +27,7 @@ Batch = Annotated[int, typer.Option("--batch", min=1, max=512, help="requests in
 Prompt = Annotated[int, typer.Option("--prompt", min=1, max=4096, help="tokens per prompt")]
 Decode = Annotated[int, typer.Option("--decode", min=0, max=4096, help="decode steps per request")]
 Repeat = Annotated[int, typer.Option("--repeat", min=0, help="start the stream of requests again after this many waves; 0: never")]
+Drift = Annotated[int, typer.Option("--drift", min=0, help="other tokens become the popular ones after this many waves; 0: never")]
 Pace = Annotated[float, typer.Option("--pace-ms", min=0, max=10000, help="shortest time of a step")]
 Window = Annotated[int | None, typer.Option("--window", min=1, max=1024, help="steps over which balance is measured; default: two waves")]
 Timeout = Annotated[float, typer.Option("--timeout", min=1, max=600, help="seconds after which an exchange with a silent rank fails")]
@@ -84,6 +85,7 @@ def launch(
     prompt: Prompt = 32,
     decode: Decode = 16,
     repeat: Repeat = 0,
+    drift: Drift = 0,
     pace_ms: Pace = 0.0,
     window: Window = None,
     timeout: Timeout = 20.0,
@@ -107,7 +109,7 @@ def launch(
     settings = Settings(
         spec=spec, plan=Plan.read(plan), launcher=launcher, host=host, port=port, store_port=store_port, trace_out=trace_out, journal=journal,
         checkpoint=checkpoint, slots_per_rank=slots_per_rank, timeout_s=timeout, answer_s=answer_timeout, window=window, on_death=on_death,
-        seed=seed, batch=batch, prompt=prompt, decode=decode, repeat=repeat, pace_ms=pace_ms,
+        seed=seed, batch=batch, prompt=prompt, decode=decode, repeat=repeat, drift=drift, pace_ms=pace_ms,
     )  # fmt: skip
     if template is not None:
         import sys

@@ -30,6 +30,7 @@ def serve_demo(
     prompt: launch.Prompt = 32,
     decode: launch.Decode = 16,
     repeat: launch.Repeat = 0,
+    drift: launch.Drift = 0,
     pace_ms: launch.Pace = 0.0,
     window: launch.Window = None,
     timeout: launch.Timeout = 20.0,
@@ -56,7 +57,7 @@ def serve_demo(
     settings = Settings(
         spec=spec, plan=document, command="serve-demo", launcher=launcher, host=host, port=port, trace_out=trace_out, journal=journal,
         slots_per_rank=slots_per_rank, timeout_s=timeout, answer_s=answer_timeout, window=window, on_death=on_death,
-        seed=seed, batch=batch, prompt=prompt, decode=decode, repeat=repeat, pace_ms=pace_ms,
+        seed=seed, batch=batch, prompt=prompt, decode=decode, repeat=repeat, drift=drift, pace_ms=pace_ms,
     )  # fmt: skip
     if settings.layout.world != ranks:
         raise InputError(describe(document.source, "num_ranks", document.num_ranks, f"must give the {ranks} ranks of --ranks over all pipeline stages"))

@@ -75,6 +75,7 @@ class Settings:
     prompt: int = 32
     decode: int = 16
     repeat: int = 0
+    drift: int = 0
     pace_ms: float = 0.0
 
     @property
@@ -305,7 +306,7 @@ def _torchrun(ranks: int, store_port: int) -> subprocess.Popen[bytes]:
 
 
 def _worker_settings(settings: Settings, capacity: int, config: Any, recorder: _Recorder) -> dict[str, Any]:
-    workload = {name: getattr(settings, name) for name in ("seed", "batch", "prompt", "decode", "repeat", "pace_ms")}
+    workload = {name: getattr(settings, name) for name in ("seed", "batch", "prompt", "decode", "repeat", "drift", "pace_ms")}
     return {
         "timeout_s": settings.timeout_s, "on_death": settings.on_death, "slot_capacity": capacity, "spec": dataclasses.asdict(settings.spec),
         "plan": settings.plan.stamped(),

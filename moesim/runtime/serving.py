@@ -43,6 +43,8 @@ class Workload:
     """Tokens generated after the first."""
     repeat: int = 0
     """Waves after which the stream starts again; 0: never."""
+    drift: int = 0
+    """Waves after which other tokens become the popular ones; 0: never."""
     pace_ms: float = 0.0
     """Shortest time of a step."""
 
@@ -59,7 +61,8 @@ class Workload:
         """Return int64 [B, P]: the prompts of those requests."""
         content = wave % self.repeat if self.repeat else wave
         rows = [np.random.Generator(np.random.PCG64([self.seed, int(number)])).zipf(1.2, self.prompt) for number in self.requests(content, rank)]
-        return (np.stack(rows) - 1) % self.vocab
+        shift = content // self.drift * (self.vocab // 7 + 1) if self.drift else 0
+        return (np.stack(rows) - 1 + shift) % self.vocab
 
 
 def request_id(numbers: np.ndarray) -> np.ndarray:
