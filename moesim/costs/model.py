@@ -20,6 +20,7 @@ from moesim.costs.links import LinkModel
 from moesim.costs.provenance import Policy, Timing, timing, total, zero_where
 from moesim.costs.provenance import Provenance as Provenance
 from moesim.costs.roofline import Roofline
+from moesim.costs.stages import StageCost
 from moesim.costs.tables import Tables
 from moesim.costs.traffic import Ports, devices_per_node, hops
 from moesim.errors import CostError, describe
@@ -49,6 +50,7 @@ class CostModel:
         self.roofline = Roofline(cluster, tables, self._policy)
         self.gemm = Gemm(tables, self.roofline, self._policy)
         self.links = LinkModel(cluster, tables, self._policy, backend)
+        self._stages = StageCost(model, tables)
         self._attention = AttentionCost(model, tables, self.gemm, self.roofline, self._policy, self._linear)
         self._experts = ExpertCost(model, tables, self.roofline, self._policy)
         self._exchange = ExchangeCost(model, cluster.devices_per_node, tables, self.links, self._policy)
@@ -71,7 +73,8 @@ class CostModel:
         phase: `prefill` or `decode`. sequences, new_tokens, context [...]: per rank, sequences in the batch, their new tokens in all, and the mean
         KV length with the new tokens. tp: ranks that share the heads. Raises CostError if tp does not divide the heads.
         """
-        return self._attention(phase=phase, sequences=sequences, new_tokens=new_tokens, context=context, tp=tp)
+        found = self._stages.attention(phase, sequences, new_tokens, context) if tp == 1 else None
+        return self._attention(phase=phase, sequences=sequences, new_tokens=new_tokens, context=context, tp=tp) if found is None else found
 
     def attention_projections(self, tokens: np.ndarray, tp: int = 1) -> Timing:
         """Return the part of `attention` that depends on the tokens alone; a batch of both phases has it once."""
@@ -86,6 +89,9 @@ class CostModel:
         tokens = _float(tokens)
         model = self.model
         experts = model.num_experts if experts is None else experts
+        found = self._stages("gate", tokens) if experts == model.num_experts else None
+        if found is not None:
+            return found
         scores = self.gemm("gate", tokens, max(experts, 1), model.hidden_size, "bfloat16" if self._bytes <= 2 else model.dtype)
         choose = self.roofline.stream("top_k", tokens * (8.0 * experts + 8.0 * model.top_k))
         return total(self._norm(tokens), scores, choose)
@@ -102,18 +108,23 @@ class CostModel:
 
     def shared_experts(self, tokens: np.ndarray) -> Timing:
         """Return the time of the shared experts of a layer, each rank computing them for its own tokens."""
-        return self._ffn("shared_experts", _float(tokens), self.model.shared_ffn_size)
+        found = self._stages("shared_experts", _float(tokens))
+        return self._ffn("shared_experts", _float(tokens), self.model.shared_ffn_size) if found is None else found
 
     def dense_ffn(self, tokens: np.ndarray, tp: int = 1) -> Timing:
         """Return the time of a dense layer's norm and FFN, split over `tp` ranks."""
         tokens = _float(tokens)
         if self.model.dense_ffn_size <= 0:
             return timing(np.zeros(tokens.shape), Provenance.MEASURED)
-        return total(self._norm(tokens), self._ffn("dense_ffn", tokens, -(-self.model.dense_ffn_size // tp)))
+        found = self._stages("dense_ffn", tokens) if tp == 1 else None
+        return total(self._norm(tokens), self._ffn("dense_ffn", tokens, -(-self.model.dense_ffn_size // tp))) if found is None else found
 
     def head(self, tokens: np.ndarray, tp: int = 1) -> Timing:
         """Return the time of the final norm and the LM head for `tokens` positions, the vocabulary split over `tp` ranks."""
         tokens = _float(tokens)
+        found = self._stages("head", tokens) if tp == 1 else None
+        if found is not None:
+            return found
         dtype = "bfloat16" if self._bytes <= 2 else self.model.dtype
         return total(self._norm(tokens), self.gemm("head", tokens, -(-self.model.vocab_size // tp), self.model.hidden_size, dtype))
 
@@ -137,7 +148,8 @@ class CostModel:
 
     def embedding(self, tokens: np.ndarray) -> Timing:
         """Return the time of looking up `tokens` embeddings."""
-        return self.roofline.stream("embedding", 2.0 * _float(tokens) * self.model.hidden_size * self._bytes)
+        found = self._stages("embedding", _float(tokens))
+        return self.roofline.stream("embedding", 2.0 * _float(tokens) * self.model.hidden_size * self._bytes) if found is None else found
 
     def _norm(self, tokens: np.ndarray) -> Timing:
         return self.roofline.stream("norm", 3.0 * tokens * self.model.hidden_size * self._bytes)
