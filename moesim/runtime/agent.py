@@ -25,7 +25,7 @@ import torch.distributed as dist
 from moesim.errors import ApplyError, MoesimError
 from moesim.plan import Plan
 from moesim.runtime import failpoints
-from moesim.runtime.expert_parallel import ExpertParallelExperts
+from moesim.runtime.expert_parallel import ExpertParallelExperts, PeerLost
 from moesim.runtime.history import History
 from moesim.runtime.migration import Migration, live_digests
 from moesim.runtime.moves import local_tables, placement_sha256
@@ -69,6 +69,8 @@ class Agent:
         self._lock = threading.Lock()
         self._promise: dict[str, Any] | None = None
         self._migration: Migration | None = None
+        self._finishing = False
+        """Whether the staging buffers go as soon as what is promised has been done."""
         self._probes: deque[np.ndarray] = deque(maxlen=2)
         self._pause: dict[str, float] = {}
         self._stopped = threading.Event()
@@ -108,7 +110,8 @@ class Agent:
             return True
         self._add_pause("wait_ms", begin)
         with self._lock:
-            self._promise = None
+            if self._promise is promise:
+                self._promise = None
         if step < 0:
             return True
         if self.step > step:
@@ -162,6 +165,8 @@ class Agent:
             self.plan = self._migration.new if action == "install" else self._migration.old
             self.history.use(self.epoch, self._table())
             self._add_pause(f"{action}_ms", begin)
+            if self._finishing:
+                self._drop_staged()
             failpoints.hit(f"{action}.end")
         elif action == "save":
             assert self._save is not None
@@ -232,9 +237,7 @@ class Agent:
         elif wanted != placement_sha256(self.plan):
             raise ApplyError(f"rank {self.rank}: holds neither side of the change to map {wanted[:12]}; start the deployment again")
         self.plan = installed
-        if migration is not None:
-            migration.close()
-        self._migration = None
+        self._drop_staged()
 
     def regroup(self, *, rank: int, plan: Plan, epoch: int, step: int) -> None:
         """Go on as `rank` of the smaller `plan`."""
@@ -263,6 +266,8 @@ class Agent:
         failpoints.hit(f"{what}.answered")
 
     def _reason(self, error: Exception) -> str:
+        if isinstance(error, RuntimeError) and "gloo" in str(error):
+            error = PeerLost(f"rank {self.rank}: a peer is gone or silent ({' '.join(str(error).split())[:200]})")
         return str(error) if isinstance(error, MoesimError) else f"rank {self.rank}: {type(error).__name__}: {str(error)[:300]}"
 
     def _do_check(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
@@ -284,7 +289,7 @@ class Agent:
         return {"table": live_digests(self.layers)}
 
     def _do_window(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
-        return self.history.window(command["first"], command["last"])
+        return {**self.history.window(command["first"], command["last"]), "expert_bytes": self.layers[0].expert_bytes}
 
     def _do_stage(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
         """Bring the experts of plan `plan/<apply>` into staging buffers."""
@@ -299,6 +304,8 @@ class Agent:
     def _do_schedule(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
         """Promise not to pass LEASE more steps before the decision is read."""
         with self._lock:
+            if self._promise is not None and store.check([f"decide/{self._promise['n']}"]) and store.get(f"decide/{self._promise['n']}") == b"abort":
+                self._promise = None  # called off before this rank came to a step boundary
             if self._promise is not None:
                 raise ApplyError(f"rank {self.rank}: {self._promise['action']} is still to be decided")
             self._promise = {**command, "limit": self.step + LEASE}
@@ -308,13 +315,16 @@ class Agent:
         """Drop the staging buffers, installed or not."""
         with self._lock:
             promise = self._promise
-        if promise is not None and promise["action"] in ("install", "restore"):
-            raise ApplyError(f"rank {self.rank}: {promise['action']} is still to be decided or done; staging is kept")
-        if self._migration is not None:
-            self._migration.close()
-        self._migration = None
+        self._finishing = promise is not None and promise["action"] in ("install", "restore")
+        if not self._finishing:
+            self._drop_staged()
         self._probes.clear()
         return {"epoch": self.epoch, "placement": placement_sha256(self.plan)}
+
+    def _drop_staged(self) -> None:
+        if self._migration is not None:
+            self._migration.close()
+        self._migration, self._finishing = None, False
 
     def _do_metrics(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
         return {**self.status(), **self.history.metrics(), **self._metrics()}

@@ -20,6 +20,7 @@ import numpy as np
 from moesim.balance import balance_of
 from moesim.errors import ApplyError, MoesimError, PlanError, describe
 from moesim.plan import Plan
+from moesim.runtime import failpoints
 from moesim.runtime.counts import gather
 from moesim.runtime.deployment import Deployment
 from moesim.runtime.journal import Journal
@@ -119,47 +120,55 @@ class Apply:
         if checks[0]["placement"] != placement_sha256(self.old):
             raise ApplyError("the ranks run another placement than the journal says; restart the deployment")
         self.epoch = checks[0]["epoch"]
+        failpoints.hit("checked")
         return checks
 
     def _change(self, report: dict[str, Any], before: dict[str, Any], moved_bytes: int) -> None:
         timeout_s = 15.0 + moved_bytes / STAGE_BYTES_PER_S
         digests = self._digest_table(timeout_s)
         self.ranks.schedule("probe")
-        self.progress("STAGE")
+        self.progress("PREPARE")
+        failpoints.hit("prepare")
         self.journal.append("prepare", apply=self.number, base=placement_sha256(self.old), epoch=self.epoch + 1, plan=self._stamped())
         try:
+            failpoints.hit("prepared")
+            self.progress("STAGE")
             self.ranks.store.set(f"plan/{self.number}", _json(self._stamped()))
             begin = time.monotonic()
             ready = self.ranks.ask("stage", apply=self.number, timeout_s=timeout_s)
             report["stage_ms"] = (time.monotonic() - begin) * 1e3
+            failpoints.hit("ready")
             self._compare_staged(ready, digests)
             self.progress("INSTALL")
-            self.ranks.schedule("install", epoch=self.epoch + 1, before_decision=partial(self._record, "commit"))
+            self.ranks.schedule("install", epoch=self.epoch + 1, before_decision=partial(self._record, "commit"), decided=partial(self._now_runs, self.new))
         except BaseException:
-            if self.journal.records[-1]["kind"] != "commit":
-                with contextlib.suppress(ApplyError):  # without the line the journal names the old placement all the same
+            if self.installed is not self.new:
+                with contextlib.suppress(ApplyError):  # without the line the journal names the old placement, unless the commit was just written
                     self.journal.append("abort", apply=self.number)
             raise
-        finally:
-            if self.journal.records[-1]["kind"] == "commit":  # from here on the new placement is the one that counts
-                self.installed = self.new
         self.progress("VERIFY")
-        answers = self.ranks.schedule("probe")
-        reason = self._judge(report, answers, digests, timeout_s)
+        answers, reason = self._verify(report, digests, timeout_s)
         if reason:
             self._roll_back(report, reason)
             return
-        after = self._measure(self._next(self.window))
         pauses = [answer["pause"] for answer in answers]
         report |= {"status": "installed", "epoch": self.epoch + 1, "pause_ms": max(sum(pause.values()) for pause in pauses)}
         report["pause_parts_ms"] = {part: max(pause.get(part, 0.0) for pause in pauses) for part in ("wait_ms", "probe_ms", "install_ms")}
+        with contextlib.suppress(ApplyError):  # no decision: a full disk is no reason to call an installed plan a failure
+            self.journal.append("done", apply=self.number)
+        failpoints.hit("verified")
+        after = self._measure(self._next(self.window))
         report["balance"]["after"] = after["balance"]
         report["step_ms"] = {"before": before["step_ms"], "after": after["step_ms"]}
         report["break_even_steps"] = self._break_even(report["pause_ms"] / 1e3, before, after["load_LR"])
-        self.journal.append("done", apply=self.number)
+
+    def _now_runs(self, plan: Plan) -> None:
+        self.installed = plan
 
     def _record(self, kind: str, step: int) -> None:
+        failpoints.hit(f"{kind}.decide")
         self.journal.append(kind, apply=self.number, step=step)
+        failpoints.hit(f"{kind}.written")
 
     def _stamped(self) -> dict[str, Any]:
         from moesim.files import canonical_json, sha256_hex
@@ -187,6 +196,18 @@ class Apply:
                 where = f"expert {move.expert} of layer row {move.layer}"
                 raise ApplyError(f"rank {move.target}: {where} in staging differs from the live one on rank {move.source}; nothing was installed")
 
+    def _verify(self, report: dict[str, Any], digests: dict[tuple[int, int], str], timeout_s: float) -> tuple[list[dict[str, Any]], str | None]:
+        """Return the ranks' answers and why the new placement must go, or None; one that cannot be verified must go too."""
+        try:
+            answers = self.ranks.schedule("probe")
+            failpoints.hit("probed")
+            return answers, self._judge(report, answers, digests, timeout_s)
+        except Exception as cause:
+            if self.ranks.failure:
+                raise
+            report["outputs_equal"] = None
+            return [], f"it could not be carried out ({cause})"
+
     def _judge(self, report: dict[str, Any], answers: list[dict[str, Any]], digests: dict[tuple[int, int], str], timeout_s: float) -> str | None:
         """Fill `outputs_equal` and return why the new placement must go, or None."""
         exact = bool((self.old.replicas_LE == 1).all() and (self.new.replicas_LE == 1).all())
@@ -203,8 +224,15 @@ class Apply:
 
     def _roll_back(self, report: dict[str, Any], reason: str) -> None:
         self.progress("ROLLBACK")
-        answers = self.ranks.schedule("restore", epoch=self.epoch + 2, before_decision=partial(self._record, "rollback"))
-        self.installed = self.old
+        try:
+            answers = self.ranks.schedule(
+                "restore", epoch=self.epoch + 2, before_decision=partial(self._record, "rollback"), decided=partial(self._now_runs, self.old)
+            )
+        except BaseException:
+            if self.installed is self.new and self.journal.records[-1]["kind"] == "rollback":
+                with contextlib.suppress(ApplyError):  # written but never announced: the ranks run the new placement
+                    self.journal.append("commit", apply=self.number)
+            raise
         report |= {"status": "rolled_back", "reason": reason, "epoch": self.epoch + 2, "map_sha256": self.old.map_sha256}
         report |= {"pause_ms": max(sum(answer["pause"].values()) for answer in answers), "break_even_steps": None}
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from moesim.errors import ApplyError, InputError, describe
+from moesim.runtime import failpoints
 
 ANSWER_S = 10.0
 """Default deadline of a command that needs no data to move."""
@@ -65,6 +66,8 @@ class Deployment:
         """Ranks that others have gone on without: seat, pid, reason."""
         self.lost_s = 0.0
         """How long it took to go on after the last loss, from its notice."""
+        self.exchange_s = 0.0
+        """After which an exchange with a silent rank fails."""
         self.hang_s = 0.0
         """Silence after which a rank of this machine counts as hung; 0: never."""
         self._attempt, self._left_at = 0, 0.0
@@ -140,13 +143,13 @@ class Deployment:
     def _reason(self, dead: list[int]) -> str:
         """Name the rank that failed first: one killed by a signal, else one whose error is not about a lost peer."""
         hung = self._hung(SOON_S) if self.hang_s else []
-        if hung and all("peer" in (self.get(f"down/{rank}") or "") for rank in dead):
+        if hung and all(_names_a_peer(self.get(f"down/{rank}") or "") for rank in dead):
             return f"rank {hung[0]} (pid {self.pids[hung[0]]}) hangs or is stopped: {self.get(f'down/{dead[0]}')}"
         killed = [rank for rank in dead if self.exit_codes[rank] < 0]
         if killed:
             return f"rank {killed[0]} (pid {self.pids[killed[0]]}) was killed by {signal.Signals(-self.exit_codes[killed[0]]).name}"
         said = {rank: self.get(f"down/{rank}") for rank in dead}
-        first = next((rank for rank in dead if "peer" not in (said[rank] or "")), dead[0])
+        first = next((rank for rank in dead if not _names_a_peer(said[rank] or "")), dead[0])
         code = self.exit_codes[first]
         return f"rank {first} (pid {self.pids[first]}) failed: {said[first] or ('it was killed' if code == UNKNOWN else f'exit code {code}')}"
 
@@ -191,7 +194,7 @@ class Deployment:
         return number
 
     def _collect(self, prefix: str, number: int, what: str, timeout_s: float) -> list[dict[str, Any]]:
-        deadline = time.monotonic() + timeout_s
+        deadline, hurried = time.monotonic() + timeout_s, False
         answers: dict[int, dict[str, Any]] = {}
         while True:
             for rank in range(self.size):
@@ -199,22 +202,31 @@ class Deployment:
                     answers[rank] = json.loads(text)
                     self.store.delete_key(f"{prefix}/{number}/{rank}")
             refused = [answer["error"] for answer in answers.values() if not answer["ok"]]
-            if refused:
-                own = [text for text in refused if "peer" not in text]
-                raise ApplyError(own[0] if own else refused[0])
+            own = [text for text in refused if not _names_a_peer(text)]
+            if own:
+                raise ApplyError(own[0])
+            if refused and not self.failure:  # a rank that lost a peer says so before the peer's end is seen here
+                deadline = min(deadline, time.monotonic() + SOON_S) if not hurried else deadline
+                hurried = True
+                if time.monotonic() > deadline:
+                    raise ApplyError(refused[0])
             if len(answers) == self.size:
                 return [answers[rank] for rank in range(self.size)]
             if self.failure:
                 raise ApplyError(f"{self.failure} during {what}")
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline and not refused:
                 late = [rank for rank in range(self.size) if rank not in answers]
                 raise ApplyError(f"rank {late[0]} (pid {self.pids[late[0]]}) did not answer {what} within {timeout_s:g} s; it hangs or is stopped")
             time.sleep(0.003)
 
-    def schedule(self, action: str, *, timeout_s: float | None = None, before_decision: Any = None, **fields: Any) -> list[dict[str, Any]]:
+    def schedule(
+        self, action: str, *, timeout_s: float | None = None, before_decision: Callable[[int], None] | None = None, decided: Callable[[], None] | None = None,
+        **fields: Any,
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """Let all ranks do `action` between the same two steps; return their answers.
 
-        before_decision: called with the step once all ranks have promised, before it is decided; it may raise.
+        before_decision: called with the step once all ranks have promised, before it is decided; it may raise, and nobody acts.
+        decided: called once the ranks have been told to act; from here on they will.
         """
         timeout_s = timeout_s or self.answer_s
         number = self._send("schedule", {"action": action, **fields})
@@ -227,10 +239,13 @@ class Deployment:
         except BaseException:
             self.store.compare_set(key, "", "abort")
             raise
-        decided = self.store.compare_set(key, "", str(step)).decode()
-        if decided != str(step):
-            raise ApplyError(f"{action} was decided elsewhere: {decided}")
-        return self._collect("act", number, action, timeout_s)
+        found = self.store.compare_set(key, "", str(step)).decode()
+        if found != str(step):
+            raise ApplyError(f"{action} was decided elsewhere: {found}")
+        if decided is not None:
+            decided()
+        failpoints.hit(f"{action}.announced")
+        return self._collect("act", number, action, timeout_s + self.exchange_s)  # a silent rank ends the exchange of the step before it
 
     # --- going on without lost ranks ----------------------------------------------------------------
 
@@ -316,6 +331,11 @@ class Deployment:
         deadline = time.monotonic() + timeout_s
         while len(self.exit_codes) < len(self.pids) and time.monotonic() < deadline:
             time.sleep(0.01)
+
+
+def _names_a_peer(reason: str) -> bool:
+    """Return True if a rank's error is about another rank."""
+    return "peer" in reason or "gloo" in reason
 
 
 def _exists(pid: int) -> bool:

@@ -236,6 +236,7 @@ def _serve(settings: Settings, capacity: int, journal: Journal, scratch: Path, s
                 file.write(str(deployment.store.port).encode())
         if settings.launcher == "torchrun":
             deployment.launcher = _torchrun(layout.world, deployment.store.port)
+        deployment.exchange_s = settings.timeout_s
         if settings.on_death == "shrink":
             deployment.hang_s = settings.timeout_s
         deployment.start()

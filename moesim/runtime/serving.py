@@ -82,7 +82,8 @@ class Server:
     ) -> None:  # fmt: skip
         """probe: runs a fixed batch through the model (a collective; once at the start).
 
-        record: called in the first pipeline stage after every step with what was routed and when (see `capture.Spool.add`). moe_layers: how many MoE layers each pipeline stage has, if routes are recorded. clock: times the parts of every step.
+        record: called in the first pipeline stage after every step with what was routed and when (see `capture.Spool.add`). moe_layers: how
+        many MoE layers each pipeline stage has, if routes are recorded. clock: times the parts of every step.
         """
         self.stage, self.workload, self._record, self._stages = stage, workload, record, clock
         self._moe_layers = list(moe_layers)
