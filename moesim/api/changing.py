@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from moesim.hardware.cluster import Cluster
 from moesim.plan import Plan
+from moesim.sim.balancer import Planner
 from moesim.sim.batch import Pass
 from moesim.sim.build import ProgramBuilder
 from moesim.sim.change_replay import run_change
@@ -24,8 +26,16 @@ def change_run(
     )
 
 
-def planner_for(cluster: Cluster) -> Callable[[np.ndarray, Plan, int | None], Plan]:
-    """Return the planner that a balancer on `cluster` is handed: a repair within a budget, else a fresh plan laid over the running one."""
+def planner_for(cluster: Cluster) -> Planner:
+    """Return the planner that a balancer on `cluster` is handed."""
+    return planner_on(cluster.devices_per_node)
+
+
+def planner_on(ranks_per_node: int | None, limit_s: float | None = None) -> Planner:
+    """Return a planner: a repair within a budget, else a fresh plan laid over the running one.
+
+    ranks_per_node: None: one node. limit_s: longest search, so that plans on a busy machine may differ; None: plans depend on the loads alone.
+    """
     from moesim.solvers.problem import PlacementProblem
     from moesim.solvers.registry import solve
 
@@ -34,12 +44,13 @@ def planner_for(cluster: Cluster) -> Callable[[np.ndarray, Plan, int | None], Pl
             load_KLE=load_KLE.sum(axis=0),
             num_ranks=plan.num_ranks,
             slots_per_rank_R=np.bincount(plan.slot_rank_S, minlength=plan.num_ranks),
-            ranks_per_node=cluster.devices_per_node,
+            ranks_per_node=ranks_per_node or plan.num_ranks,
             experts_L=plan.experts_L,
             previous=plan.slot_to_expert_LS,
             move_budget_slots=budget_slots,
         )
-        result = solve(problem, "greedy" if budget_slots is None else "repair")
+        until = None if limit_s is None else time.monotonic() + limit_s
+        result = solve(problem, "greedy" if budget_slots is None else "repair", deadline=None if until is None else lambda: until - time.monotonic())
         return replace(plan, slot_to_expert_LS=result.slot_to_expert_LS, share_LS=None, result={"solver": result.solver}, source="balancer")
 
     return planner

@@ -19,6 +19,7 @@ COMMANDS = {
     "rebalance": "say whether rebalancing during serving is worth it on a trace",
     "validate": "compare predictions with measurements",
     "apply": "carry a plan out on a live deployment",
+    "watch": "rebalance a live deployment when its loads drift, and export metrics",
     "launch": "start a deployment with the mesh and placement of a plan, here, by torchrun or by Slurm",
     "serve-demo": "start a live expert-parallel deployment on this machine",
     "capture": "run a Hugging Face MoE model and record its routing",

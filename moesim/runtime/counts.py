@@ -32,7 +32,10 @@ def counts_answer(answers: Sequence[dict[str, Any]], num_ranks: int) -> dict[str
     """Return the answer to `counts`: the window, and what ranks have sent in exchanges since they started."""
     total_bytes, total_s = (sum(answer["exchanged"][index] for answer in answers) for index in (0, 1))
     window = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in gather(answers, num_ranks).items()}
-    return {**window, "exchanged_bytes": total_bytes, "exchanged_s": total_s, "steps": min(answer["steps"] for answer in answers)}
+    return {
+        **window, "exchanged_bytes": total_bytes, "exchanged_s": total_s, "steps": min(answer["steps"] for answer in answers),
+        "expert_bytes": answers[0]["expert_bytes"],
+    }  # fmt: skip
 
 
 def window_of(request: dict[str, Any]) -> tuple[int, int]:
