@@ -26,6 +26,10 @@ def capture(
     profile: Annotated[int, typer.Option("--profile", min=0, max=64, help="passes under torch.profiler; the manifest then lists their kernels")] = 0,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda")] = "auto",
     threads: Annotated[int, typer.Option("--threads", min=0, max=1024, help="threads of torch on the CPU; 0: as torch likes")] = 0,
+    ranks: Annotated[
+        int, typer.Option("--ranks", min=0, max=256, help="processes that the experts are spread over; 0: what torchrun or srun started, else one")
+    ] = 0,
+    checkpoint_s: Annotated[float, typer.Option("--checkpoint-s", min=0, max=86400, help="seconds after which what was recorded is made readable")] = 60.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="seed of random weights and ids")] = 0,
     skew: Annotated[float, typer.Option("--skew", min=0, max=4, help="tilt of random routers, as in serve-demo")] = 0.3,
     scale: Annotated[str, typer.Option("--scale", help="of random weights; auto: narrow models above 1 GiB; tiny: always; full: never")] = "auto",
@@ -44,11 +48,15 @@ def capture(
     job = Job(
         model=model, target=out, text=text, tokens=asked, prompt=prompt, batch=batch, generate=generate, train=train, weights=weights,
         predictions=predictions, stages=stages, profile=profile, seed=seed, skew=skew, scale=scale, dtype=dtype, device=device, threads=threads,
+        ranks=ranks, checkpoint_s=checkpoint_s,
     )  # fmt: skip
     report = run(job)
+    if report is None:  # not the first of the ranks that a launcher started
+        return
     if as_json:
         emit_json(report)
         return
     cost = report["overhead"]
-    note(f"{report['model']} ({report['weights']}) on {report['device']}: {report['steps']} steps, {report['rows']} rows, {report['bytes']} B in {out}")
+    spread = f" over {report['ranks']} ranks" if report["ranks"] > 1 else ""
+    note(f"{report['model']} ({report['weights']}) on {report['device']}{spread}: {report['steps']} steps, {report['rows']} rows, {report['bytes']} B in {out}")
     note(f"recording: {cost['without_ms']:.2f} ms a pass without, {cost['recording_ms']:.2f} ms with ({100 * cost['share']:+.1f} %)")

@@ -240,6 +240,39 @@ def transform(
     _write(result, out, json)
 
 
+@app.command()
+def repair(
+    trace: Annotated[Path, typer.Argument(help="Folder of a recording that was cut off.")],
+    out: Output,
+    json: Json = False,
+) -> None:
+    """Copy what is complete of a recording that was killed to a new trace, marked as unfinished."""
+    from moesim.traces.repair import repair as save
+
+    manifest = save(trace, out)
+    found = manifest.provenance["repaired"]
+    if json:
+        emit_json({"schema": "moesim.trace-repaired/1", "out": str(out), **found, "fingerprint": manifest.fingerprint})
+        return
+    note(f"wrote {out}: {found['rows']} rows; left out: {found['rows_left_out']} rows of a last step, {found['shards_left_out']} shards")
+
+
+@app.command()
+def join(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="What the ranks of one run recorded, in the order of the ranks.")],
+    out: Output,
+    json: Json = False,
+) -> None:
+    """Join what the ranks of one run recorded to one trace, up to the last step that all of them have."""
+    from moesim.runtime.capture_join import join as put_together
+
+    found = put_together(folders, out)
+    if json:
+        emit_json({"schema": "moesim.trace-joined/1", "out": str(out), **found})
+        return
+    note(f"wrote {out}: {found['rows']} rows of {found['steps']} steps; {found['steps_left_out']} steps that not all ranks have were left out")
+
+
 def _pairs(texts: list[str] | None, flag: str) -> tuple[tuple[str, str], ...]:
     from moesim.errors import TraceError, describe
 

@@ -9,6 +9,7 @@ Shapes: N tokens of a step, L MoE layers, k choices, E experts.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -22,13 +23,15 @@ import torch
 from torch import nn
 
 from moesim import __version__
-from moesim.errors import ModelError, describe
-from moesim.files import canonical_json, sha256_hex
-from moesim.plan import linear
-from moesim.runtime.capture_spool import MAX_KERNEL_ROWS, check_target
+from moesim.errors import InputError, ModelError, describe
+from moesim.plan import Plan, linear
+from moesim.runtime.capture_spool import MAX_KERNEL_ROWS, check_target, parallel_facts
+from moesim.runtime.expert_parallel import ExpertParallelExperts
+from moesim.runtime.mesh import Layout, Mesh
 from moesim.runtime.model import moe_layers, router_of
 from moesim.runtime.serving import request_id
 from moesim.runtime.stages import CudaStageClock, StageClock, watch
+from moesim.runtime.tensor_parallel import SharedTokens
 from moesim.traces.manifest import KERNELS_SPEC, STEPS_SPEC, Columns
 from moesim.traces.routing_trace import DECODE, DUMMY, PREFILL, TRAIN, TokenBatch, TraceShape
 from moesim.traces.writer import TraceWriter
@@ -46,7 +49,8 @@ def shape_of(model: nn.Module, name: str) -> TraceShape:
     experts = next((int(getattr(config, key)) for key in EXPERT_COUNTS if getattr(config, key, None)), 0)
     if not blocks or not experts:
         raise ModelError(f"{name}: {type(model).__name__} has no module named experts in its layers, so there is no routing to record; give an MoE model")
-    groups = int(getattr(config, "n_group", None) or 1)
+    limited = getattr(config, "topk_method", None) != "greedy"
+    groups = int(getattr(config, "n_group", None) or 1) if limited else 1
     limits: dict[str, Any] = {"num_groups": groups, "top_k_groups": int(getattr(config, "topk_group", None) or 1)} if groups > 1 else {}
     return TraceShape(model=name, num_experts=experts, top_k=int(config.num_experts_per_tok), moe_layer_ids=tuple(blocks), **limits)
 
@@ -56,11 +60,28 @@ class _Step:
     """What is known of a step when it begins."""
 
     number: int
-    requests: np.ndarray
-    positions: np.ndarray
-    phase: np.ndarray
+    requests_B: np.ndarray
+    past: int
+    length: int
+    phase: int
+    mask: torch.Tensor | None
     start_ns: int
     end_ns: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole batch, padding included."""
+        return len(self.requests_B) * self.length
+
+    def columns(self, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return request, position and phase of every token; mask: bool [B, past + length], False where there is padding."""
+        batch, length = len(self.requests_B), self.length
+        phases = np.full((batch, length), self.phase, np.uint8)
+        positions = np.broadcast_to(self.past + np.arange(length), (batch, length))
+        if mask is not None:
+            phases[~mask[:, -length:]] = DUMMY
+            positions = np.maximum(np.cumsum(mask, axis=1)[:, -length:] - 1, 0)
+        return np.repeat(request_id(self.requests_B), length), positions.reshape(-1).astype(np.uint32), phases.reshape(-1)
 
 
 class _Column:
@@ -82,11 +103,14 @@ class _Column:
         """Return a host copy [L, tokens, k]; under a CUDA `stream` it is filled when that stream gets there."""
         assert self._buffer is not None
         part = self._buffer[:, :tokens]
-        if stream is None:
-            return part.clone()
-        pinned = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
-        pinned.copy_(part.contiguous(), non_blocking=True)
-        return pinned
+        return part.clone() if stream is None else _pinned(part)
+
+
+def _pinned(value: torch.Tensor) -> torch.Tensor:
+    """Return a host copy that is filled when the current stream gets there."""
+    pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    pinned.copy_(value.contiguous(), non_blocking=True)
+    return pinned
 
 
 class Capture:
@@ -96,14 +120,16 @@ class Capture:
     """
 
     def __init__(
-        self, model: nn.Module, target: Path, *, name: str | None = None, weights: bool = False, predictions: bool = False, stages: bool = True,
-        rank: int = 0, ranks: int = 1, provenance: Mapping[str, Any] | None = None, checkpoint_s: float = 60.0,
+        self, model: nn.Module, target: Path, *, name: str | None = None, weights: bool | str = False, predictions: bool = False, stages: bool = True,
+        rank: int = 0, ranks: int = 1, plan: Plan | None = None, provenance: Mapping[str, Any] | None = None, checkpoint_s: float = 60.0,
     ) -> None:  # fmt: skip
         """Prepare to record to the folder `target`, which must be empty, new or a trace.
 
-        weights: also what the router weighed its choices with. predictions: also what the next layer's router says to this layer's hidden state (the first
-        layer's: to the hidden state before its attention). stages: times of attention, router, experts … of every layer. rank, ranks: of a distributed run,
-        in which every rank records to a folder of its own. Raises ModelError if the model has no MoE layers, InputError if `target` holds something else.
+        weights: also what the router weighed its choices with; `float16`, `float32`, or True: as precise as the model's parameters. predictions: also what the
+        next layer's router says to this layer's hidden state (the first layer's: to the hidden state before its attention). stages: times of attention, router,
+        experts … of every layer. rank, ranks: of a distributed run, in which every rank records to a folder of its own (see `capture_join.join`). plan: the map
+        and mesh that the ranks serve under, if the experts are spread over them; under tensor parallelism a rank records those tokens that it hands on.
+        Raises ModelError if the model has no MoE layers, InputError if `target` holds something else.
         """
         self.model = model
         self.shape = shape_of(model, name or str(getattr(model.config, "model_type", "model")))
@@ -112,13 +138,16 @@ class Capture:
         self.steps = self.rows = self.incomplete = 0
         """Forward passes, rows written, and passes left out because a layer was not reached."""
         first = next(model.parameters())
-        self._dtype = "float32" if first.dtype == torch.float32 else "float16"
+        self._dtype = weights if isinstance(weights, str) else "float32" if first.dtype == torch.float32 else "float16"
+        if self._dtype not in ("float16", "float32"):
+            raise InputError(describe("Capture", "weights", weights, "must be True, False, 'float16' or 'float32'"))
         self._cuda = first.device.type == "cuda"
         blocks = moe_layers(model)
         self._blocks, self._row = list(blocks.values()), {layer: row for row, layer in enumerate(blocks)}
         self._routers = [router_of(block, self.shape.num_experts) for block in self._blocks] if predictions else []
-        # Group-limited routers choose without an order; best first then means by weight.
-        self._sorts = any(hasattr(child, "e_score_correction_bias") for block in self._blocks for child in block.children())
+        # Group-limited and bias-corrected routers choose without an order; best first then means by weight.
+        unordered = any(hasattr(child, "e_score_correction_bias") for block in self._blocks for child in block.children())
+        self._sorts = unordered or hasattr(model.config, "topk_group")
         count, top_k = len(blocks), self.shape.top_k
         narrow = torch.uint8 if self.shape.dtype.itemsize == 1 else torch.int16
         self._columns = {"experts": _Column(count, top_k, narrow)}
@@ -126,22 +155,25 @@ class Capture:
             self._columns["weights"] = _Column(count, top_k, torch.float32 if self._dtype == "float32" else torch.float16)
         if predictions:
             self._columns["predicted"] = _Column(count, top_k, narrow)
-        self._weights, self._predictions = weights, predictions
+        self._weights, self._predictions = bool(weights), predictions
         self._clock: StageClock | None = None
         if stages:
             self._clock = CudaStageClock() if self._cuda else StageClock()
-        self._ranks, self._checkpoint_s = ranks, checkpoint_s
+        self._checkpoint_s = checkpoint_s
         self._provenance = {"tool": "moesim capture", "version": __version__, "hardware": _hardware(first.device), **(provenance or {})}
-        self._facts: dict[str, Any] = {"parallel": {"ep": ranks, "dp": ranks, "tp": 1}, "clock": "CLOCK_MONOTONIC"}
-        if ranks == 1:
+        self._spread = [module for module in model.modules() if isinstance(module, ExpertParallelExperts)]
+        if plan is None and ranks == 1:
             plan = linear(model=self.shape.model, num_experts=self.shape.num_experts, moe_layer_ids=self.shape.moe_layer_ids, num_ranks=1)
-            self._facts["parallel"]["plans"] = {"0": {**plan.content(), "sha256": sha256_hex(canonical_json(plan.content()))}}
+        ranks = ranks if plan is None else plan.num_ranks
+        self._mesh = Mesh(layout=Layout(dp=ranks) if plan is None else Layout.of(plan), rank=rank, ep=None)
+        self._facts = {"parallel": parallel_facts(ranks, {} if plan is None else {"0": plan.stamped()}), "clock": "CLOCK_MONOTONIC"}
         self._open: _Step | None = None
         self._reached: set[int] = set()
         self._pending: deque[tuple[_Step, dict[str, torch.Tensor], Any]] = deque()
         self._stream = torch.cuda.Stream(first.device) if self._cuda else None
         self._numbers = self._live = np.zeros(0, np.int64)
-        self._next_request = rank * RANK_REQUESTS
+        self._next_request = self._mesh.replica * RANK_REQUESTS
+        self._cache: tuple[int, int] = (0, 0)
         self._handles: list[Any] = []
         self._step_rows: list[tuple[int, ...]] = []
         self._kernel_rows: list[np.ndarray] = []
@@ -153,6 +185,7 @@ class Capture:
     def __enter__(self) -> Capture:
         columns = Columns(weights=self._dtype if self._weights else None, predicted=self._predictions)
         self._writer = TraceWriter(self.target, self.shape, columns=columns, provenance=self._provenance, facts=self._facts)
+        self._writer.checkpoint()  # from now on a killed run leaves what says of which model and run its shards are
         self._saved = time.monotonic()
         self._attach()
         return self
@@ -161,22 +194,27 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for module in self._spread:
+            module.stages = None
         assert self._writer is not None
-        while self._pending:
-            self._write(*self._pending.popleft())
-        if kind is not None and not issubclass(kind, KeyboardInterrupt):
+        failed = kind is not None and not issubclass(kind, KeyboardInterrupt)
+        with contextlib.suppress(RuntimeError) if failed else contextlib.nullcontext():  # a lost device fails again here; the first error counts
+            while self._pending:
+                self._write(*self._pending.popleft())
+            self._finish_stages()
+        self._add_tables()
+        if failed:
             self._writer.checkpoint()  # what was routed until the failure is readable, and marked as unfinished
             return
-        self._finish_stages()
-        self._add_tables()
         self._writer.provenance |= {"steps": self.steps, **({"incomplete_steps": self.incomplete} if self.incomplete else {})}
         self._writer.close()
 
     def _attach(self) -> None:
         if self._clock is not None:
-            self._handles += watch(self.model, (), self._clock)
+            self._handles += watch(self.model, self._spread, self._clock)
         for row, block in enumerate(self._blocks):
-            self._handles.append(block.experts.register_forward_pre_hook(lambda _, args, kwargs, row=row: self._routed(row, args, kwargs), with_kwargs=True))
+            experts = block.experts.shared if isinstance(block.experts, SharedTokens) else block.experts
+            self._handles.append(experts.register_forward_pre_hook(lambda _, args, kwargs, row=row: self._routed(row, args, kwargs), with_kwargs=True))
         if self._predictions:
             names = [name for name, module in self.model.named_modules() if any(child is self._blocks[0] for child in module.children())]
             self._handles.append(self.model.get_submodule(names[0]).register_forward_pre_hook(self._before_first, with_kwargs=True))
@@ -191,31 +229,37 @@ class Capture:
         if inputs is None:
             return
         batch, length = int(inputs.shape[0]), int(inputs.shape[1])
-        cache = kwargs.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
+        past = self._past(kwargs.get("past_key_values"), length)
         if past == 0 or len(self._live) != batch:
             self._live = self._next_request + np.arange(batch)
             self._next_request += batch
         phase = TRAIN if model.training else DECODE if past and length == 1 else PREFILL
-        phases = np.full((batch, length), phase, np.uint8)
-        positions = np.broadcast_to(past + np.arange(length), (batch, length))
         mask = kwargs.get("attention_mask")
-        if not self._cuda and isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
-            real = mask.numpy().astype(bool)  # on CUDA reading it would make the host wait, so padding counts as tokens there
-            phases[~real[:, -length:]] = DUMMY
-            positions = np.maximum(np.cumsum(real, axis=1)[:, -length:] - 1, 0)
+        if not (isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= length):
+            mask = None
         self._reached.clear()
         if self._clock is not None:
             self._clock.start()
-        flat = (np.repeat(request_id(self._live), length), positions.reshape(-1).astype(np.uint32), phases.reshape(-1))
-        self._open = _Step(self.steps, *flat, start_ns=time.monotonic_ns())
+        self._open = _Step(self.steps, self._live, past, length, phase, mask, start_ns=time.monotonic_ns())
+
+    def _past(self, cache: Any, length: int) -> int:
+        """Return the tokens that are in a KV cache; a cache of fixed size says so by a tensor on the device, which must not be waited for."""
+        if cache is None:
+            return 0
+        past = cache.get_seq_length()
+        if isinstance(past, torch.Tensor) and past.is_cuda:
+            known, count = self._cache
+            past = count if known == id(cache) else 0
+        past = int(past)
+        self._cache = id(cache), past + length
+        return past
 
     def _routed(self, row: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step = self._open
         if step is None:  # a recomputation in the backward pass
             return
         values = (*args, *kwargs.values())
-        tokens = len(step.requests)
+        tokens = self._share(step.tokens)
         if len(values) < 3 or len(values[1]) != tokens:
             return
         with torch.no_grad():
@@ -229,7 +273,13 @@ class Capture:
     def _before_first(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._open is not None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            self._predict(0, hidden.reshape(-1, hidden.shape[-1]))
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            self._predict(0, rows[self._mesh.share(len(rows))])
+
+    def _share(self, tokens: int) -> int:
+        """Return how many of a step's tokens this rank hands to the experts."""
+        part = self._mesh.share(tokens)
+        return part.stop - part.start
 
     def _predict(self, row: int, hidden: torch.Tensor) -> None:
         with torch.no_grad():
@@ -243,13 +293,16 @@ class Capture:
             self.incomplete += 1
             return
         self.steps += 1
-        tokens = len(step.requests)
+        tokens = self._share(step.tokens)
         event = None
         if self._stream is not None:
             event = torch.cuda.Event()
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
             with torch.cuda.stream(self._stream):
                 held = {name: column.host(tokens, self._stream) for name, column in self._columns.items()}
+                if step.mask is not None and step.mask.is_cuda:
+                    step.mask.record_stream(self._stream)
+                    step.mask = _pinned(step.mask)
                 event.record(self._stream)
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)  # the next step must not overwrite what is being copied
         else:
@@ -271,17 +324,19 @@ class Capture:
         if self._sorts:
             order = np.argsort(-cubes["weights"], axis=-1, kind="stable")
             experts, cubes["weights"] = (np.take_along_axis(cube, order, -1) for cube in (experts, cubes["weights"]))
-        tokens = len(step.requests)
+        share = self._mesh.share(step.tokens)
+        requests, positions, phases = (column[share] for column in step.columns(None if step.mask is None else step.mask.numpy().astype(bool)))
+        tokens = len(requests)
         assert self._writer is not None
         self._writer.append(
             TokenBatch(
-                step_T=np.full(tokens, step.number, np.uint32), rank_T=np.full(tokens, self.rank, np.uint16), request_T=step.requests,
-                position_T=step.positions, phase_T=step.phase, experts_TLK=experts, weights_TLK=cubes["weights"] if self._weights else None,
+                step_T=np.full(tokens, step.number, np.uint32), rank_T=np.full(tokens, self.rank, np.uint16), request_T=requests,
+                position_T=positions, phase_T=phases, experts_TLK=experts, weights_TLK=cubes["weights"] if self._weights else None,
                 predicted_TLK=cubes["predicted"].view(self.shape.dtype) if self._predictions else None,
             )
         )  # fmt: skip
         self.rows += tokens
-        decode = int((step.phase == DECODE).sum())
+        decode = int((phases == DECODE).sum())
         if len(self._step_rows) < MAX_STEPS:
             self._step_rows.append((step.number, self.rank, 0, tokens - decode, decode, step.start_ns, step.end_ns))
         if time.monotonic() - self._saved > self._checkpoint_s:
@@ -309,16 +364,6 @@ class Capture:
 
 def _hardware(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def join_ranks(folders: list[Path], target: Path) -> int:
-    """Join what the ranks of one run recorded, one folder per rank in their order, to one trace; return its rows.
-
-    Steps are joined by number, up to the last that all ranks have. Raises TraceError if the folders are not of one model, or lack a step.
-    """
-    from moesim.runtime.capture_join import join
-
-    return join(folders, target)
 
 
 def overhead(model: nn.Module, run: Any, target: Path, *, pairs: int = 5, **options: Any) -> dict[str, float]:

@@ -1,10 +1,12 @@
 """Which kernels ran: a torch.profiler window over a few passes, its kernels joined to the stages of the model's layers.
 
-Seconds over the whole window and all layers. On CUDA a kernel belongs to the stage whose range launched it; without a GPU operators take the place of kernels.
+Seconds, tokens and bytes are those of the whole window and all layers. On CUDA a kernel belongs to the stage whose range launched it; without a GPU operators
+take the place of kernels. Bytes are those of the tensors that the operator was given, at the width of the model's parameters; what it wrote is not known.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moesim.runtime.expert_parallel import ExpertParallelExperts
 from moesim.runtime.stages import StageClock, watch
 
 KEEP = 24
@@ -19,47 +22,60 @@ KEEP = 24
 
 
 def profiled(model: nn.Module, run: Callable[[], Any]) -> list[dict[str, Any]]:
-    """Return the longest kernels of `run()`: stage, name, calls, seconds, and the (token, expert) pairs its experts handled for those of stage `experts`."""
+    """Return the longest kernels of `run()`: stage, name, calls, seconds, bytes, the tokens that went through the model, and for those of stage `experts` the
+    (token, expert) pairs that they handled."""
     from torch.profiler import ProfilerActivity, profile
 
-    cuda = next(model.parameters()).is_cuda
+    first = next(model.parameters())
+    cuda, width = first.is_cuda, first.element_size()
     clock = _Ranges()
-    handles = [*watch(model, (), clock), model.register_forward_pre_hook(lambda *_: clock.start()), model.register_forward_hook(lambda *_: clock.stop())]
+    spread = [module for module in model.modules() if isinstance(module, ExpertParallelExperts)]
+    handles = [
+        *watch(model, spread, clock), model.register_forward_pre_hook(clock.begin, with_kwargs=True), model.register_forward_hook(lambda *_: clock.stop()),
+    ]  # fmt: skip
     run()
-    clock.pairs = 0
+    clock.pairs = clock.tokens = 0
     try:
-        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as window:
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])], record_shapes=True) as window:
             run()
             if cuda:
                 torch.cuda.synchronize()
     finally:
         for handle in handles:
             handle.remove()
-    found: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0])
+        for module in spread:
+            module.stages = None
+    found: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0])
     for event in window.events() or ():
         stage = _stage(event)
         if stage is None:
             continue
         parts = [(kernel.name, kernel.duration) for kernel in event.kernels] if cuda else [(event.name, event.self_cpu_time_total)]
+        given = sum(math.prod(shape) for shape in event.input_shapes or () if shape) * width
         for name, micros in parts:
             cell = found[stage, name]
             cell[0] += 1
             cell[1] += float(micros) * 1e-6
+            cell[2] += given
     order = sorted(found, key=lambda key: (-found[key][1], key))[:KEEP]
     rows: list[dict[str, Any]] = []
     for stage, name in order:
-        calls, seconds = found[stage, name]
-        rows.append({"stage": stage, "name": name[:200], "calls": int(calls), "seconds": seconds})
+        calls, seconds, given = found[stage, name]
+        rows.append({"stage": stage, "name": name[:200], "calls": int(calls), "seconds": seconds, "tokens": clock.tokens, "bytes": int(given)})
     return [{**row, "pairs": clock.pairs} if row["stage"] == "experts" else row for row in rows]
 
 
 class _Ranges(StageClock):
-    """Opens the ranges and counts pairs; keeps no times."""
+    """Opens the ranges and counts tokens and pairs; keeps no times."""
 
-    pairs = 0
+    pairs = tokens = 0
+
+    def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.tokens += int(kwargs.get("input_ids", args[0] if args else torch.empty(0)).numel())
+        self.start()
 
     def note(self, nbytes: int, tokens: int) -> None:
-        self.pairs += tokens
+        self.pairs += tokens if self.stage == "experts" else 0
 
     def stop(self) -> None:
         self.take(0)

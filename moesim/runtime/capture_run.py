@@ -6,9 +6,13 @@ Prompts are pieces of a text (by the checkpoint's tokenizer, else its bytes) or 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ import numpy as np
 
 from moesim.errors import InputError, ModelError, describe
 from moesim.files import read_bytes
+from moesim.plan import Plan
 
 SCHEMA = "moesim.capture/1"
 MAX_TEXT_BYTES = 64 << 20
@@ -51,17 +56,44 @@ class Job:
     dtype: str = "float32"
     device: str = "auto"
     threads: int = 0
-    """Of torch on the CPU; 0: as torch likes."""
+    """Of torch on the CPU; 0: as torch likes, or one per rank."""
+    ranks: int = 0
+    """Processes that the experts are spread over; 0: as many as torchrun or srun has started, or this one."""
+    checkpoint_s: float = 60.0
+    """After as many seconds what was recorded is made readable."""
 
 
-def run(job: Job, on_progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Record the job's passes to its target and return the report, schema moesim.capture/1.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """A model, and what is put through it."""
 
-    Raises ModelError if the model cannot be built or loaded, InputError if text or target cannot be used.
+    model: Any
+    name: str
+    origin: str
+    """Of the weights."""
+    device: Any
+    passes: list[np.ndarray]
+    """int64 [B, P] each."""
+
+
+def run(job: Job, on_progress: Callable[[str], None] = lambda text: None) -> dict[str, Any] | None:
+    """Record the job's passes to its target and return the report, schema moesim.capture/1; None in a rank that somebody else started, but the first.
+
+    Raises ModelError if the model cannot be built or loaded, InputError if text or target cannot be used, ApplyError if a rank is lost.
     """
-    import torch
+    from moesim.runtime import capture_ranks
 
-    from moesim.runtime.capture import Capture, overhead
+    if (told := capture_ranks.told(os.environ, job.ranks)) is not None:
+        return capture_ranks.be_rank(job, *told, on_progress)
+    if job.ranks > 1:
+        return capture_ranks.launch(job, on_progress)
+    with ended_in_order():
+        return record(job, load(job), job.target, on_progress=on_progress)
+
+
+def load(job: Job) -> Ready:
+    """Return the model and the passes of a job."""
+    import torch
 
     device = _device(job.device)
     if job.threads:
@@ -70,20 +102,38 @@ def run(job: Job, on_progress: Callable[[str], None] = lambda text: None) -> dic
     model.to(device)
     model.eval()
     model.generation_config.pad_token_id = model.generation_config.eos_token_id = None
-    vocab = int(model.config.vocab_size)
-    passes = [torch.from_numpy(part).to(device) for part in _passes(job, vocab, tokenizer)]
-    options: dict[str, Any] = {"name": name, "weights": job.weights, "predictions": job.predictions, "stages": job.stages}
-    provenance: dict[str, Any] = {"model_weights": origin, "input": "text" if job.text else "Zipf-distributed ids", "seed": job.seed, "versions": versions()}
+    return Ready(model=model, name=name, origin=origin, device=device, passes=_passes(job, int(model.config.vocab_size), tokenizer))
+
+
+def record(
+    job: Job, ready: Ready, target: Path, *, rank: int = 0, held: Any = None, plan: Plan | None = None, mesh: Any = None, run_id: str | None = None,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Record the passes to `target` and return the report.
+
+    held, plan, mesh: this rank's part of a model that is spread over ranks (a collective of all of them). run_id: the same on all ranks.
+    """
+    import torch
+
+    from moesim.runtime.capture import Capture, overhead
+
+    model = ready.model
+    passes = [torch.from_numpy(part).to(ready.device) for part in ready.passes]
+    options: dict[str, Any] = {"name": ready.name, "weights": job.weights, "predictions": job.predictions, "stages": job.stages, "rank": rank, "plan": plan}
+    provenance: dict[str, Any] = {
+        "model_weights": ready.origin, "input": "text" if job.text else "Zipf-distributed ids", "seed": job.seed, "versions": versions(),
+        **({"run": run_id} if run_id else {}),
+    }  # fmt: skip
 
     def forward(part: Any) -> None:
         with torch.inference_mode():
             model(input_ids=part, use_cache=False)
 
-    scratch = job.target.parent / f".{job.target.name}.overhead-{os.getpid()}"
+    scratch = target.parent / f".{target.name}.overhead-{os.getpid()}"
     try:
         cost = overhead(model, lambda: forward(passes[0]), scratch, **options)
     finally:
-        _remove(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
     if job.profile:
         from moesim.runtime.capture_profile import profiled
 
@@ -94,7 +144,7 @@ def run(job: Job, on_progress: Callable[[str], None] = lambda text: None) -> dic
         provenance["kernels"] = profiled(model, window)
         provenance["profiled_passes"] = job.profile
     began, done = time.perf_counter(), 0
-    with Capture(model, job.target, provenance=provenance, **options) as capture:
+    with Capture(model, target, provenance=provenance, checkpoint_s=job.checkpoint_s, **options) as capture:
         for part in passes:
             if job.generate:
                 with torch.inference_mode():
@@ -106,13 +156,35 @@ def run(job: Job, on_progress: Callable[[str], None] = lambda text: None) -> dic
             done += part.numel()
             on_progress(f"{done} prompt tokens")
         if job.train:
-            _train(model, passes, job.train, on_progress)
+            _train(model, passes, job.train, on_progress, held, mesh)
     return {
-        "schema": SCHEMA, "trace": str(job.target), "model": name, "weights": origin, "device": str(device), "steps": capture.steps, "rows": capture.rows,
-        "incomplete_steps": capture.incomplete, "bytes": sum(path.stat().st_size for path in job.target.iterdir()), "wall_s": time.perf_counter() - began,
+        "schema": SCHEMA, "trace": str(target), "model": ready.name, "weights": ready.origin, "device": str(ready.device), "ranks": 1, "steps": capture.steps,
+        "rows": capture.rows, "incomplete_steps": capture.incomplete, "bytes": size_of(target), "wall_s": time.perf_counter() - began,
         "overhead": {"without_ms": cost["without_s"] * 1e3, "recording_ms": cost["recording_s"] * 1e3, "share": cost["overhead"]},
-        "stages": "CUDA events" if job.stages and device.type == "cuda" else "host clock" if job.stages else None,
+        "stages": "CUDA events" if job.stages and ready.device.type == "cuda" else "host clock" if job.stages else None,
     }  # fmt: skip
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+@contextlib.contextmanager
+def ended_in_order() -> Iterator[None]:
+    """Let SIGTERM end what runs inside like an error, so that a recorder makes readable what it has."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def versions() -> dict[str, str]:
@@ -175,7 +247,7 @@ def _passes(job: Job, vocab: int, tokenizer: Any) -> list[np.ndarray]:
     return [np.ascontiguousarray(whole[start : start + job.batch]) for start in range(0, len(whole), job.batch)]
 
 
-def _train(model: Any, passes: list[Any], steps: int, on_progress: Callable[[str], None]) -> None:
+def _train(model: Any, passes: list[Any], steps: int, on_progress: Callable[[str], None], held: Any, mesh: Any) -> None:
     import torch
 
     model.train()
@@ -187,13 +259,11 @@ def _train(model: Any, passes: list[Any], steps: int, on_progress: Callable[[str
         part = passes[index % len(passes)]
         loss = model(input_ids=part, labels=part, use_cache=False).loss
         loss.backward()
+        if held is not None:
+            from moesim.runtime.training import sum_gradients
+
+            sum_gradients(held, mesh)
         optimizer.step()
         optimizer.zero_grad()
         on_progress(f"training step {index + 1} of {steps}")
     model.eval()
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)

@@ -9,6 +9,7 @@ That is the deployment's own recorder; `moesim.runtime.capture` records any Hugg
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -104,7 +105,7 @@ def publish(folder: Path, ranks: int, shape: TraceShape, target: Path, provenanc
     tokens = [np.memmap(folder / f"tokens-{rank}", token_dtype(shape), mode="r", shape=(int(starts[rank][-1]),)) for rank in range(ranks)]
     try:
         plans = _plans(folder, steps[0]["epoch"])
-        facts = {"parallel": {"ep": ranks, "dp": ranks, "tp": 1, **({"plans": plans} if plans else {})}, "clock": "CLOCK_MONOTONIC"}
+        facts = {"parallel": parallel_facts(ranks, plans), "clock": "CLOCK_MONOTONIC"}
         with TraceWriter(fresh, shape, provenance={**provenance, "steps": count}, facts=facts) as writer:
             for index in range(count):
                 for rank in range(ranks):
@@ -150,6 +151,13 @@ def _kernels(folder: Path, ranks: int, steps: Sequence[np.ndarray]) -> dict[str,
     return {"rank": rank_K[order], **{name: joined[name][order] for name in ROW.names or ()}}
 
 
+def parallel_facts(ranks: int, plans: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a manifest says of `ranks` expert-parallel ranks: their degrees, which all of a run's plans share, and the plans by epoch."""
+    told = next(iter(plans.values()))["parallel"] if plans else {}
+    tp = int(told.get("tp", 1))
+    return {"tp": tp, "ep": ranks, "dp": ranks // tp, "pp": int(told.get("pp", 1)), **({"plans": dict(plans)} if plans else {})}
+
+
 def check_target(target: Path) -> None:
     """Raise InputError if `target` exists and holds anything but a trace, because publishing replaces it."""
     if target.exists() and not target.is_dir():
@@ -164,9 +172,25 @@ def check_target(target: Path) -> None:
 
 
 def _replace(fresh: Path, target: Path) -> None:
+    """Put `fresh` where `target` is in one move: a process that is killed here leaves one or the other."""
     check_target(target)
+    if not target.exists():
+        os.rename(fresh, target)
+        return
     old = target.parent / f".{target.name}.old-{os.getpid()}"
-    if target.exists():
+    if _exchange(fresh, target):  # what was at `target` is now at `fresh`
+        os.rename(fresh, old)
+    else:
         os.rename(target, old)
-    os.rename(fresh, target)
+        os.rename(fresh, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders (Linux); return False where the system cannot."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_cwd, swap = -100, 2
+    return bool(call(at_cwd, os.fsencode(one.absolute()), at_cwd, os.fsencode(other.absolute()), swap) == 0)

@@ -16,7 +16,7 @@ from moesim.files import read_json
 from moesim.model.hf_config import LIBRARY, parse_config, resolve_name
 from moesim.model.moe_model import MoEModel
 
-FAMILIES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "gpt_oss", "deepseek_v3", "minimax_m2")
+FAMILIES = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral", "gpt_oss", "deepseek_v2", "deepseek_v3", "minimax_m2")
 FULL_SIZE_LIMIT = 1 << 30
 """Bytes of weights up to which a configuration is built as it is."""
 CONFIG_LIMIT = 4 << 20
@@ -107,7 +107,7 @@ def _tiny_widths(config: dict[str, Any]) -> dict[str, Any]:
     widths |= {"tie_word_embeddings": False, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
     widths |= {key: 32 for key in ("moe_intermediate_size", "shared_expert_intermediate_size") if key in config}
     widths["intermediate_size"] = 64 if "moe_intermediate_size" in config else 32
-    if config["model_type"] == "deepseek_v3":
-        widths |= {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4}
+    if config["model_type"] in ("deepseek_v2", "deepseek_v3"):
+        widths |= {"q_lora_rank": 32 if config.get("q_lora_rank") else None, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4}
         del widths["head_dim"]
     return widths

@@ -47,6 +47,11 @@ class StageClock:
             self._range = torch.autograd.profiler.record_function(f"moesim/L{layer}/{stage}")
             self._range.__enter__()
 
+    @property
+    def stage(self) -> str | None:
+        """Name of the current stage."""
+        return None if self._open is None else STAGES[self._open[1]]
+
     def note(self, nbytes: int, tokens: int) -> None:
         """Say what the current stage moves to other ranks, and how many (token, expert) rows it handles."""
         self._noted = nbytes, tokens

@@ -136,7 +136,7 @@ def split(model: nn.Module, mesh: Mesh, place: str) -> tuple[dict[str, int], lis
     tp = mesh.layout.tp
     plan = {**(getattr(config, "base_model_tp_plan", None) or {}), **OWN.get(config.model_type, {})}
     plan = {pattern: style for pattern, style in plan.items() if ".experts" not in pattern}
-    kv_heads = config.num_attention_heads if config.model_type == "deepseek_v3" else config.num_key_value_heads
+    kv_heads = config.num_attention_heads if config.model_type in ("deepseek_v2", "deepseek_v3") else config.num_key_value_heads
     for name, heads in (("attention heads", config.num_attention_heads), ("key-value heads", kv_heads)):
         if heads % tp:
             raise PlanError(describe(place, "parallel.tp", tp, f"must divide the {heads} {name} of the model"))

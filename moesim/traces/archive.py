@@ -49,7 +49,8 @@ class FolderArchive:
         try:
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
-            rule = "the recording was not finished, or this is not a moetrace/1 folder" if name == MANIFEST else "copy the whole folder again"
+            unfinished = "the recording was not finished, or this is not a moetrace/1 folder; record or import the trace again"
+            rule = unfinished if name == MANIFEST else "copy the whole folder again"
             raise TraceError(f"{path}: does not exist; {rule}") from None
         except OSError as cause:
             raise TraceError(f"{path}: cannot be opened ({cause.strerror or cause}); it must be a readable file, not a link") from None

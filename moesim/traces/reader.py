@@ -33,6 +33,10 @@ def open_stored(path: Path) -> RoutingTrace:
     if len(text) > MAX_MANIFEST_BYTES:
         raise TraceError(describe(f"{archive.place}/{MANIFEST}", "size", f"> {MAX_MANIFEST_BYTES} B", "is too large for a manifest"))
     manifest = parse_manifest(text, archive.place)
+    if manifest.provenance.get("unfinished") and not manifest.num_rows:
+        raise TraceError(
+            f"{archive.place}: the recording was cut off, or is still going on, before its first checkpoint; save what there is by `moesim trace repair`"
+        )
     store = _Store(archive, manifest)
     for shard in manifest.shards:
         store.check_size(shard)

@@ -14,11 +14,8 @@ pytest.importorskip("transformers", reason="the runtime needs transformers")
 
 from moesim import api  # noqa: E402
 from moesim.errors import InputError, ModelError, TraceError  # noqa: E402
-from moesim.runtime.capture import (  # noqa: E402
-    Capture,
-    join_ranks,
-    overhead,
-)
+from moesim.runtime.capture import Capture, overhead  # noqa: E402
+from moesim.runtime.capture_join import join  # noqa: E402
 from moesim.runtime.capture_run import Job, run  # noqa: E402
 from moesim.runtime.model import build, moe_layers, router_of  # noqa: E402
 from moesim.runtime.spec import read_spec  # noqa: E402
@@ -39,6 +36,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_routed_experts": 8, "n_shared_experts": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "q_lora_rank": 16,
         "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4, "routed_scaling_factor": 2.5,
         "norm_topk_prob": True, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+    },
+    "deepseek_v2": {
+        "n_routed_experts": 8, "n_shared_experts": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "q_lora_rank": 16,
+        "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4, "topk_method": "group_limited_greedy",
     },
     "gpt_oss": {"num_local_experts": 8, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
 }  # fmt: skip
@@ -98,7 +99,7 @@ def test_the_trace_holds_what_the_routers_chose(tmp_path: Path, family: str) -> 
         model(input_ids=tokens, use_cache=False)
     rows = rows_of(tmp_path / "t")
     assert rows.weights_TLK is not None and rows.predicted_TLK is not None
-    if family == "deepseek_v3":  # its router chooses without an order; a trace is best first
+    if family.startswith("deepseek"):  # its router chooses without an order; a trace is best first
         order = np.argsort(-weights_NLk, axis=-1, kind="stable")
         ids_NLk, weights_NLk = (np.take_along_axis(cube, order, -1) for cube in (ids_NLk, weights_NLk))
     assert (rows.experts_TLK == ids_NLk).all() and (rows.weights_TLK == weights_NLk).all()
@@ -108,7 +109,7 @@ def test_the_trace_holds_what_the_routers_chose(tmp_path: Path, family: str) -> 
         with torch.inference_mode():
             wanted = router_of(blocks[row], model_experts(model))(hidden[row - 1])[2]
         assert (np.sort(rows.predicted_TLK[:, row]) == np.sort(wanted.numpy())).all()
-    if family == "deepseek_v3":
+    if family.startswith("deepseek"):
         assert open_trace(str(tmp_path / "t")).shape.num_groups == 4
 
 
@@ -218,7 +219,7 @@ def test_ranks_record_by_themselves_and_are_joined_in_order(tmp_path: Path) -> N
         with Capture(model, folder, rank=rank, ranks=2), torch.inference_mode():
             for number in range(3 - rank):
                 model(input_ids=torch.arange(4 + number)[None] + rank)
-    assert join_ranks(folders, tmp_path / "t") == 2 * (4 + 5)
+    assert join(folders, tmp_path / "t") == {"rows": 2 * (4 + 5), "steps": 2, "steps_left_out": 1}
     rows, trace = rows_of(tmp_path / "t"), open_trace(str(tmp_path / "t"))
     assert list(zip(rows.step_T.tolist(), rows.rank_T.tolist(), strict=True)) == [(0, 0)] * 4 + [(0, 1)] * 4 + [(1, 0)] * 5 + [(1, 1)] * 5
     assert len(set(rows.request_T.tolist())) == 4 and trace.provenance["steps_left_out"] == 1
