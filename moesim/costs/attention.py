@@ -72,6 +72,12 @@ class AttentionCost:
         """Return the part of the block that depends on its tokens alone: the norm and, but for MLA, projections and rotary embedding."""
         return zero_where(total(*self._projections(tokens, tp)), tokens <= 0)
 
+    def before_scores(self, tokens: np.ndarray, tp: int) -> Timing:
+        """Return the part of a decode block that comes before its scores: norm, projections of queries, keys and values, rotary embedding."""
+        norm, *rest = self._projections(tokens, tp)
+        parts = self._mla_before_scores("decode", tokens, self._model.attention.num_heads // tp) if self._model.attention.kind == "mla" else rest[:2]
+        return zero_where(total(norm, *parts), tokens <= 0)
+
     def core_of(self, phase: str, sequences: np.ndarray, new_tokens: np.ndarray, context: np.ndarray, tp: int) -> Timing:
         """Return the part of the block that depends on phase and context: scores and values, for MLA its projections too, whose form differs by phase."""
         return zero_where(total(*self._core_of(phase, sequences, new_tokens, context, tp)), np.asarray(new_tokens) <= 0)
@@ -229,19 +235,28 @@ class AttentionCost:
         if block is not None:
             return (self._evaluate(block, phase, batch, tokens, kv_length, read, 0, block.worst, block.scale),)
         nope, rope, value = attention.qk_nope_head_dim or 0, attention.qk_rope_head_dim or 0, attention.v_head_dim or attention.head_dim
-        lora, rank = attention.kv_lora_rank or 0, attention.q_lora_rank
-        parts = [self._gemm("attention.kv_a", tokens, (rank or 0) + cached_width, hidden, self._dtype)]
-        parts.append(self._gemm("attention.q_b", tokens, heads * (nope + rope), rank or hidden, self._dtype))
-        parts.append(self._roofline.stream("rotary", 2.0 * tokens * (heads * (nope + rope) + cached_width) * self._bytes))
+        lora = attention.kv_lora_rank or 0
+        parts = self._mla_before_scores(phase, tokens, heads)
         if phase == "prefill":
-            parts.append(self._gemm("attention.kv_b", tokens, heads * (nope + value), lora, self._dtype))
             parts.append(self.core(phase, batch, tokens, kv_length, heads=heads, kv_heads=heads, head_dim=nope + rope, value_dim=value))
         else:
-            parts.append(self._gemm("attention.absorb_k", tokens, heads * lora, nope, "bfloat16"))
             parts.append(self._mla_decode(batch, tokens, kv_length, read, heads))
             parts.append(self._gemm("attention.absorb_v", tokens, heads * value, lora, "bfloat16"))
         parts.append(self._gemm("attention.output", tokens, hidden, heads * value, self._dtype))
         return tuple(parts)
+
+    def _mla_before_scores(self, phase: str, tokens: np.ndarray, heads: int) -> list[Timing]:
+        attention, hidden = self._model.attention, self._model.hidden_size
+        nope, rope, value = attention.qk_nope_head_dim or 0, attention.qk_rope_head_dim or 0, attention.v_head_dim or attention.head_dim
+        lora, rank = attention.kv_lora_rank or 0, attention.q_lora_rank
+        parts = [
+            self._gemm("attention.kv_a", tokens, (rank or 0) + lora + rope, hidden, self._dtype),
+            self._gemm("attention.q_b", tokens, heads * (nope + rope), rank or hidden, self._dtype),
+            self._roofline.stream("rotary", 2.0 * tokens * (heads * (nope + rope) + lora + rope) * self._bytes),
+        ]
+        if phase == "prefill":
+            return [*parts, self._gemm("attention.kv_b", tokens, heads * (nope + value), lora, self._dtype)]
+        return [*parts, self._gemm("attention.absorb_k", tokens, heads * lora, nope, "bfloat16")]
 
     def _block(self, phase: str, heads: int) -> _Core | None:
         """Return the table of the whole MLA block, if the model has the dimensions it was measured at."""

@@ -3,7 +3,8 @@
     t_r = max(scale-up bytes / rate, scale-out bytes / rate) of rank r, out and in apart      n*_r = t_r / (t of one balanced token of the table)
     time_r = table(n*_r)
 
-n* is the number of balanced tokens that would load the rank's busiest port as much. The rates are the slopes of the tables at large sizes. Times are
+n* is the number of balanced tokens that would load the rank's busiest port as much. Low-latency messages travel without SMs: of their time, kernels
+before and after take the SMs, and whatever computes meanwhile waits for those. The rates are the slopes of the tables at large sizes. Times are
 those of the transfer kernels; the notification that precedes high-throughput dispatch between nodes is a synchronisation and is left out. Without
 a table: latency + bytes / (bandwidth · declared efficiency).
 """
@@ -32,6 +33,11 @@ GROUP_LIMIT = 4
 ROUNDING = 1e-9
 EVEN = 0.1
 """Loads within this share of their mean count as the table's own (random, balanced) distribution."""
+SEND_S, SEND_S_PER_BYTE = 13.3e-6, 1.58e-12
+"""The kernel that packs and issues low-latency messages, by the bytes of the messages. Source: DeepEP pull request 500 and its authors' report (H20, EP 16,
+dispatch of 8-128 tokens: 13.5, 16.3, 14.6, 18.1, 19.9, 25.1 us); it gives 36.5 us for a combine of 128 tokens, pull request 425 measured 38-42 us."""
+RECEIVE_S = 5.0e-6
+"""The kernel that unpacks them, beside reading and writing them in memory. Source: as above (5.4-10.6 us); combine of 128 tokens: 10.5, measured 10.2 us."""
 _TABLES = {"normal": "normal", "low_latency": "ll"}
 
 
@@ -49,6 +55,10 @@ class ExchangeTiming:
     """`local`, `intra_node` (scale-up link), `inter_node` (scale-out link): bytes over all ranks, [...]."""
     port_bytes: dict[str, np.ndarray] = field(default_factory=dict)
     """`intra_out`, `intra_in`, `inter_out`, `inter_in`: bytes of every rank's ports, [..., R]."""
+    send_kernel_s: np.ndarray | None = None
+    """The part of both times in which the SMs pack and issue the messages, [..., R]; None where no kernel can leave while they travel."""
+    receive_kernel_s: np.ndarray | None = None
+    """The part in which the SMs unpack, or reduce, what has come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +83,10 @@ class _Reference:
 class ExchangeCost:
     """Times of dispatch and combine for one model on one cluster."""
 
-    def __init__(self, model: MoEModel, devices: int, tables: Tables, links: LinkModel, policy: Policy) -> None:
+    def __init__(self, model: MoEModel, devices: int, tables: Tables, links: LinkModel, policy: Policy, memory_Bps: float = np.inf) -> None:
+        """memory_Bps: what kernels reach of the device's memory."""
         self._model = model
+        self._memory_Bps = memory_Bps
         self._devices = devices
         self._tables = tables
         self._links = links
@@ -123,13 +135,26 @@ class ExchangeCost:
             both = algorithm == "2dh"
             sent = self._links.all_to_all(moved.up_out, moved.out_out, ranks=num_ranks, devices=devices, one_after_the_other=both)
             received = self._links.all_to_all(moved.up_in, moved.out_in, ranks=num_ranks, devices=devices, one_after_the_other=both)
+        kernels = self._kernels(stage, moved, np.minimum(sent.seconds, received.seconds)) if algorithm == "low_latency" and num_ranks > 1 else (None, None)
         return ExchangeTiming(
             send_s=sent.seconds,
             recv_s=received.seconds,
             provenance=np.maximum(sent.provenance, received.provenance),
             bytes={"local": moved.local.sum(axis=-1), "intra_node": moved.up_out.sum(axis=-1), "inter_node": moved.out_out.sum(axis=-1)},
             port_bytes={"intra_out": moved.up_out, "intra_in": moved.up_in, "inter_out": moved.out_out, "inter_in": moved.out_in},
+            send_kernel_s=kernels[0],
+            receive_kernel_s=kernels[1],
         )
+
+    def _kernels(self, stage: str, moved: Ports, most_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the time of the kernels before and after the messages travel, together at most `most_s`."""
+        out, into = moved.up_out + moved.out_out + moved.local, moved.up_in + moved.out_in + moved.local
+        # Dispatch copies every message that came; combine reads one per choice and writes one sum.
+        touched = into * (2.0 if stage == "dispatch" else 1.0 + 1.0 / max(self._model.top_k, 1))
+        send = np.where(out > 0, SEND_S + SEND_S_PER_BYTE * out, 0.0)
+        receive = np.where(into > 0, RECEIVE_S + touched / self._memory_Bps, 0.0)
+        fits = np.minimum(1.0, most_s / np.maximum(send + receive, 1e-30))
+        return send * fits, receive * fits
 
     def copies(self, algorithm: str, *, assign_RR: np.ndarray | None, copy_RR: np.ndarray | None, node_RN: np.ndarray | None) -> Ports:
         """Return the copies on every port in the direction of dispatch; dispatch and combine share them."""

@@ -5,6 +5,7 @@
 `first(A)` is the table's time with one token on each of A experts (weights are read once per activated expert), `extra(m)` what m tokens cost an
 expert beyond the first, linear in tile-rounded m. Both are read from balanced rows. Slots enter as a sum because tiles of all experts share the SMs.
 `anchor` is the table over the same formula for the balanced load of equal size, so a balanced grid point is reproduced exactly.
+High-throughput exchanges bring one row per token, which kernels copy to each of its experts and sum afterwards: a cost per row, beside that per choice.
 Shapes: R ranks, C slots of a rank (padded). A shape that no row has is scaled from the nearest by hidden·ffn, to which bytes and FLOPs are proportional.
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 from moesim.costs.interpolation import Curve, Work, identity, tiles
 from moesim.costs.provenance import Policy, Provenance, Timing
 from moesim.costs.roofline import Roofline
-from moesim.costs.tables import MOE_DTYPES, Tables
+from moesim.costs.tables import MOE_DTYPES, Rows, Tables
 from moesim.model.moe_model import DTYPE_BYTES, MoEModel
 
 TILE = 64.0
@@ -27,6 +28,8 @@ MAX_TABLE = 1 << 16
 GROUPED = ("hidden_size", "inter_size", "slots", "active", "assignments", "latency_s")
 FULL = 0.98
 """Share of the slots that have tokens from which rows of random routing count as balanced."""
+BUSY = 2.0
+"""Times the least time of a table from which its rows count as work, not launches."""
 TILED: Work = tiles((np.inf, TILE))
 
 
@@ -48,12 +51,16 @@ class Balanced:
 class ExpertLaw:
     """The fitted cost of one expert shape."""
 
-    def __init__(self, rows: list[Balanced], *, scale: float, worst: Provenance, work: Work = TILED, by_active: bool = False, each_s: float = 0.0) -> None:
+    def __init__(
+        self, rows: list[Balanced], *, scale: float, worst: Provenance, work: Work = TILED, by_active: bool = False, each_s: float = 0.0, row_s: float = 0.0
+    ) -> None:
         """Fit the curves to balanced rows, in order of their number of slots.
 
         by_active: the rows count activated experts, not slots. each_s: seconds per assignment of what the rows leave out (activation between the products).
+        row_s: seconds per token that reaches the rank, however many of its experts lie there.
         """
         self.scale = scale
+        self.row_s = row_s
         self.worst = worst
         self._work = work
         self._by_active = by_active
@@ -197,6 +204,27 @@ def grouped_rows(rows: Mapping[str, np.ndarray], mine: np.ndarray) -> list[Balan
     return [Balanced.build(int(count), rows["assignments"][at], rows["latency_s"][at]) for count in counts if (at := used & (rows["slots"] == count)).any()]
 
 
+def _by_slots(rows: Mapping[str, np.ndarray], seconds: np.ndarray) -> list[Balanced]:
+    """Return rows of uniform routing over expert-parallel ranks, `num_tokens` on all of them, by number of slots of the timed one."""
+    slots = rows["num_experts"] // rows["moe_ep_size"]
+    assignments = rows["num_tokens"] * rows["topk"] / rows["moe_ep_size"]
+    return [Balanced.build(int(count), assignments[slots == count], seconds[slots == count]) for count in np.unique(slots)]
+
+
+def row_seconds(rows: Mapping[str, np.ndarray]) -> float:
+    """Return the seconds per row of a table that times rank 0 on the rows of all `num_tokens` tokens, of which it has num_tokens · topk / ranks choices.
+
+    Least relative squares of seconds = first + per choice · choices + per row · rows over the rows that take twice the least time or more, which the
+    launches no longer rule. Tables of 4 to 256 ranks tell the two slopes apart.
+    """
+    seconds = rows["latency_s"]
+    busy = seconds >= BUSY * seconds.min()
+    terms = np.stack([np.ones(len(seconds)), rows["num_tokens"] * rows["topk"] / rows["moe_ep_size"], rows["num_tokens"]], axis=1)
+    if np.linalg.matrix_rank(terms[busy]) < terms.shape[1]:
+        return 0.0
+    return max(float(np.linalg.lstsq(terms[busy] / seconds[busy, None], np.ones(int(busy.sum())), rcond=None)[0][2]), 0.0)
+
+
 class ExpertCost:
     """Times of the routed experts of one model on one device."""
 
@@ -205,20 +233,22 @@ class ExpertCost:
         self._tables = tables
         self._roofline = roofline
         self._policy = policy
-        self._laws: dict[int, ExpertLaw] = {}
+        self._laws: dict[tuple[int, bool], ExpertLaw] = {}
 
-    def law(self, expert_tp: int) -> ExpertLaw:
-        """Return the fitted law for experts split over `expert_tp` ranks."""
-        if expert_tp not in self._laws:
-            self._laws[expert_tp] = self._build(expert_tp)
-        return self._laws[expert_tp]
+    def law(self, expert_tp: int, *, sorts: bool = False) -> ExpertLaw:
+        """Return the fitted law for experts split over `expert_tp` ranks; sorts: with the kernels that copy rows to experts and sum what these return."""
+        if (expert_tp, sorts) not in self._laws:
+            self._laws[expert_tp, sorts] = self._build(expert_tp, sorts)
+        return self._laws[expert_tp, sorts]
 
-    def _build(self, expert_tp: int) -> ExpertLaw:
+    def _build(self, expert_tp: int, sorts: bool) -> ExpertLaw:
         model = self._model
         dtype = MOE_DTYPES.get(model.expert_dtype)
         missing = f"moe_dtype={dtype or model.expert_dtype}, hidden_size={model.hidden_size}, inter_size={model.expert_ffn_size}, moe_tp_size={expert_tp}"
         if dtype is not None:
-            law = self._grouped(dtype, expert_tp, missing)
+            law = self._grouped(dtype, expert_tp, sorts, missing)
+            if law is None and sorts and expert_tp == 1:
+                law = self._sorting(dtype, missing)
             if law is not None:
                 return law
             rows, worst = self._expert_parallel_rows(dtype) if expert_tp == 1 else ([], Provenance.MEASURED)
@@ -235,7 +265,7 @@ class ExpertCost:
         self._policy.fall_back("experts", self._tables.label("moe"), missing, Provenance.ROOFLINE)
         return self._roofline_law(expert_tp)
 
-    def _grouped(self, dtype: str, expert_tp: int, missing: str) -> ExpertLaw | None:
+    def _grouped(self, dtype: str, expert_tp: int, sorts: bool, missing: str) -> ExpertLaw | None:
         """Return the law of the device's own grouped products; of the nearest shape, in proportion to hidden·ffn, where it lacks this one."""
         rows = self._tables.rows("grouped_gemm", *GROUPED, where={"moe_dtype": dtype}, transfer=False)
         if rows is None or self._tables.own("moe"):
@@ -249,35 +279,44 @@ class ExpertCost:
         if worst > Provenance.MEASURED:
             self._policy.fall_back("experts", self._tables.label("grouped_gemm"), missing, worst)
         scale = model.hidden_size * width / float(rows["hidden_size"][best] * rows["inter_size"][best]) * (1.0 if model.gated_ffn else 2 / 3)
-        # InferSim times the two products alone; the activation between them reads two halves and writes one.
-        alone = (self._tables.stem("grouped_gemm") or "").endswith("_infersim")
-        each_s = 6.0 * width / self._roofline.reached_Bps if alone else 0.0
-        work = identity if self._roofline.is_cpu else TILED
-        return ExpertLaw(grouped_rows(rows, mine), scale=scale, worst=worst, work=work, by_active=True, each_s=each_s)
+        each = row = 0.0
+        if (self._tables.stem("grouped_gemm") or "").endswith("_infersim"):
+            # InferSim times the two products alone; the activation between them reads two halves and writes one.
+            each = 6.0 * width
+            if sorts:
+                # The row is read and written for every expert, its quantised activation likewise, the expert's result read; the sum is written.
+                hidden, bits = model.hidden_size, DTYPE_BYTES.get(model.expert_dtype, 2.0)
+                each += 2.0 * bits * hidden + (2.0 + bits) * width * (bits < 2) + 2.0 * hidden
+                row = 2.0 * hidden
+        reached, work = self._roofline.reached_Bps, identity if self._roofline.is_cpu else TILED
+        balanced = grouped_rows(rows, mine)
+        return ExpertLaw(balanced, scale=scale, worst=worst, work=work, by_active=True, each_s=each / reached, row_s=row / reached)
+
+    def _sorting(self, dtype: str, missing: str) -> ExpertLaw | None:
+        """Return the law of rows measured with the copies and sums around the products, as high-throughput exchanges need them."""
+        if self._tables.prefers("moe") and not self._tables.prefers("wideep_moe_context"):
+            return None
+        rows = self._wide_rows("wideep_moe_context", dtype)
+        if rows is None:
+            return None
+        row_s = row_seconds(rows)
+        without = rows["latency_s"] - row_s * rows["num_tokens"]
+        worst = max(rows.worst, Provenance.CALIBRATED)
+        if worst > Provenance.CALIBRATED:
+            self._policy.fall_back("experts", self._tables.label("wideep_moe_context"), missing, worst)
+        return ExpertLaw(_by_slots(rows, without), scale=1.0, worst=worst, row_s=row_s)
 
     def _expert_parallel_rows(self, dtype: str) -> tuple[list[Balanced], Provenance]:
         """Return the rows measured under expert parallelism: num_tokens counts all ranks, uniform routing."""
-        model = self._model
         if self._tables.prefers("moe") and not self._tables.prefers("wideep_moe_generation"):
             return [], Provenance.MEASURED  # another engine's kernels; the wanted one has its own one-rank rows
-        rows = self._tables.rows(
-            "wideep_moe_generation",
-            "num_tokens",
-            "topk",
-            "num_experts",
-            "moe_ep_size",
-            "latency_s",
-            where={"moe_dtype": dtype, "hidden_size": model.hidden_size, "inter_size": model.expert_ffn_size, "moe_tp_size": 1, "distribution": "uniform"},
-        )
-        if rows is None:
-            return [], Provenance.MEASURED
-        result = []
-        slots = rows["num_experts"] // rows["moe_ep_size"]
-        for count in np.unique(slots):
-            mine = slots == count
-            assignments = rows["num_tokens"][mine] * rows["topk"][mine] / rows["moe_ep_size"][mine]
-            result.append(Balanced.build(int(count), assignments, rows["latency_s"][mine]))
-        return result, rows.worst
+        rows = self._wide_rows("wideep_moe_generation", dtype)
+        return ([], Provenance.MEASURED) if rows is None else (_by_slots(rows, rows["latency_s"]), rows.worst)
+
+    def _wide_rows(self, kind: str, dtype: str) -> Rows | None:
+        model = self._model
+        where = {"moe_dtype": dtype, "hidden_size": model.hidden_size, "inter_size": model.expert_ffn_size, "moe_tp_size": 1, "distribution": "uniform"}
+        return self._tables.rows(kind, "num_tokens", "topk", "num_experts", "moe_ep_size", "latency_s", where=where)
 
     def _nearest(self, dtype: str, expert_tp: int) -> tuple[Balanced, float, Provenance] | None:
         """Return balanced one-rank rows of the nearest shape, the factor to this model's shape, and the class."""

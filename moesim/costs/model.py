@@ -53,7 +53,7 @@ class CostModel:
         self._stages = StageCost(model, tables)
         self._attention = AttentionCost(model, tables, self.gemm, self.roofline, self._policy, self._linear)
         self._experts = ExpertCost(model, tables, self.roofline, self._policy)
-        self._exchange = ExchangeCost(model, cluster.devices_per_node, tables, self.links, self._policy)
+        self._exchange = ExchangeCost(model, cluster.devices_per_node, tables, self.links, self._policy, self.roofline.reached_Bps)
 
     @property
     def strict(self) -> bool:
@@ -80,6 +80,10 @@ class CostModel:
         """Return the part of `attention` that depends on the tokens alone; a batch of both phases has it once."""
         return self._attention.projections(_float(tokens), tp)
 
+    def attention_before_scores(self, tokens: np.ndarray, tp: int = 1) -> Timing:
+        """Return the part of `attention` of a decode batch that comes before its scores."""
+        return self._attention.before_scores(_float(tokens), tp)
+
     def attention_core(self, *, phase: str, sequences: np.ndarray, new_tokens: np.ndarray, context: np.ndarray, tp: int = 1) -> Timing:
         """Return the rest of `attention`, which depends on phase and context; arguments as there."""
         return self._attention.core_of(phase, sequences, new_tokens, context, tp)
@@ -96,15 +100,18 @@ class CostModel:
         choose = self.roofline.stream("top_k", tokens * (8.0 * experts + 8.0 * model.top_k))
         return total(self._norm(tokens), scores, choose)
 
-    def experts(self, slot_tokens: np.ndarray, *, slot_mask: np.ndarray | None = None, expert_tp: int = 1) -> Timing:
+    def experts(self, slot_tokens: np.ndarray, *, slot_mask: np.ndarray | None = None, expert_tp: int = 1, rows: np.ndarray | None = None) -> Timing:
         """Return the time of the routed experts of every rank.
 
         slot_tokens [..., R, C]: tokens of every slot. slot_mask [R, C] or [..., R, C], True where the slot exists (None: all do). expert_tp: ranks
-        that share one expert.
+        that share one expert. rows [..., R]: distinct tokens that reach every rank, where they come once each (high-throughput exchanges) and are
+        copied to their experts there; None: they come sorted.
         """
         tokens = np.asarray(slot_tokens)
         present = None if slot_mask is None else np.broadcast_to(np.asarray(slot_mask, dtype=bool), tokens.shape)
-        return self._experts.law(expert_tp)(tokens, present)
+        law = self._experts.law(expert_tp, sorts=rows is not None)
+        timed = law(tokens, present)
+        return timed if rows is None or not law.row_s else Timing(seconds=timed.seconds + law.row_s * rows, provenance=timed.provenance)
 
     def shared_experts(self, tokens: np.ndarray) -> Timing:
         """Return the time of the shared experts of a layer, each rank computing them for its own tokens."""

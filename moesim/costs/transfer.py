@@ -29,6 +29,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "gemm": ("gemm_dtype", "m", "n", "k"),
     "moe": ("moe_dtype", "num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size"),
     "wideep_moe_generation": ("moe_dtype", "num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size"),
+    "wideep_moe_context": ("moe_dtype", "num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size"),
     "grouped_gemm": ("moe_dtype", "hidden_size", "inter_size", "active", "assignments"),
     "attn_context": ("batch_size", "isl", "num_heads", "num_key_value_heads", "head_dim", "window_size"),
     "attn_generation": ("batch_size", "step", "num_heads", "num_key_value_heads", "head_dim", "window_size", "kv_cache_dtype"),
@@ -87,7 +88,7 @@ def _work(kind: str, rows: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.nda
     if kind == "gemm":
         m, n, k, width = r["m"], r["n"], r["k"], weight_bytes(r["gemm_dtype"])
         return 2 * m * n * k, n * k * width + m * (k * width + 2 * n), r["gemm_dtype"], np.ceil(m / TILE) * np.ceil(n / TILE)
-    if kind in ("moe", "wideep_moe_generation"):
+    if kind in ("moe", "wideep_moe_generation", "wideep_moe_context"):
         slots = r["num_experts"] / r["moe_ep_size"]
         assigned = r["num_tokens"] * r["topk"] / r["moe_ep_size"]
         weights = 3 * r["hidden_size"] * r["inter_size"] / r["moe_tp_size"]

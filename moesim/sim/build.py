@@ -34,6 +34,9 @@ from moesim.sim.stages import stages_of
 if TYPE_CHECKING:
     from moesim.sim.recorded import RecordedTimes
 
+FIFTHS_LAG = 2
+"""Pieces that a micro-batch is behind the one before, where layers are cut into five."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
@@ -97,7 +100,8 @@ class ProgramBuilder:
             return program, traffic
         row_of = {layer: row for row, layer in enumerate(model.moe_layer_ids)}
         layers = [Layers(sites[0], times, self.settings, row_of) for times in batches]
-        side_by_side([each.forward(range(model.num_layers), [], embed=True, head=model.num_layers) for each in layers])
+        lag = FIFTHS_LAG if any(times.before_scores is not None for times in batches) else 0
+        side_by_side([each.forward(range(model.num_layers), [], embed=True, head=model.num_layers) for each in layers], lag)
         return program, traffic
 
     def _stage_of_rows(self, micro: int) -> np.ndarray:
@@ -148,11 +152,17 @@ class ProgramBuilder:
         if wanted.train:
             again = wanted.chunks_backward in (0, wanted.chunks)
             backward = self._moe_times(loads, wanted.chunks if again else wanted.chunks_backward, is_prefill, traffic, micro)
+        attention = self._attention(group)
+        before: Timing | None = None
+        if self.settings.turns == "fifths" and not is_prefill:
+            before = costs.attention_before_scores(group.tokens_PR, tp=self.tp)
+            before = Timing(seconds=np.minimum(before.seconds, attention.seconds), provenance=before.provenance)
         gate_of = {count: costs.gate(tokens_PR, count) for count in set(model.expert_counts_L)}
         return BatchTimes(
             tokens_PR=tokens_PR,
             embedding=costs.embedding(tokens_PR),
-            attention=self._attention(group),
+            attention=attention,
+            before_scores=before,
             core_PR=self._core_share(group) if wanted.train else 0.0,
             reduce=self._attention_reduce(group),
             dense=costs.dense_ffn(group.tokens_PR, tp=self.tp),
@@ -165,16 +175,20 @@ class ProgramBuilder:
 
     def _moe_times(self, loads: StepLoads, chunks: int, is_prefill: bool, traffic: Traffic, micro: int) -> tuple[MoeTimes, ...]:
         """Return the times of every chunk: whole tokens per slot, and an equal part of the copies on every port."""
-        copies = loads.pairs.ports(self.settings.algorithm(is_prefill)) if self.stages.ranks > 1 else None
+        algorithm = self.settings.algorithm(is_prefill)
+        copies = loads.pairs.ports(algorithm) if self.stages.ranks > 1 else None
+        rows_PLR = loads.pairs.rows() / chunks if algorithm == "normal" and copies is not None else None
         if chunks == 1:
-            return (self._chunk_times(loads.slot_PLS, copies, is_prefill, traffic, micro),)
+            return (self._chunk_times(loads.slot_PLS, copies, rows_PLR, is_prefill, traffic, micro),)
         if copies is not None:
             copies = Ports(**{item.name: getattr(copies, item.name) / chunks for item in fields(Ports)})
         turn_S = np.arange(loads.slot_PLS.shape[2])
         ends = [(loads.slot_PLS * index + turn_S % chunks) // chunks for index in range(chunks + 1)]
-        return tuple(self._chunk_times(after - before, copies, is_prefill, traffic, micro) for before, after in zip(ends, ends[1:], strict=False))
+        return tuple(self._chunk_times(after - before, copies, rows_PLR, is_prefill, traffic, micro) for before, after in zip(ends, ends[1:], strict=False))
 
-    def _chunk_times(self, slot: np.ndarray, copies: Ports | None, is_prefill: bool, traffic: Traffic, micro: int) -> MoeTimes:
+    def _chunk_times(
+        self, slot: np.ndarray, copies: Ports | None, rows_PLR: np.ndarray | None, is_prefill: bool, traffic: Traffic, micro: int
+    ) -> MoeTimes:
         if self._even:
             slot_PLRC = slot.reshape(*slot.shape[:2], *self._slot_RC.shape)
         else:
@@ -192,6 +206,6 @@ class ProgramBuilder:
                     np.add.at(by_stage, self._stage_of_rows(micro), moved.sum(axis=0))
         return MoeTimes(
             dispatch=exchange.get("dispatch"),
-            experts=self.costs.experts(slot_PLRC, slot_mask=None if self._even else self._mask_RC),
+            experts=self.costs.experts(slot_PLRC, slot_mask=None if self._even else self._mask_RC, rows=rows_PLR),
             combine=exchange.get("combine"),
         )

@@ -8,6 +8,7 @@ Shapes: P passes, L MoE layers, R ranks of a stage.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,8 @@ class BatchTimes:
     tokens_PR: np.ndarray
     embedding: Timing
     attention: Timing
+    before_scores: Timing | None = None
+    """The part of it that comes before its scores, where micro-batches take turns between the two."""
     core_PR: np.ndarray | float
     """Share of the attention's time that is scores and values; the rest are projections."""
     reduce: Timing | None
@@ -101,6 +104,9 @@ class Layers:
             last = [site.timed("embedding", times.embedding, last, -1)]
             yield
         for layer in layers:
+            if times.before_scores is not None:
+                last = yield from self._fifths(layer, last, times.before_scores)
+                continue
             last = self._reduced(layer, [site.timed("attention", times.attention, last, layer)])
             if layer not in self.row_of:
                 last = self._reduced(layer, [site.timed("dense_ffn", times.dense, last, layer)])
@@ -115,17 +121,45 @@ class Layers:
                 if runs_shared and self.settings.shared_experts == "beside_dispatch":
                     shared = [self._shared([gate], layer)]
                 yield
-                for number, (part, there) in enumerate(zip(times.moe, arrived, strict=True)):
+                backs: list[int] = []
+                for number, (part, sent) in enumerate(zip(times.moe, arrived, strict=True)):
+                    there = self._received("dispatch", part.dispatch, row, sent, layer)
                     waits = [self._experts("experts", part.experts, row, [there], layer)]
                     if runs_shared and self.settings.shared_experts == "serial" and number == len(arrived) - 1:
                         shared = [self._shared([gate], layer)]
                         waits += shared
-                    last = [self._exchange("combine", part.combine, row, waits, layer)]
+                    backs.append(self._exchange("combine", part.combine, row, waits, layer))
                 if runs_shared and not shared:
                     shared = [self._shared([gate], layer)]
-                last += shared
                 yield
+                last = [self._received("combine", part.combine, row, back, layer) for part, back in zip(times.moe, backs, strict=True)][-1:] + shared
         return last if head is None else [site.timed("head", times.head, last, head)]
+
+    def _fifths(self, layer: int, last: list[int], before: Timing) -> Walk:
+        """Walk through a layer in five pieces. Source: the order of DeepSeek's inference system (open-infra-index, day 6), which SGLang's decode follows."""
+        site, times = self.site, self.times
+        last = [site.timed("attention", before, last, layer)]
+        yield
+        rest = Timing(seconds=times.attention.seconds - before.seconds, provenance=times.attention.provenance)
+        last = self._reduced(layer, [site.timed("attention", rest, last, layer)])
+        if layer not in self.row_of:
+            last = self._reduced(layer, [site.timed("dense_ffn", times.dense, last, layer)])
+            yield
+            return last
+        row = self.row_of[layer]
+        last = [site.timed("gate", times.gate_L[row], last, layer)]
+        yield
+        sent = [self._exchange("dispatch", part.dispatch, row, last, layer) for part in times.moe]
+        shared = [self._shared(last, layer)] if times.shared is not None else []
+        yield
+        back = []
+        for part, there in zip(times.moe, sent, strict=True):
+            ready = self._experts("experts", part.experts, row, [self._received("dispatch", part.dispatch, row, there, layer)], layer)
+            back.append(self._exchange("combine", part.combine, row, [ready], layer))
+        yield
+        last = [self._received("combine", part.combine, row, there, layer) for part, there in zip(times.moe, back, strict=True)][-1:] + shared
+        yield
+        return last
 
     def _reduced(self, layer: int, done: list[int]) -> list[int]:
         """Sum over the ranks that share an attention replica."""
@@ -144,11 +178,15 @@ class Layers:
     def _exchange(self, label: str, time: ExchangeTiming | None, row: int, deps: list[int], layer: int) -> int:
         if time is None:
             return max(deps)
-        site = self.site
+        site, send_s, recv_s = self.site, time.send_s[:, row], time.recv_s[:, row]
+        if self._leaves_sms(time):
+            # Messages travel from the first that the kernel issues; what follows on the SMs waits for the last.
+            self._kernel(label, time, time.send_kernel_s, row, deps, layer)
+            send_s, recv_s = send_s - time.receive_kernel_s[:, row], recv_s - time.receive_kernel_s[:, row]  # type: ignore[index]
         return site.program.collective(
             label,
-            site.spread(time.send_s[:, row]),
-            site.spread(time.recv_s[:, row]),
+            site.spread(send_s),
+            site.spread(recv_s),
             group_R=site.group_R,
             port=site.port,
             deps=deps,
@@ -157,6 +195,20 @@ class Layers:
             ranks_R=site.mask_R,
             sm_share=self.settings.comm_sm_share,
         )
+
+    def _received(self, label: str, time: ExchangeTiming | None, row: int, sent: int, layer: int) -> int:
+        """Return the Op after which what an exchange brought can be used."""
+        if time is None or not self._leaves_sms(time):
+            return sent
+        return self._kernel(label, time, time.receive_kernel_s, row, [sent], layer)
+
+    def _leaves_sms(self, time: ExchangeTiming) -> bool:
+        """Return whether the exchange runs as two kernels with computation between them; alone it is one that waits for its messages."""
+        return self.settings.micro_batches > 1 and time.send_kernel_s is not None
+
+    def _kernel(self, label: str, time: ExchangeTiming, seconds: np.ndarray | None, row: int, deps: list[int], layer: int) -> int:
+        assert seconds is not None
+        return self.site.timed(label, Timing(seconds=seconds[:, row], provenance=_row(time.provenance, row, time.send_s.ndim)), deps, layer)
 
     # --- backward --------------------------------------------------------------------------------
 
@@ -231,12 +283,14 @@ class Layers:
             self.site.timed("attention_weights", time, [], layer)
 
 
-def side_by_side(walks: Sequence[Walk]) -> list[list[int]]:
-    """Let the walks add half a layer in turn until all have ended; return what each returns."""
+def side_by_side(walks: Sequence[Walk], lag: int = 0) -> list[list[int]]:
+    """Let the walks add a piece of a layer in turn, each `lag` pieces behind the one before, until all have ended; return what each returns."""
     ends: dict[int, list[int]] = {}
-    while len(ends) < len(walks):
+    for turn in itertools.count():
+        if len(ends) == len(walks):
+            break
         for number, walk in enumerate(walks):
-            if number not in ends:
+            if number not in ends and turn >= number * lag:
                 try:
                     next(walk)
                 except StopIteration as stop:

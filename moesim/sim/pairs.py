@@ -23,6 +23,9 @@ class Pairs(Protocol):
     def ports(self, algorithm: str) -> Ports:
         """Return the copies on every port in the direction of dispatch, [P, L, R]."""
 
+    def rows(self) -> np.ndarray:
+        """Return float64 [P, L, R]: the distinct tokens that reach every rank, its own included."""
+
     def remote(self) -> tuple[int, int]:
         """Return the distinct (token, rank) and (token, node) pairs over all passes and layers that leave the rank, and the node."""
 
@@ -47,6 +50,10 @@ class PairCounts:
         """See `Pairs`."""
         devices = devices_per_node(self.copy_PLRR.shape[2], self.devices)
         return ports(algorithm, devices, assign_RR=self.assign_PLRR, copy_RR=self.copy_PLRR, node_RN=self.node_PLRN)
+
+    def rows(self) -> np.ndarray:
+        """See `Pairs`."""
+        return np.asarray(self.copy_PLRR.sum(axis=2, dtype=np.float64))
 
     def remote(self) -> tuple[int, int]:
         """See `Pairs`."""
@@ -85,6 +92,14 @@ class ChosenRanks:
         low, high = np.searchsorted(self.group_T, [index * self.num_ranks, (index + 1) * self.num_ranks])
         group_T = self.group_T[low:high] - index * self.num_ranks
         return ChosenRanks(rank_LKT=self.rank_LKT[..., low:high], group_T=group_T, num_passes=1, num_ranks=self.num_ranks, devices=self.devices)
+
+    def rows(self) -> np.ndarray:
+        """See `Pairs`."""
+        layers = []
+        for rank_KT in self.rank_LKT:
+            there_KT = (rank_KT < self.num_ranks) & _first(rank_KT)
+            layers.append(self._count(there_KT, np.minimum(rank_KT.astype(np.int64), self.num_ranks - 1)))
+        return np.stack(layers, axis=1)
 
     def remote(self) -> tuple[int, int]:
         """See `Pairs`."""

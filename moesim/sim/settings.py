@@ -19,6 +19,7 @@ from moesim.sim.serving.settings import ServingSettings
 
 DISPATCH = ("auto", "normal", "low_latency", "direct", "2dh")
 SHARED = ("serial", "beside_dispatch", "beside_combine")
+TURNS = ("halves", "fifths")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,9 @@ class Settings:
     """Where the shared experts run: after the routed ones, or beside the dispatch or the combine."""
     micro_batches: int = 1
     """Parts of a pass that overlap their exchanges with each other's computation; 2 is two-batch overlap."""
+    turns: str = "halves"
+    """Pieces of a layer by which micro-batches take turns. `halves`: to dispatch, from dispatch on. `fifths`, in decode: attention before its scores; the
+    rest of it and the gate; dispatch and shared experts; routed experts; combine; each micro-batch two pieces behind the one before."""
     host_overhead_us: float = 0.0
     """Host time per forward pass that no device work hides, µs."""
     rounds: int = 1
@@ -59,6 +63,10 @@ class Settings:
             raise InputError(describe("--set", "dispatch", self.dispatch, f"must be one of {', '.join(DISPATCH)}"))
         if self.shared_experts not in SHARED:
             raise InputError(describe("--set", "shared_experts", self.shared_experts, f"must be one of {', '.join(SHARED)}"))
+        if self.turns not in TURNS:
+            raise InputError(describe("--set", "turns", self.turns, f"must be one of {', '.join(TURNS)}"))
+        if self.turns == "fifths" and (self.micro_batches == 1 or self.rounds > 1):
+            raise InputError(describe("--set", "turns", self.turns, "needs micro_batches > 1 and rounds = 1"))
         if not 0 <= self.host_overhead_us < 1e9:
             raise InputError(describe("--set", "host_overhead_us", self.host_overhead_us, "must be in [0, 1e9)"))
         if not 1 <= self.rounds <= 16:

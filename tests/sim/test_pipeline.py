@@ -62,7 +62,7 @@ class Costs:
     def gate(self, tokens: np.ndarray, experts: int | None = None) -> Timing:
         return self._all(tokens, self.gate_s)
 
-    def experts(self, slot_tokens: np.ndarray, *, slot_mask: np.ndarray | None = None) -> Timing:
+    def experts(self, slot_tokens: np.ndarray, *, slot_mask: np.ndarray | None = None, rows: np.ndarray | None = None) -> Timing:
         self.asked.append(("experts", slot_tokens.copy()))
         return self._all(slot_tokens[..., 0], self.experts_s)
 
