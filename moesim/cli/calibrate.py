@@ -13,22 +13,30 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def calibrate(
     out: Annotated[Path, typer.Option("-o", "--out", help="hardware YAML to write; tables go to the folder <name>-tables beside it")],
-    quick: Annotated[bool, typer.Option("--quick", help="fewer sizes and shorter samples: at most half a minute")] = False,
-    ranks: Annotated[int, typer.Option("--ranks", min=1, max=64, help="devices to measure at once: GPUs, or processes that share the CPU")] = 1,
-    model: Annotated[str | None, typer.Option("--model", help="measure the operator sizes of this model instead of a general grid")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer sizes and shorter samples: under a minute")] = False,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", min=1, max=64, help="devices to measure at once: GPUs, or processes that share the CPU [1; torchrun: its own]")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="measure the operator sizes of this model instead of a general grid, and its layers as launch serves them")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a calibration that was interrupted (its <name>-spool)")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Time matrix products, experts, attention, memory, disk, copies and collectives on this machine, all ranks at once."""
     from moesim.cli.output import emit_json, note, table
     from moesim.runtime.calibrate import calibrate as measure
 
-    report = measure(out, quick=quick, ranks=ranks, model=model, on_progress=(lambda text: None) if as_json else note)
+    report = measure(out, quick=quick, ranks=ranks, model=model, resume=resume, on_progress=(lambda text: None) if as_json else note)
+    if report is None:  # the launcher's first rank speaks for all
+        return
     if as_json:
         emit_json(report)
         return
     table("Tables", ("table", "rows"), list(report["tables"].items()))
     table("\nMedian spread between samples", ("kind", "spread"), [(kind, f"{100 * value:.0f} %") for kind, value in report["spread"].items()])
     machine = report["machine"]
+    note(f"\nlayers: {machine['layers']}; disk read {machine['disk']}")
     if machine["load_before"] > 0.5 * machine["cores"]:
         note(f"warning: the load average was {machine['load_before']} on {machine['cores']} cores before; what else ran is in these numbers")
     note(f"{out}: {report['num_ranks']} devices, {report['wall_s']:.1f} s; check it with: moesim hardware check {out}")
