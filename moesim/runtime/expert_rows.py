@@ -147,16 +147,17 @@ class Reader:
             out[offset : offset + size] = bytes_of(tensor.data[local])
             out[offset + size : offset + padded(size)] = 0
 
-    def copy_range(self, local: int, begin: int, end: int, out: np.ndarray) -> None:
-        """Copy bytes [begin, end) of local slot `local` to `out`."""
+    @property
+    def row_bytes(self) -> list[int]:
+        """Bytes of every row of an expert, padding included."""
+        return [padded(size) for _, _, size in self._layout]
+
+    def span(self, local: int, begin: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the bytes of local slot `local` that lie within [begin, end) of its expert, and where each row's begin: views of host memory."""
         for tensor, offset, size in self._layout:
-            first, last = max(begin, offset), min(end, offset + padded(size))
-            if first >= last:
-                continue
-            part = out[first - begin : last - begin]
-            row = bytes_of(tensor.data[local])[first - offset : last - offset]
-            part[: row.size] = row
-            part[row.size :] = 0
+            first, last = max(begin, offset), min(end, offset + size)
+            if first < last:
+                yield first, bytes_of(tensor.data[local])[first - offset : last - offset]
 
     def swap(self, local: int, data: np.ndarray) -> None:
         """Exchange the bytes of local slot `local`, in place, with those in `data`."""

@@ -11,7 +11,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -26,7 +26,7 @@ from moesim.runtime.digest import DIGEST_BYTES
 from moesim.runtime.expert_parallel import ExpertParallelExperts
 from moesim.runtime.expert_rows import Reader, staging
 from moesim.runtime.group import gloo_group
-from moesim.runtime.moves import CHUNK_BYTES, Chunk, Move, moves_between, rounds
+from moesim.runtime.moves import CHUNK_BYTES, MAX_OPS, Chunk, Move, cut, in_turn, moves_between
 from moesim.runtime.slot_map import SlotMap
 
 P2P_TIMEOUT_S = 10.0
@@ -48,8 +48,7 @@ class Migration:
         self._readers = {row: Reader(layer.rows) for row, layer in self._layer_of.items()}
         self._swapped: set[tuple[int, int]] = set()
         self._digests: dict[tuple[int, int], bytes] = {}
-        self._known: dict[tuple[int, int], bytes] = {}
-        self._buffers: dict[tuple[int, int], np.ndarray] = {}
+        self._spare: list[np.ndarray] = []
         self._group: Any = None
         self._old_maps = [layer.slot_map for layer in layers]
         self._maps: list[SlotMap] = []
@@ -59,97 +58,96 @@ class Migration:
 
         known: digests of live experts by (layer, slot), which are then not made again. duty: share of the time that may be spent on this.
         """
-        incoming, outgoing = self._streams(lambda move: move.source, True), self._streams(lambda move: move.target, False)
-        sent_R, received_R = ([streams[peer].size if peer in streams else 0 for peer in range(self.old.num_ranks)] for streams in (outgoing, incoming))
+        incoming, outgoing = self._streams(arrive=True), self._streams(arrive=False)
         if any(move.source != move.target for move in self.moves):
             self._group = gloo_group(store, rank=self.rank, size=self.old.num_ranks, timeout_s=P2P_TIMEOUT_S, host=host)
         failpoints.hit("stage.begin")
-        self._known = dict(known or {})
-        under_way: deque[list[tuple[Chunk, Any]]] = deque()
-        for batch in rounds(sent_R, received_R, self.rank):
+        for stream in outgoing.values():
+            stream.digests[:] = np.frombuffer(b"".join(self._digest(move, known or {}) for move in stream.moves), np.uint8)
+        pieces = [{peer: [(0, 0), *stream.pieces] for peer, stream in streams.items()} for streams in (outgoing, incoming)]
+        under_way: deque[_Posted] = deque()
+        for chunk in in_turn(*pieces, rank=self.rank, size=self.old.num_ranks):
             begin = time.perf_counter()
             if self.aborted.is_set():
                 raise ApplyError(f"rank {self.rank}: staging was called off")
-            under_way.append([self._post(chunk, outgoing, incoming) for chunk in batch])
+            if len(under_way) == MAX_OPS:
+                self._complete(under_way.popleft(), incoming)
+            under_way.append(self._post(chunk, (outgoing if chunk.sends else incoming)[chunk.peer]))
             failpoints.hit("stage.posted")
-            if len(under_way) > 1:
-                self._arrive(under_way.popleft(), incoming)
-            failpoints.hit("stage.batch")
             time.sleep((time.perf_counter() - begin) * (1 / duty - 1))
-        for batch_under_way in under_way:
-            self._await(batch_under_way)
-        local = self._copy_local()
-        unchecked = [*local.values(), *(incoming[chunk.peer].last for batch in under_way for chunk, _ in batch if not chunk.sends)]
+            failpoints.hit("stage.batch")
+        local = self._copy_local()  # while the last chunks are under way
+        while len(under_way) > 1:
+            self._complete(under_way.popleft(), incoming)
+        if under_way:
+            under_way[0].work.wait()
         if failpoints.hit("stage.staged"):
-            _flip(unchecked[0])
-        for batch_under_way in under_way:
-            self._check(batch_under_way, incoming)
-        self._buffers.clear()
+            _flip(next(iter(local.values())) if local else incoming[under_way[0].chunk.peer].memory[-DIGEST_BYTES:])
+        if under_way:
+            self._check(under_way.popleft(), incoming)
         for key, data in local.items():
             self.staged[key], self._digests[key] = data, self._readers[key[0]].digest_of(data)
+        self._spare.clear()
         self._maps = [SlotMap.of(self.new, row, 0) for row in self._layer_of]
         return {f"{row}:{slot}": value.hex() for (row, slot), value in self._digests.items()}
 
-    def _streams(self, peer_of: Callable[[Move], int], arrive: bool) -> dict[int, _Stream]:
-        """Return by rank the stream of bytes from it or to it: expert, digest, expert, digest, …"""
+    def _streams(self, *, arrive: bool) -> dict[int, _Stream]:
+        """Return by rank what comes from it or goes to it."""
         found: dict[int, list[Move]] = {}
         for move in self.moves:
             if move.source != move.target and self.rank == (move.target if arrive else move.source):
-                found.setdefault(peer_of(move), []).append(move)
-        sizes = {row: reader.expert_bytes + DIGEST_BYTES for row, reader in self._readers.items()}
-        return {peer: _Stream.of(moves, sizes, with_memory=arrive) for peer, moves in found.items()}
+                found.setdefault(move.source if arrive else move.target, []).append(move)
+        return {peer: _Stream.of(moves, self._readers, arrives=arrive) for peer, moves in found.items()}
 
-    def _post(self, chunk: Chunk, outgoing: Mapping[int, _Stream], incoming: Mapping[int, _Stream]) -> tuple[Chunk, Any]:
-        """Start to send or to receive a chunk."""
-        if not chunk.sends:
-            data = incoming[chunk.peer].memory[chunk.begin : chunk.end]
-            return chunk, self._group.recv([torch.from_numpy(data)], chunk.peer, chunk.begin // CHUNK_BYTES)
-        parity = chunk.begin // CHUNK_BYTES % 2
-        spare = self._buffers.setdefault((chunk.peer, parity), np.empty(0, np.uint8))
-        if spare.size < chunk.end - chunk.begin:
-            spare = self._buffers[chunk.peer, parity] = np.empty(chunk.end - chunk.begin, np.uint8)
-        data = spare[: chunk.end - chunk.begin]
-        for move, offset in outgoing[chunk.peer].between(chunk.begin, chunk.end):
-            self._fill(move, chunk.begin - offset, data)
-        if failpoints.hit("stage.sent"):
-            _flip(data)
-        return chunk, self._group.send([torch.from_numpy(data)], chunk.peer, chunk.begin // CHUNK_BYTES)
+    def _digest(self, move: Move, known: Mapping[tuple[int, int], bytes]) -> bytes:
+        return known.get((move.layer, move.source_slot)) or self._readers[move.layer].digest(move.source_slot)
 
-    def _fill(self, move: Move, begin: int, out: np.ndarray) -> None:
-        """Put the bytes of an expert and its digest, from byte `begin` on (negative: so far into `out`), into `out`."""
-        reader, key = self._readers[move.layer], (move.layer, move.source_slot)
-        size, skip = reader.expert_bytes, max(-begin, 0)
-        begin, end = max(begin, 0), begin + out.size
-        if begin < size:
-            reader.copy_range(move.source_slot, begin, min(end, size), out[skip : skip + min(end, size) - begin])
-        if end > size:
-            if key not in self._known:
-                self._known[key] = reader.digest(move.source_slot)
-            tail = np.frombuffer(self._known[key], np.uint8)[max(begin - size, 0) : end - size]
-            start = skip + max(size - begin, 0)
-            out[start : start + tail.size] = tail
+    def _post(self, chunk: Chunk, stream: _Stream) -> _Posted:
+        """Start to send or to receive a chunk; the first of a stream is the experts' digests."""
+        spare = None
+        if chunk.number == 0:
+            data = stream.digests
+        elif not chunk.sends:
+            data = stream.memory[chunk.begin : chunk.end]
+        else:
+            parts = [
+                (offset + first - chunk.begin, part)
+                for move, offset in stream.between(chunk.begin, chunk.end)
+                for first, part in self._readers[move.layer].span(move.source_slot, chunk.begin - offset, chunk.end - offset)
+            ]
+            if len(parts) == 1 and parts[0][1].size == chunk.end - chunk.begin and not failpoints.allowed():
+                data = parts[0][1]
+            else:
+                spare = self._spare.pop() if self._spare else np.empty(CHUNK_BYTES, np.uint8)
+                data = spare[: chunk.end - chunk.begin]
+                for first, part in parts:
+                    data[first : first + part.size] = part
+                if failpoints.hit("stage.sent"):
+                    _flip(data)
+        tensor = torch.from_numpy(data)
+        work = self._group.send([tensor], chunk.peer, chunk.number) if chunk.sends else self._group.recv([tensor], chunk.peer, chunk.number)
+        return _Posted(chunk, work, tensor, spare)
 
-    def _await(self, batch: Sequence[tuple[Chunk, Any]]) -> None:
-        for _, work in batch:
-            work.wait()
+    def _complete(self, posted: _Posted, incoming: Mapping[int, _Stream]) -> None:
+        """Wait for the end of a chunk and check what is complete with it."""
+        posted.work.wait()  # once: gloo hangs if a receive is waited for twice
+        self._check(posted, incoming)
 
-    def _arrive(self, batch: Sequence[tuple[Chunk, Any]], incoming: Mapping[int, _Stream]) -> None:
-        self._await(batch)
-        self._check(batch, incoming)
-
-    def _check(self, batch: Sequence[tuple[Chunk, Any]], incoming: Mapping[int, _Stream]) -> None:
-        """Check the experts that are complete with these chunks by the digests that came with them."""
-        for chunk, _ in batch:
-            for move, offset in () if chunk.sends else incoming[chunk.peer].between(chunk.begin, chunk.end):
-                size = self._readers[move.layer].expert_bytes
-                if not chunk.begin < offset + size + DIGEST_BYTES <= chunk.end:
-                    continue
-                stream = incoming[chunk.peer].memory
-                data, tail = stream[offset : offset + size], stream[offset + size : offset + size + DIGEST_BYTES].tobytes()
-                if self._readers[move.layer].digest_of(data) != tail:
-                    where = f"expert {move.expert} of layer row {move.layer}"
-                    raise ApplyError(f"rank {self.rank}: {where} arrived damaged from rank {move.source}; nothing was installed")
-                self.staged[move.layer, move.target_slot], self._digests[move.layer, move.target_slot] = data, tail
+    def _check(self, posted: _Posted, incoming: Mapping[int, _Stream]) -> None:
+        """Check the experts that end in a chunk by the digests that came with them."""
+        chunk = posted.chunk
+        if chunk.sends:
+            if posted.spare is not None:
+                self._spare.append(posted.spare)
+            return
+        stream = incoming[chunk.peer]
+        for index in range(*stream.ended(chunk.begin, chunk.end)):
+            move, data = stream.moves[index], stream.memory[stream.offsets[index] : stream.offsets[index + 1]]
+            told = stream.digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES].tobytes()
+            if self._readers[move.layer].digest_of(data) != told:
+                where = f"expert {move.expert} of layer row {move.layer}"
+                raise ApplyError(f"rank {self.rank}: {where} arrived damaged from rank {move.source}; nothing was installed")
+            self.staged[move.layer, move.target_slot], self._digests[move.layer, move.target_slot] = data, told
 
     def _copy_local(self) -> dict[tuple[int, int], np.ndarray]:
         """Return copies of the experts that stay on this rank and change their slot."""
@@ -198,7 +196,19 @@ class Migration:
         """Free the staging memory and the connections."""
         self.aborted.set()
         self.staged, self._group = {}, None
-        self._buffers.clear()
+        self._spare.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class _Posted:
+    """A chunk under way."""
+
+    chunk: Chunk
+    work: Any
+    tensor: torch.Tensor
+    """What is sent, or where it arrives; alive until the end."""
+    spare: np.ndarray | None
+    """A buffer to use again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,21 +218,18 @@ class _Stream:
     moves: list[Move]
     offsets: list[int]
     """First byte of every expert, and the end."""
+    pieces: list[tuple[int, int]]
+    """Where it is cut."""
+    digests: np.ndarray
+    """uint8, of all its experts."""
     memory: np.ndarray
     """uint8, where they arrive; empty at the sender."""
 
     @classmethod
-    def of(cls, moves: list[Move], sizes: Mapping[int, int], *, with_memory: bool) -> _Stream:
-        offsets = list(accumulate((sizes[move.layer] for move in moves), initial=0))
-        return cls(moves, offsets, staging(offsets[-1] if with_memory else 0))
-
-    @property
-    def size(self) -> int:
-        return self.offsets[-1]
-
-    @property
-    def last(self) -> np.ndarray:
-        return self.memory[self.offsets[-2] :]
+    def of(cls, moves: list[Move], readers: Mapping[int, Reader], *, arrives: bool) -> _Stream:
+        offsets = list(accumulate((readers[move.layer].expert_bytes for move in moves), initial=0))
+        pieces = cut(size for move in moves for size in readers[move.layer].row_bytes)
+        return cls(moves, offsets, pieces, np.empty(len(moves) * DIGEST_BYTES, np.uint8), staging(offsets[-1] if arrives else 0))
 
     def between(self, begin: int, end: int) -> Iterator[tuple[Move, int]]:
         """Yield the experts that have bytes in [begin, end), and where they begin."""
@@ -230,6 +237,10 @@ class _Stream:
             if self.offsets[index] >= end:
                 return
             yield self.moves[index], self.offsets[index]
+
+    def ended(self, begin: int, end: int) -> tuple[int, int]:
+        """Return first and one past the last of the experts whose last byte is in [begin, end)."""
+        return max(bisect_right(self.offsets, begin) - 1, 0), max(bisect_right(self.offsets, end) - 1, 0)
 
 
 def _flip(data: np.ndarray) -> None:

@@ -6,8 +6,8 @@ numbers of slots can follow each other. Shapes: L layers (rows of the plan), R r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,8 +16,10 @@ from moesim.plan import Plan
 
 MAX_OPS = 32
 """Most sends and receives that one rank has in flight; hundreds at once have hung other systems."""
-CHUNK_BYTES = 1 << 20
-"""Most bytes of one send; what is under way between two ranks stays in the caches."""
+CHUNK_BYTES = 4 << 20
+"""Most bytes of one send."""
+LARGE_BYTES = 1 << 18
+"""Rows of this size are sent from where they are; smaller ones are put together first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +47,10 @@ class Chunk:
     """The other rank."""
     sends: bool
     """Whether this rank sends it."""
+    number: int
+    """Its place in the stream of the pair."""
     begin: int
-    """Its first byte in the stream of the pair."""
+    """Its first byte in the stream."""
     end: int
     """One past its last."""
 
@@ -85,29 +89,40 @@ def moves_between(old: Plan, new: Plan) -> list[Move]:
     return result
 
 
-def rounds(sent_R: Sequence[int], received_R: Sequence[int], rank: int, *, chunk: int = CHUNK_BYTES, max_ops: int = MAX_OPS) -> list[list[Chunk]]:
-    """Cut what `rank` sends to and receives from every rank into rounds, of which two may be under way at a time.
+def cut(sizes: Iterable[int]) -> list[tuple[int, int]]:
+    """Cut a stream of rows of these sizes into pieces (begin, end): a large row by itself, small ones together."""
+    result: list[tuple[int, int]] = []
+    begin = end = 0
+    for size in sizes:
+        if end > begin and (size >= LARGE_BYTES or end + size - begin > CHUNK_BYTES):
+            result.append((begin, end))
+            begin = end
+        end += size
+        while size >= LARGE_BYTES and begin < end:
+            result.append((begin, min(end, begin + CHUNK_BYTES)))
+            begin = result[-1][1]
+    return [*result, (begin, end)] if end > begin else result
 
-    sent_R, received_R: bytes. Every rank goes through the pairs in the same order, a few distances between ranks at a time, and both ends of a chunk
-    meet it in the same round, so that waiting for one round after another never ends in a circle.
+
+def in_turn(sent: Mapping[int, Sequence[tuple[int, int]]], received: Mapping[int, Sequence[tuple[int, int]]], *, rank: int, size: int) -> list[Chunk]:
+    """Return all sends and receives of `rank`, in the order in which all ranks go through them.
+
+    sent, received: pieces by the other rank. Both ends of a chunk have it at the same place, its number and the distance between the ranks, so that
+    waiting for the oldest of those under way never ends in a circle.
     """
-    result: list[list[Chunk]] = []
-    size, width = len(sent_R), max(max_ops // 4, 1)  # a send and a receive per distance, twice
-    for first in range(1, size, width):
-        streams = [
-            Chunk(peer=peer, sends=sends, begin=0, end=int(total[peer]))
-            for distance in range(first, min(first + width, size))
-            for sends, total, peer in ((True, sent_R, (rank + distance) % size), (False, received_R, (rank - distance) % size))
-        ]
-        for begin in range(0, max(stream.end for stream in streams), chunk):
-            result.append([replace(stream, begin=begin, end=min(begin + chunk, stream.end)) for stream in streams if begin < stream.end])
-    return result
+    ordered = [
+        (number, (other - rank if sends else rank - other) % size, Chunk(peer=other, sends=sends, number=number, begin=begin, end=end))
+        for sends, streams in ((True, sent), (False, received))
+        for other, pieces in streams.items()
+        for number, (begin, end) in enumerate(pieces)
+    ]
+    return [chunk for _, _, chunk in sorted(ordered, key=lambda item: item[:2])]
 
 
 def staging_bytes_R(pairs_RR: np.ndarray) -> np.ndarray:
     """Return int64 [R]: bytes that every rank needs beside its live weights, if `pairs_RR` are the bytes between ranks: what arrives, and chunks to send."""
     away = pairs_RR - np.diag(np.diag(pairs_RR))
-    return np.asarray(pairs_RR.sum(0) + np.minimum(away.sum(1), MAX_OPS // 2 * CHUNK_BYTES))
+    return np.asarray(pairs_RR.sum(0) + np.minimum(away.sum(1), MAX_OPS * CHUNK_BYTES))
 
 
 def pair_bytes(moves: Sequence[Move], expert_bytes: int, num_ranks: int) -> np.ndarray:

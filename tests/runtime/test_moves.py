@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.plan import Plan, linear
-from moesim.runtime.moves import CHUNK_BYTES, MAX_OPS, local_tables, moves_between, pair_bytes, placement_sha256, rounds, staging_bytes_R
+from moesim.runtime.moves import (
+    CHUNK_BYTES,
+    LARGE_BYTES,
+    MAX_OPS,
+    cut,
+    in_turn,
+    local_tables,
+    moves_between,
+    pair_bytes,
+    placement_sha256,
+    staging_bytes_R,
+)
 
 
 def plan_of(experts: int, ranks: int, seed: int, extra: int = 0) -> Plan:
@@ -52,42 +61,49 @@ def test_the_same_placement_needs_no_moves() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(2, 40), st.integers(0, 10**6), st.sampled_from([4, 8, MAX_OPS]))
-def test_rounds_carry_every_byte_once_with_few_operations_and_without_waiting_in_a_circle(ranks: int, seed: int, max_ops: int) -> None:
+@given(st.integers(2, 24), st.integers(0, 10**6), st.sampled_from([2, 4, MAX_OPS]))
+def test_chunks_in_turn_never_end_in_a_circle(ranks: int, seed: int, window: int) -> None:
     generator = np.random.Generator(np.random.PCG64(seed))
-    pairs = generator.integers(0, 50, (ranks, ranks)) * generator.integers(0, 2, (ranks, ranks))
-    np.fill_diagonal(pairs, 0)
-    todo = [rounds(pairs[rank].tolist(), pairs[:, rank].tolist(), rank, chunk=16, max_ops=max_ops) for rank in range(ranks)]
-    carried = np.zeros((ranks, ranks), int)
-    for rank, batches in enumerate(todo):
-        assert all(len(one) + len(next_one) <= max_ops for one, next_one in pairwise([*batches, []]))
-        for chunk in (chunk for batch in batches for chunk in batch if chunk.sends):
-            assert chunk.begin % 16 == 0 and 0 < chunk.end - chunk.begin <= 16
-            carried[rank, chunk.peer] += chunk.end - chunk.begin
-    assert (carried == pairs).all()
-    posted: set[tuple[int, int, int]] = set()
-    place = [0] * ranks  # every rank posts a round, and goes on when both ends of all its operations are posted
-    for _ in range(2 * max(map(len, todo)) * ranks + 1):
+    counts = generator.integers(0, 6, (ranks, ranks)) * generator.integers(0, 2, (ranks, ranks))
+    np.fill_diagonal(counts, 0)
+    pieces = [[[(n, n + 1) for n in range(count)] for count in row] for row in counts.tolist()]
+    todo = [in_turn(dict(enumerate(pieces[rank])), {other: pieces[other][rank] for other in range(ranks)}, rank=rank, size=ranks) for rank in range(ranks)]
+    done = [0] * ranks
+    for _ in range(int(counts.sum()) + 1):  # every rank has `window` chunks under way and waits for the oldest
+        posted = {
+            (rank, chunk.peer, chunk.number) if chunk.sends else (chunk.peer, rank, chunk.number, "awaited")
+            for rank in range(ranks)
+            for chunk in todo[rank][: done[rank] + window]
+        }
         for rank in range(ranks):
-            if place[rank] < len(todo[rank]):
-                posted |= {(rank, chunk.peer, chunk.begin if chunk.sends else -1 - chunk.begin) for chunk in todo[rank][place[rank]]}
-        for rank in range(ranks):
-            if place[rank] < len(todo[rank]) and all(
-                (chunk.peer, rank, -1 - chunk.begin if chunk.sends else chunk.begin) in posted for chunk in todo[rank][place[rank]]
-            ):
-                place[rank] += 1
-    assert place == [len(batches) for batches in todo]
+            while done[rank] < len(todo[rank]):
+                chunk = todo[rank][done[rank]]
+                other_end = (rank, chunk.peer, chunk.number, "awaited") if chunk.sends else (chunk.peer, rank, chunk.number)
+                if other_end not in posted:
+                    break
+                done[rank] += 1
+    assert done == [len(chunks) for chunks in todo] and sum(done) == 2 * counts.sum()
 
 
-def test_512_experts_go_in_chunks_of_bounded_size() -> None:
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 3 * CHUNK_BYTES) | st.integers(1, 5000), max_size=60))
+def test_cuts_cover_a_stream_in_bounded_pieces_that_hold_one_large_row_or_small_ones(sizes: list[int]) -> None:
+    pieces = cut(sizes)
+    assert [begin for begin, _ in pieces] == [0, *(end for _, end in pieces[:-1])][: len(pieces)]
+    assert (pieces[-1][1] if pieces else 0) == sum(sizes)
+    assert all(0 < end - begin <= CHUNK_BYTES for begin, end in pieces)
+    offset = 0
+    for size in sizes:
+        if size >= LARGE_BYTES:
+            assert any(begin == offset for begin, _ in pieces) and any(end == offset + size for _, end in pieces)
+        offset += size
+
+
+def test_staging_is_what_arrives_and_a_bounded_number_of_chunks() -> None:
     old = linear(model="m", num_experts=512, moe_layer_ids=(0,), num_ranks=4)
     new = linear(model="m", num_experts=512, moe_layer_ids=(0,), num_ranks=4, kind="random", seed=1)
-    pairs = pair_bytes(moves_between(old, new), 100_000, 4)
-    for rank in range(4):
-        batches = rounds(pairs[rank].tolist(), pairs[:, rank].tolist(), rank)
-        assert max(len(batch) for batch in batches) <= MAX_OPS // 2
-        assert max(chunk.end - chunk.begin for batch in batches for chunk in batch) <= CHUNK_BYTES
-        assert staging_bytes_R(pairs)[rank] <= pairs[:, rank].sum() + MAX_OPS // 2 * CHUNK_BYTES
+    pairs = pair_bytes(moves_between(old, new), 10_000_000, 4)
+    assert (staging_bytes_R(pairs) == pairs.sum(0) + MAX_OPS * CHUNK_BYTES).all()
 
 
 def test_sources_of_replicas_share_the_sending() -> None:
