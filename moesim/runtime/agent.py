@@ -293,8 +293,7 @@ class Agent:
 
     def _do_stage(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
         """Bring the experts of plan `plan/<apply>` into staging buffers."""
-        if self._migration is not None:
-            raise ApplyError(f"rank {self.rank}: another migration is staged")
+        self._drop_staged()  # of an apply that could not say that it had ended
         plan = Plan.from_content(json.loads(store.get(f"plan/{command['apply']}")), f"apply {command['apply']}")
         migration = self._migration = Migration(self.layers, self.plan, plan, rank=self._place)
         begin = time.monotonic()

@@ -141,7 +141,9 @@ class Apply:
             self._compare_staged(ready, digests)
             self.progress("INSTALL")
             self.ranks.schedule("install", epoch=self.epoch + 1, before_decision=partial(self._record, "commit"), decided=partial(self._now_runs, self.new))
-        except BaseException:
+        except BaseException as cause:
+            if self.installed is self.new and not self.ranks.failure:
+                raise ApplyError(f"the plan is installed but was not verified: {cause}") from None
             if self.installed is not self.new:
                 with contextlib.suppress(ApplyError):  # without the line the journal names the old placement, unless the commit was just written
                     self.journal.append("abort", apply=self.number)
