@@ -281,6 +281,7 @@ class Watch:
             self._apply_rest.failed()
         if result == "installed":
             self.figures.add("migrated_bytes", report["moved"]["bytes"])
+            self.figures.set(epoch=report["epoch"])
             self._prices.learn(report, self._plan, decision.target)
             self._plan = decision.target
         self._skips, self._moved_at = True, time.monotonic()

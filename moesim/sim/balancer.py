@@ -156,7 +156,8 @@ class Balancer:
         limits = [float("inf") if asked is None else asked, float("inf") if size is None else size // expert_bytes]
         if seconds is not None:
             left = seconds - price.fixed_s
-            limits.append(-1.0 if left < 0 else left // price.slot_s if price.slot_s else float("inf"))
+            # what is exactly n slots long holds n of them, however it is rounded
+            limits.append(-1.0 if left < 0 else math.floor(left / price.slot_s + 1e-9) if price.slot_s else float("inf"))
         least = min(limits)
         return None if math.isinf(least) else int(least)
 
