@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import log2
 
 import numpy as np
 
@@ -30,6 +31,8 @@ FULL = 0.98
 """Share of the slots that have tokens from which rows of random routing count as balanced."""
 BUSY = 2.0
 """Times the least time of a table from which its rows count as work, not launches."""
+SPLITS = 1.25
+"""Largest time of the rows of a rank among many, at their most tokens, over its share of what one rank takes for all."""
 TILED: Work = tiles((np.inf, TILE))
 
 
@@ -233,15 +236,19 @@ class ExpertCost:
         self._tables = tables
         self._roofline = roofline
         self._policy = policy
-        self._laws: dict[tuple[int, bool], ExpertLaw] = {}
+        self._laws: dict[tuple[int, int, bool], ExpertLaw] = {}
 
-    def law(self, expert_tp: int, *, sorts: bool = False) -> ExpertLaw:
-        """Return the fitted law for experts split over `expert_tp` ranks; sorts: with the kernels that copy rows to experts and sum what these return."""
-        if (expert_tp, sorts) not in self._laws:
-            self._laws[expert_tp, sorts] = self._build(expert_tp, sorts)
-        return self._laws[expert_tp, sorts]
+    def law(self, expert_tp: int, slots: int = 0, *, sorts: bool = False) -> ExpertLaw:
+        """Return the fitted law for experts split over `expert_tp` ranks; sorts: with the kernels that copy rows to experts and sum what these return.
 
-    def _build(self, expert_tp: int, sorts: bool) -> ExpertLaw:
+        slots: of a rank, 0 for all experts; rows that were measured as one of so many ranks speak first.
+        """
+        key = expert_tp, slots or self._model.num_experts, sorts
+        if key not in self._laws:
+            self._laws[key] = self._build(*key)
+        return self._laws[key]
+
+    def _build(self, expert_tp: int, slots: int, sorts: bool) -> ExpertLaw:
         model = self._model
         dtype = MOE_DTYPES.get(model.expert_dtype)
         missing = f"moe_dtype={dtype or model.expert_dtype}, hidden_size={model.hidden_size}, inter_size={model.expert_ffn_size}, moe_tp_size={expert_tp}"
@@ -256,7 +263,7 @@ class ExpertCost:
                 if worst > Provenance.CALIBRATED:
                     self._policy.fall_back("experts", self._tables.label("wideep_moe_generation"), missing, worst)
                 return ExpertLaw(rows, scale=1.0, worst=worst)
-            found = self._nearest(dtype, expert_tp)
+            found = self._nearest(dtype, expert_tp, slots)
             if found is not None:
                 item, scale, worst = found
                 if worst > Provenance.MEASURED:
@@ -318,7 +325,7 @@ class ExpertCost:
         where = {"moe_dtype": dtype, "hidden_size": model.hidden_size, "inter_size": model.expert_ffn_size, "moe_tp_size": 1, "distribution": "uniform"}
         return self._tables.rows(kind, "num_tokens", "topk", "num_experts", "moe_ep_size", "latency_s", where=where)
 
-    def _nearest(self, dtype: str, expert_tp: int) -> tuple[Balanced, float, Provenance] | None:
+    def _nearest(self, dtype: str, expert_tp: int, slots: int) -> tuple[Balanced, float, Provenance] | None:
         """Return balanced one-rank rows of the nearest shape, the factor to this model's shape, and the class."""
         model = self._model
         names = ("hidden_size", "inter_size", "num_experts", "topk", "moe_tp_size")
@@ -348,11 +355,27 @@ class ExpertCost:
             item = Balanced.build(experts, rows["num_tokens"][mine] * float(topk), rows["latency_s"][mine])
             if self._reads_too_fast(item, hidden * ffn / split):
                 continue
+            item = self._of_ranks(item, dict(zip(names, known[index].tolist(), strict=True)), dtype, model.num_experts / slots)
             exact = bool((known[index] == wanted).all()) and model.gated_ffn
             matrices = 1.0 if model.gated_ffn else 2 / 3
             worst = max(rows.worst, Provenance.MEASURED if exact else Provenance.CALIBRATED)
             return item, model.hidden_size * model.expert_ffn_size / expert_tp / (hidden * ffn / split) * matrices, worst
         return None
+
+    def _of_ranks(self, alone: Balanced, shape: dict[str, int], dtype: str, ranks: float) -> Balanced:
+        """Return the rows of a rank among the nearest number of `ranks`, where a table has them and their time falls with its share (some kernels' does not)."""
+        names = ("moe_ep_size", "num_tokens", "latency_s")
+        rows = self._tables.rows("moe", *names, where={"moe_dtype": dtype, "distribution": "balanced", **shape}) if ranks > 1 else None
+        found, best = alone, log2(max(ranks, 1.0))
+        for count in [] if rows is None else np.unique(rows["moe_ep_size"]).tolist():
+            mine = (rows["moe_ep_size"] == count) & (rows["num_tokens"] * shape["topk"] >= count)
+            if count == 1 or shape["num_experts"] % count or not mine.any() or abs(log2(ranks / count)) >= best:
+                continue
+            item = Balanced.build(shape["num_experts"] // count, rows["num_tokens"][mine] * (shape["topk"] / count), rows["latency_s"][mine])
+            whole = float(np.interp(item.assignments[-1] * count, alone.assignments, alone.seconds))
+            if item.seconds[-1] * count <= SPLITS * whole:
+                found, best = item, abs(log2(ranks / count))
+        return found
 
     def _reads_too_fast(self, item: Balanced, elements: float) -> bool:
         """Return whether rows claim more weight traffic than the memory has: their routing was not balanced (group-limited gates)."""

@@ -109,7 +109,7 @@ class CostModel:
         """
         tokens = np.asarray(slot_tokens)
         present = None if slot_mask is None else np.broadcast_to(np.asarray(slot_mask, dtype=bool), tokens.shape)
-        law = self._experts.law(expert_tp, sorts=rows is not None)
+        law = self._experts.law(expert_tp, tokens.shape[-1], sorts=rows is not None)
         timed = law(tokens, present)
         return timed if rows is None or not law.row_s else Timing(seconds=timed.seconds + law.row_s * rows, provenance=timed.provenance)
 
