@@ -116,8 +116,9 @@ def compare(
     report: dict[str, Any] = {
         "schema": SCHEMA, "plan": chosen.source, "map_sha256": chosen.map_sha256, "hardware": cluster.name, "times": times, "settings": execution,
         "basis": basis, "steps": {"predicted": int(run.report["steps"]), "measured": len(under)},
-        "tokens": {"predicted": predicted_tokens, "measured": tokens}, "rank_load": _loads(run.ledger.load_LR, load_LR, predicted_tokens, tokens, moe_model),
-        "step_ms": _step_times(np.asarray(run.ledger.duration_s) * 1e3, is_prefill_P, wall_S * 1e3, np.isin(under, prefill_steps)),
+        "tokens": {"predicted": predicted_tokens, "measured": tokens},
+        "rank_load": loads_beside(run.ledger.load_LR, load_LR, predicted_tokens, tokens, moe_model),
+        "step_ms": step_times_beside(np.asarray(run.ledger.duration_s) * 1e3, is_prefill_P, wall_S * 1e3, np.isin(under, prefill_steps)),
         "bytes_per_token": _bytes(run.report["bytes"], predicted_tokens, kernels, tokens),
         "stages_ms": _stages(run.ledger.total_s, int(run.report["steps"]), kernels, len(under), chosen.num_ranks), "provenance": run.report["provenance"],
     }  # fmt: skip
@@ -212,27 +213,30 @@ def _walls(trace: RoutingTrace, kernels: Mapping[str, np.ndarray] | None, steps:
 # --- side by side -----------------------------------------------------------------------------------------------------
 
 
-def _beside(predicted: float, measured: float | None) -> dict[str, float | None]:
+def beside(predicted: float, measured: float | None) -> dict[str, float | None]:
+    """Return a predicted and a measured figure with the signed error."""
     error = (predicted - measured) / measured if measured else None
     return {"predicted": predicted, "measured": measured, "error": error}
 
 
-def _loads(predicted_LR: np.ndarray, measured_LR: np.ndarray, predicted_tokens: int, tokens: int, model: MoEModel) -> dict[str, Any]:
+def loads_beside(predicted_LR: np.ndarray, measured_LR: np.ndarray, predicted_tokens: int, tokens: int, model: MoEModel) -> dict[str, Any]:
+    """Return the loads of the ranks per token, both ways, layer by layer."""
     guess_LR, seen_LR = predicted_LR / max(predicted_tokens, 1), measured_LR / max(tokens, 1)
     even_L1 = np.maximum(seen_LR.mean(axis=1, keepdims=True), 1e-300)
     error_LR = (guess_LR - seen_LR) / even_L1
     layers = []
     for row, layer in enumerate(model.moe_layer_ids):
-        most = _beside(float(guess_LR[row].max()), float(seen_LR[row].max()))
+        most = beside(float(guess_LR[row].max()), float(seen_LR[row].max()))
         layers.append({"layer": layer, "busiest": most, "predicted_R": guess_LR[row].tolist(), "measured_R": seen_LR[row].tolist()})
     return {
         "unit": "(token, expert) pairs per token of the step", "layers": layers, "mean_abs_error": float(np.abs(error_LR).mean()),
         "worst_error": float(error_LR.ravel()[np.abs(error_LR).argmax()]),
-        "balance": _beside(balance_of(predicted_LR).mean_over_max, balance_of(measured_LR).mean_over_max),
+        "balance": beside(balance_of(predicted_LR).mean_over_max, balance_of(measured_LR).mean_over_max),
     }  # fmt: skip
 
 
-def _step_times(predicted_P: np.ndarray, prefill_P: np.ndarray, measured_S: np.ndarray, prefill_S: np.ndarray) -> dict[str, Any]:
+def step_times_beside(predicted_P: np.ndarray, prefill_P: np.ndarray, measured_S: np.ndarray, prefill_S: np.ndarray) -> dict[str, Any]:
+    """Return mean, median and 95th percentile of step times (ms), both ways, by phase."""
     figures: dict[str, Callable[[np.ndarray], float]] = {
         "mean": lambda values: float(values.mean()),
         "p50": lambda values: float(np.percentile(values, 50)),
@@ -241,14 +245,14 @@ def _step_times(predicted_P: np.ndarray, prefill_P: np.ndarray, measured_S: np.n
     result: dict[str, Any] = {}
     for name, mine, seen in (("all", predicted_P >= 0, measured_S >= 0), ("prefill", prefill_P, prefill_S), ("decode", ~prefill_P, ~prefill_S)):
         if mine.any() and seen.any():
-            result[name] = {key: _beside(of(predicted_P[mine]), of(measured_S[seen])) for key, of in figures.items()}
+            result[name] = {key: beside(of(predicted_P[mine]), of(measured_S[seen])) for key, of in figures.items()}
     return result
 
 
 def _bytes(predicted: Mapping[str, Any], predicted_tokens: int, kernels: Mapping[str, np.ndarray] | None, tokens: int) -> dict[str, float | None]:
     """Return the bytes of dispatch and combine that leave a rank, per token."""
     sent = float(predicted["intra_node"] + predicted["inter_node"]) / max(predicted_tokens, 1)
-    return _beside(sent, None if kernels is None else float(kernels["bytes"].sum()) / max(tokens, 1))
+    return beside(sent, None if kernels is None else float(kernels["bytes"].sum()) / max(tokens, 1))
 
 
 def _stages(total_s: Mapping[str, float], predicted_steps: int, kernels: Mapping[str, np.ndarray] | None, steps: int, ranks: int) -> dict[str, Any]:
@@ -258,10 +262,10 @@ def _stages(total_s: Mapping[str, float], predicted_steps: int, kernels: Mapping
         name = OPS.get(label, label)
         found[name] = found.get(name, 0.0) + seconds * 1e3 / max(predicted_steps, 1)
     if kernels is None:
-        return {name: _beside(value, None) for name, value in found.items()}
+        return {name: beside(value, None) for name, value in found.items()}
     seen = np.bincount(kernels["stage"], weights=kernels["dur_ns"] * 1e-6, minlength=len(STAGES)) / steps / ranks
     names = [name for name in STAGES if name in found or seen[STAGES.index(name)]]
-    return {name: _beside(found.get(name, 0.0), float(seen[STAGES.index(name)])) for name in names}
+    return {name: beside(found.get(name, 0.0), float(seen[STAGES.index(name)])) for name in names}
 
 
 def _same(left: Plan, right: Plan) -> bool:

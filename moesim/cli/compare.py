@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from moesim.errors import InputError
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command()
 def compare(
-    trace: Annotated[str, typer.Argument(help="recorded run: trace folder of serve-demo --trace-out or capture")],
+    trace: Annotated[str, typer.Argument(help="recorded run (trace folder of serve-demo --trace-out or capture), or HOST:PORT of a live deployment")],
     model: Annotated[str, typer.Option("--model", help="model name, config.json or its folder")],
     hardware: Annotated[str, typer.Option("--hardware", help="hardware that predicts, like the YAML of moesim calibrate")],
     plan: Annotated[Path | None, typer.Option("--plan", help="plan that was applied; default: the map that was in force last")] = None,
@@ -20,18 +22,40 @@ def compare(
     times: Annotated[str, typer.Option("--times", help="model, or trace: durations recorded before the plan, rescaled")] = "model",
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, as in replay")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="refuse extrapolated and roofline times")] = False,
+    steps: Annotated[int, typer.Option("--steps", min=4, max=2000, help="with HOST:PORT: how many of the last steps are measured")] = 128,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Put rank loads, bytes and step times that are predicted for a plan beside those that were measured, with signed errors."""
-    from moesim.api.comparing import compare as run
     from moesim.cli.output import emit_json
     from moesim.cli.replay import parse_settings
 
-    report = run(trace, model=model, hardware=hardware, plan=plan, after=after, times=times, settings=parse_settings(settings or []), strict=strict)
+    chosen = parse_settings(settings or [])
+    if _is_address(trace):
+        from moesim.api.comparing_live import compare_live
+
+        if plan is not None or after is not None or times != "model":
+            raise InputError("compare: a live deployment is compared with its installed plan; leave out --plan, --after and --times, or give a trace")
+        report = compare_live(trace, model=model, hardware=hardware, steps=steps, settings=chosen, strict=strict)
+    else:
+        from moesim.api.comparing import compare as run
+
+        report = run(trace, model=model, hardware=hardware, plan=plan, after=after, times=times, settings=chosen, strict=strict)
     if as_json:
         emit_json(report)
     else:
         _show(report)
+
+
+def _is_address(text: str) -> bool:
+    from moesim.runtime.control import parse_address
+
+    if text.startswith("synthetic:") or Path(text).exists():
+        return False
+    try:
+        parse_address(text)
+    except InputError:
+        return False
+    return True
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -14,7 +14,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def validate(
     hardware: Annotated[str | None, typer.Option("--hardware", help="hardware name like rtx-pro-6000-1, or a YAML file; not with --published")] = None,
-    run: Annotated[str | None, typer.Option("--run", help="folder with requests.jsonl and meta.json of a recorded run, or the name of a shipped one")] = None,
+    run: Annotated[
+        str | None,
+        typer.Option("--run", help="recorded run: folder with requests.jsonl and meta.json, the name of a shipped one, or a captured trace with step times"),
+    ] = None,
     kernels: Annotated[
         str | None,
         typer.Option("--kernels", help="a table of measured kernel times, a folder of them, or `package`: the hardware's own (default without --run)"),
@@ -70,9 +73,19 @@ def validate(
         show_kernels(kernels, hardware=hardware, model=model, backend=backend, strict=strict, as_json=as_json)
         return
     from moesim.api.validation import validate_run
+    from moesim.api.validation_capture import is_capture, validate_capture
     from moesim.cli.output import emit_json
     from moesim.cli.replay import parse_settings
 
+    if is_capture(run):
+        if model is None:
+            raise InputError("validate: --model is missing; name the model that was captured")
+        captured = validate_capture(run, model=model, hardware=hardware, settings=parse_settings(settings or []), strict=strict)
+        if as_json:
+            emit_json(captured)
+        else:
+            print_capture(captured)
+        return
     report = validate_run(
         run,
         model=model,
@@ -87,6 +100,24 @@ def validate(
         emit_json(report)
     else:
         print_run(report)
+
+
+def print_capture(report: dict[str, Any]) -> None:
+    """Print the validation of a captured run for people: whole steps, then stage by stage."""
+    from moesim.cli.output import note, table
+
+    def row(name: str, measured: float, predicted: float, error: float | None) -> tuple[str, ...]:
+        return (name, f"{measured:,.3f}", f"{predicted:,.3f}", "–" if error is None else f"{error:+.1%}")
+
+    note(f"{report['run']} on {report['hardware']}: {report['rows_scored']} steps scored, none calibrated on; predicted from: {report['basis']}")
+    rows = []
+    for name in ("step", "step_prefill", "step_decode"):
+        if name in report:
+            one = report[name]
+            rows += [row(f"{name}, {kind}", one["measured_ms"][kind], one["predicted_ms"][kind], one[f"{kind}_error"]) for kind in ("mean", "p50", "p95")]
+    rows += [row(name, one["measured"], one["predicted"], one["error"]) for name, one in report["stages_ms"].items() if one["measured"] is not None]
+    table("", ["ms", "measured", "predicted", "error"], rows)
+    note("times are " + ", ".join(f"{name} {share:.1%}" for name, share in report["provenance"].items() if share > 0))
 
 
 def print_run(report: dict[str, Any]) -> None:

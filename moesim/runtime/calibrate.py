@@ -138,7 +138,8 @@ def _settings(name: str | None, *, quick: bool, size: int, cuda: bool) -> tuple[
     threads = 1 if spec is not None else max((os.cpu_count() or 1) // size, 1)  # a rank of the runtime computes in one thread
     settings = {
         "ranks": size, "threads": threads, "device": "cuda" if cuda else "cpu", "quick": quick, "block_s": BLOCK_S[quick], "limit_s": LIMIT_S[quick],
-        "rehearsal": REHEARSAL[quick], "grid": dataclasses.asdict(grid), "spec": None if spec is None else dataclasses.asdict(spec), "shape": shape, "moesim": __version__,
+        "rehearsal": REHEARSAL[quick], "grid": dataclasses.asdict(grid), "spec": None if spec is None else dataclasses.asdict(spec),
+        "shape": shape, "moesim": __version__,
     }  # fmt: skip
     return settings, note
 

@@ -29,12 +29,12 @@ def gather(answers: Sequence[dict[str, Any]], num_ranks: int) -> dict[str, Any]:
 
 
 def counts_answer(answers: Sequence[dict[str, Any]], num_ranks: int) -> dict[str, Any]:
-    """Return the answer to `counts`: the window, and what ranks have sent in exchanges since they started."""
+    """Return the answer to `counts`: the window, its steps on every rank (`each_R`), and what ranks have sent in exchanges since they started."""
     total_bytes, total_s = (sum(answer["exchanged"][index] for answer in answers) for index in (0, 1))
     window = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in gather(answers, num_ranks).items()}
     return {
         **window, "exchanged_bytes": total_bytes, "exchanged_s": total_s, "steps": min(answer["steps"] for answer in answers),
-        "expert_bytes": answers[0]["expert_bytes"],
+        "expert_bytes": answers[0]["expert_bytes"], "each_R": [answer["each"] for answer in answers],
     }  # fmt: skip
 
 

@@ -74,7 +74,7 @@ class History:
             return [record for record in self._records if first <= record.step < last]
 
     def window(self, first: int, last: int) -> dict[str, Any]:
-        """Return the sums over the steps in [first, last); raise ApplyError if they are not all at hand."""
+        """Return the sums over the steps in [first, last), and tokens, times and exchanges step by step; raise ApplyError if not all are at hand."""
         records = self._between(first, last)
         if len(records) != last - first:
             raise ApplyError(f"steps {first}..{last - 1} are not all in the history, which holds {len(records)} of them")
@@ -86,6 +86,10 @@ class History:
         return {
             "rows_LE": rows_LE.tolist(), "compute_s": sum(record.compute_s for record in records), "step_ms": float(times.mean()),
             "epochs": sorted({record.epoch for record in records}), "exchanged": self.exchanged, "steps": self.steps,
+            "each": {
+                "prefill": [record.prefill for record in records], "decode": [record.decode for record in records], "ms": times.round(4).tolist(),
+                "exchanged_bytes": [record.exchanged[0] for record in records], "exchanged_s": [round(record.exchanged[1], 7) for record in records],
+            },
         }  # fmt: skip
 
     def metrics(self) -> dict[str, Any]:

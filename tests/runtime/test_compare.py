@@ -168,3 +168,19 @@ def test_the_command_prints_one_object_or_a_table(tmp_path: Path, run: dict[str,
     other.write(tmp_path / "other.json")
     refused = moesim("compare", trace, *flags, "--plan", str(tmp_path / "other.json"))
     assert refused.returncode == 2 and "--after" in refused.stderr
+
+
+def test_a_captured_run_is_scored_against_its_own_steps_stage_by_stage(tmp_path: Path, run: dict[str, Any]) -> None:
+    trace = str(record(tmp_path / "t", [plan_of("linear")]))
+    beside = api.compare(trace, **run)
+    flags = ("--model", run["model"], "--hardware", run["hardware"])
+    found = moesim("validate", "--run", trace, *flags, "--json")
+    assert found.returncode == 0, found.stderr
+    report = json.loads(found.stdout)
+    assert report["schema"] == "moesim.validate/1" and report["rows_scored"] == 4 and report["rows_calibrated"] == 0
+    assert report["step"]["mean_error"] == beside["step_ms"]["all"]["mean"]["error"] and report["step_decode"]["p50_error"] is not None
+    assert set(report["stages_ms"]) == {"attention", "router", "dispatch", "experts", "combine", "other"} and report["stages_ms"] == beside["stages_ms"]
+    shown = moesim("validate", "--run", trace, *flags)
+    assert shown.returncode == 0 and "step_decode, p50" in shown.stderr and "dispatch" in shown.stderr
+    refused = moesim("validate", "--run", trace, "--hardware", run["hardware"])
+    assert refused.returncode == 2 and "--model" in refused.stderr

@@ -22,6 +22,8 @@ def test_after_an_apply_prediction_and_counts_of_the_ranks_are_side_by_side(tmp_
     try:
         applied = live.apply(plan)
         time.sleep(1.0)
+        now = moesim("compare", live.control, "--model", str(model), "--hardware", "laptop-2", "--steps", "24", "--json")
+        refused = moesim("compare", live.control, "--model", str(model), "--hardware", "laptop-2", "--times", "trace")
     finally:
         assert live.close() == 0
     assert applied.returncode == 0, applied.stderr
@@ -34,3 +36,13 @@ def test_after_an_apply_prediction_and_counts_of_the_ranks_are_side_by_side(tmp_
     load = report["rank_load"]
     assert load["measured_from"] == "counts of the ranks" and abs(load["balance"]["error"]) < 0.1 and load["mean_abs_error"] < 0.15
     assert abs(report["bytes_per_token"]["error"]) < 0.1 and report["step_ms"]["all"]["mean"]["measured"] > 0
+    assert now.returncode == 0, now.stderr
+    while_serving = json.loads(now.stdout)
+    assert set(while_serving) == set(report) and while_serving["map_sha256"] == plan.map_sha256 and while_serving["basis"] == "steps before"
+    load = while_serving["rank_load"]
+    assert load["measured_from"] == "counts of the ranks" and abs(load["balance"]["error"]) < 0.15 and load["mean_abs_error"] < 0.2
+    assert sum(sum(layer["measured_R"]) for layer in load["layers"]) == pytest.approx(4 * len(LAYERS)), "every token goes to top-k experts in every layer"
+    assert abs(while_serving["bytes_per_token"]["error"]) < 0.15 and 0 < while_serving["steps"]["measured"] <= 24
+    assert while_serving["tokens"]["predicted"] == while_serving["tokens"]["measured"]
+    assert all(one["measured"] > 0 for one in while_serving["stages_ms"].values()) and while_serving["step_ms"]["all"]["mean"]["measured"] > 0
+    assert refused.returncode == 2 and "--times" in refused.stderr
