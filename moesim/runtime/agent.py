@@ -85,7 +85,10 @@ class Agent:
         return dist.TCPStore(*self._address, is_master=False, timeout=timedelta(seconds=20))
 
     def start(self) -> None:
-        """Begin to listen for commands."""
+        """Begin to listen for commands, and to count; what ran before, like a first probe, is no step."""
+        for layer in self.layers:
+            layer.take_counts()
+            layer.take_exchanged()
         self._thread.start()
 
     def close(self) -> None:
