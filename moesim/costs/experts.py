@@ -363,18 +363,18 @@ class ExpertCost:
         return None
 
     def _of_ranks(self, alone: Balanced, shape: dict[str, int], dtype: str, ranks: float) -> Balanced:
-        """Return the rows of a rank among the nearest number of `ranks`, where a table has them and their time falls with its share (some kernels' does not)."""
-        names = ("moe_ep_size", "num_tokens", "latency_s")
-        rows = self._tables.rows("moe", *names, where={"moe_dtype": dtype, "distribution": "balanced", **shape}) if ranks > 1 else None
-        found, best = alone, log2(max(ranks, 1.0))
-        for count in [] if rows is None else np.unique(rows["moe_ep_size"]).tolist():
+        """Return the rows of a rank among the nearest number of `ranks`, where a table has them and their time falls with its share (some do not)."""
+        rows = self._tables.rows("moe", "moe_ep_size", "num_tokens", "latency_s", where={"moe_dtype": dtype, "distribution": "balanced", **shape})
+        if rows is None or ranks <= 1:
+            return alone
+        found, best = alone, log2(ranks)
+        for count in np.unique(rows["moe_ep_size"]).tolist():
             mine = (rows["moe_ep_size"] == count) & (rows["num_tokens"] * shape["topk"] >= count)
             if count == 1 or shape["num_experts"] % count or not mine.any() or abs(log2(ranks / count)) >= best:
                 continue
             item = Balanced.build(shape["num_experts"] // count, rows["num_tokens"][mine] * (shape["topk"] / count), rows["latency_s"][mine])
             whole = float(np.interp(item.assignments[-1] * count, alone.assignments, alone.seconds))
-            if item.seconds[-1] * count <= SPLITS * whole:
-                found, best = item, abs(log2(ranks / count))
+            found, best = (item, abs(log2(ranks / count))) if item.seconds[-1] * count <= SPLITS * whole else (found, best)
         return found
 
     def _reads_too_fast(self, item: Balanced, elements: float) -> bool:
