@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.distributed as dist
@@ -30,11 +30,17 @@ from moesim.runtime.history import History
 from moesim.runtime.migration import Migration, live_digests
 from moesim.runtime.moves import local_tables, placement_sha256
 
+if TYPE_CHECKING:
+    from moesim.runtime.attach import Attached
+
 LEASE = 4
 """Steps that a rank may go on before it waits for a scheduled decision."""
 DECISION_TIMEOUT_S = 30.0
 """Longest wait for a decision; then the rank gives up, because going on could mix two maps."""
 POLL_S = 0.02
+HOLD_POLL_S = 0.002
+STAGE_DUTY = 0.5
+"""Share of the time that staging may take beside serving steps; ranks that are held stage without a break."""
 LEAVE_S = 5.0
 """Time that the serving thread has to come out of a group that has lost a rank."""
 HEARTBEAT_S = 0.25
@@ -73,12 +79,24 @@ class Agent:
         """Whether the staging buffers go as soon as what is promised has been done."""
         self._probes: deque[np.ndarray] = deque(maxlen=2)
         self._pause: dict[str, float] = {}
+        self.trains = False
+        """Whether weights change from step to step; then the ranks stand still from before the staging until the verification."""
+        self._held = False
+        self._known: dict[tuple[int, int], bytes] = {}
+        """Digests of live experts by (layer, slot), good until weights change."""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="moesim-agent", daemon=True)
 
     def _table(self) -> np.ndarray:
         """Return int32 [L, Q]: the expert of every slot of this rank, for the layers that it holds."""
         return local_tables(self.plan)[self._place][[layer.slot_map.layer for layer in self.layers]]
+
+    @classmethod
+    def attach(cls, model: Any, optimizer: Any = None, **options: Any) -> Attached:
+        """Make a model in a loop of your own a live deployment: see `attach.attach`."""
+        from moesim.runtime.attach import attach
+
+        return attach(model, optimizer, **options)
 
     def connect(self) -> Any:
         """Return a client of the coordinator's store; every thread has its own."""
@@ -102,6 +120,14 @@ class Agent:
 
         Called on every rank before every step. Raises Undecided if a scheduled decision does not come.
         """
+        goes_on = self._meet()
+        while self._held and goes_on:
+            time.sleep(HOLD_POLL_S)
+            goes_on = self._meet()
+        return goes_on
+
+    def _meet(self) -> bool:
+        """Carry out what is scheduled for this step; return False when serving has to stop."""
         with self._lock:
             promise = self._promise
         if promise is None:
@@ -171,6 +197,11 @@ class Agent:
             if self._finishing:
                 self._drop_staged()
             failpoints.hit(f"{action}.end")
+            self._known = {}
+        elif action == "hold":
+            if any(layer.rows.has_pending_gradients() for layer in self.layers):
+                answer |= {"ok": False, "error": f"rank {self.rank}: gradients are being accumulated over a step boundary; call it after optimizer.step()"}
+            self._held = bool(answer["ok"])
         elif action == "save":
             assert self._save is not None
             try:
@@ -204,7 +235,11 @@ class Agent:
                     self._answer(command, self._thread_store)
         except Exception:  # DistStoreError: the coordinator is gone and nobody could ever decide again; any other: nobody listens any more
             if not self._stopped.is_set():
-                os._exit(4)
+                self._lose()
+
+    def _lose(self) -> None:
+        """End this rank, whose coordinator is gone."""
+        os._exit(4)
 
     # --- when a peer is lost ------------------------------------------------------------------------
 
@@ -282,14 +317,17 @@ class Agent:
         copy_s = time.perf_counter() - begin
         return {
             "fingerprint": self.fingerprint, "placement": placement_sha256(self.plan), "epoch": self.epoch, "step": self.step,
-            "slot_capacity": self.layers[0].slot_capacity, "expert_bytes": self.layers[0].expert_bytes, "free_bytes": free_memory(), "copy_s": copy_s,
+            "trains": self.trains, "slot_capacity": self.layers[0].slot_capacity, "expert_bytes": self.layers[0].expert_bytes,
+            "free_bytes": free_memory(), "copy_s": copy_s,
         }  # fmt: skip
 
     def _do_status(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
         return self.status()
 
     def _do_digests(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
-        return {"table": live_digests(self.layers)}
+        table = live_digests(self.layers)
+        self._known = {(entry["row"], entry["slot"]): bytes.fromhex(entry["digest"]) for entry in table}
+        return {"table": table}
 
     def _do_window(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
         return {**self.history.window(command["first"], command["last"]), "expert_bytes": self.layers[0].expert_bytes}
@@ -300,7 +338,8 @@ class Agent:
         plan = Plan.from_content(json.loads(store.get(f"plan/{command['apply']}")), f"apply {command['apply']}")
         migration = self._migration = Migration(self.layers, self.plan, plan, rank=self._place)
         begin = time.monotonic()
-        digests = migration.stage(dist.PrefixStore(f"p2p/{command['apply']}/{self.rank // plan.num_ranks}", store), self._bind)
+        apart = dist.PrefixStore(f"p2p/{command['apply']}/{self.rank // plan.num_ranks}", store)
+        digests = migration.stage(apart, self._bind, known=self._known, duty=1.0 if self._held else STAGE_DUTY)
         return {"digests": digests, "seconds": time.monotonic() - begin, "steps": self.step}
 
     def _do_schedule(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
@@ -310,7 +349,7 @@ class Agent:
                 self._promise = None  # called off before this rank came to a step boundary
             if self._promise is not None:
                 raise ApplyError(f"rank {self.rank}: {self._promise['action']} is still to be decided")
-            self._promise = {**command, "limit": self.step + LEASE}
+            self._promise = {**command, "limit": self.step + (0 if self._held else LEASE)}
             return {"limit": self._promise["limit"]}
 
     def _do_finish(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
@@ -320,8 +359,14 @@ class Agent:
         self._finishing = promise is not None and promise["action"] in ("install", "restore")
         if not self._finishing:
             self._drop_staged()
+        self._held, self._known = False, {}
         self._probes.clear()
         return {"epoch": self.epoch, "placement": placement_sha256(self.plan)}
+
+    def _do_release(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
+        """Let held ranks go on."""
+        self._held = False
+        return {}
 
     def _drop_staged(self) -> None:
         if self._migration is not None:

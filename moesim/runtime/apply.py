@@ -30,6 +30,8 @@ from moesim.runtime.moves import moves_between, pair_bytes, placement_sha256, st
 SCHEMA = "moesim.apply/1"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Largest relative error of the probe's logits when replicas change; permutations must be bitwise equal."""
+HOLD_S = 120.0
+"""Longest wait for ranks that train to come to a step boundary together."""
 STAGE_BYTES_PER_S = 20e6
 """Slowest transfer that is waited for; the stage deadline grows with the bytes."""
 
@@ -104,6 +106,9 @@ class Apply:
             needed = f"{int(staging.sum())} B"
             raise ApplyError(describe("deployment", "staging memory", needed, f"must be <= the {free} B free", "move fewer experts at a time"))
         try:
+            if checks[0]["trains"]:  # digests and probes compare only what does not change meanwhile
+                self.progress("HOLD")
+                self.ranks.schedule("hold", timeout_s=HOLD_S)
             self._change(report, before, len(moves) * expert_bytes)
         finally:
             self._finish()
@@ -159,6 +164,7 @@ class Apply:
         with contextlib.suppress(ApplyError):  # no decision: a full disk is no reason to call an installed plan a failure
             self.journal.append("done", apply=self.number)
         failpoints.hit("verified")
+        self.ranks.ask("release")
         after = self._measure(self._next(self.window))
         report["balance"]["after"] = after["balance"]
         report["step_ms"] = {"before": before["step_ms"], "after": after["step_ms"]}

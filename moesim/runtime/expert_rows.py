@@ -127,6 +127,10 @@ class ExpertRows:
                 tensor.data = fresh
                 tensor.grad = None
 
+    def has_pending_gradients(self) -> bool:
+        """Return True if gradients wait for an optimizer step."""
+        return self.pending and any(tensor.grad is not None for tensor in self.tensors().values())
+
     def drop_gradients(self) -> None:
         """Forget gradients: they belong to the experts that were here before."""
         for tensor in self.tensors().values():

@@ -7,8 +7,12 @@ equal gradients, bit for bit, so that optimizers keep them equal.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 
+from moesim.runtime.expert_parallel import ExpertParallelExperts
 from moesim.runtime.mesh import Mesh
 from moesim.runtime.model import Part
 from moesim.runtime.tensor_parallel import all_sum
@@ -20,7 +24,19 @@ def sum_gradients(held: Part, mesh: Mesh) -> None:
         for parameter in held.dense.values():
             if parameter.grad is not None:
                 mesh.dp.allreduce([parameter.grad]).wait()
-    for experts in held.experts:
+    sum_replicas(held.experts, mesh.ep)
+
+
+def sum_replicas(layers: Iterable[ExpertParallelExperts], group: Any) -> None:
+    """Sum the gradients of replicas over the group; a collective after `backward`.
+
+    Every expert gets a gradient, zero if no token came: where it lives must not decide whether an optimizer counts a step for it.
+    """
+    for experts in layers:
+        for name in experts.tensor_names:
+            parameter = getattr(experts, name)
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         table_S = torch.from_numpy(experts.slot_map.slot_to_expert_S.astype("int64"))
         copies_E = torch.bincount(table_S[table_S >= 0])
         shared = torch.nonzero(copies_E > 1).reshape(-1)
@@ -32,8 +48,7 @@ def sum_gradients(held: Part, mesh: Mesh) -> None:
         slots = torch.nonzero((local >= 0) & (position_E[local.clamp(min=0)] >= 0)).reshape(-1)
         place = position_E[local[slots]]
         for name in experts.tensor_names:
-            parameter = getattr(experts, name)
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parts = parameter.grad.new_zeros((len(shared), *parameter.shape[1:])).index_add_(0, place, parameter.grad[slots])
-            parameter.grad[slots] = (parts if mesh.ep is None else all_sum(parts, mesh.ep))[place]
+            gradient = getattr(experts, name).grad
+            if gradient is not None:
+                parts = gradient.new_zeros((len(shared), *gradient.shape[1:])).index_add_(0, place, gradient[slots])
+                gradient[slots] = (parts if group is None else all_sum(parts, group))[place]
