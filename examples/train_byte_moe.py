@@ -1,6 +1,6 @@
 """Train a small byte-level Mixture-of-Experts model on the text that comes with Python, and record how it routes text that it has not seen.
 
-    python examples/train_byte_moe.py -o my-byte-moe                  # about ten minutes on one core
+    python examples/train_byte_moe.py -o my-byte-moe                  # ten minutes on a free core
     moesim trace stats my-byte-moe --model byte-moe
 
 The model is Hugging Face's Qwen3-MoE with the configuration `byte-moe` of moesim's library (6 layers, top-4 of 32 experts); tokens are bytes.
@@ -39,6 +39,8 @@ HELD_OUT = 32
 """Of 256: share of files and topics that the model does not see."""
 LENGTH, BATCH = 128, 16
 """Bytes of a sequence, and sequences of a training step."""
+EVALUATED = 64
+"""Sequences that a loss is measured on."""
 REQUESTS, NEW = 12, 24
 """Of each kind in the trace: prompts of LENGTH bytes, and bytes generated after each."""
 
@@ -98,7 +100,7 @@ def train(model: Any, text: dict[str, dict[str, bytes]], steps: int, seed: int) 
     rng = np.random.Generator(np.random.PCG64(seed))
     pools = [np.frombuffer(text[kind]["train"], np.uint8) for kind in KINDS]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 2e-3 * min((step + 1) / 50, 0.55 + 0.45 * np.cos(np.pi * step / steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 2e-3 * min((step + 1) / 50, 0.55 + 0.45 * np.cos(np.pi * step / max(steps, 1))))
     model.train()
     began, window = time.monotonic(), []
     for step in range(steps):
@@ -117,9 +119,9 @@ def train(model: Any, text: dict[str, dict[str, bytes]], steps: int, seed: int) 
     model.eval()
 
 
-def loss_of(model: Any, text: bytes, sequences: int = 64) -> float:
+def loss_of(model: Any, text: bytes) -> float:
     """Return the mean loss in nats per byte of sequences spread over a text."""
-    prompts = spread(text, sequences)
+    prompts = spread(text, EVALUATED)
     with torch.inference_mode():
         return float(model(input_ids=prompts, labels=prompts, use_cache=False).loss)
 

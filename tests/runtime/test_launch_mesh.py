@@ -31,6 +31,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_hidden_layers": 2, "num_local_experts": 8, "num_experts_per_tok": 2},
     "olmoe": {"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2},
     "gpt_oss": {"num_hidden_layers": 3, "num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 4},
+    "deepseek_v2": {
+        "num_hidden_layers": 3, "n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy",
+        "n_shared_experts": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4, "routed_scaling_factor": 16.0,
+    },
     "deepseek_v3": {
         "num_hidden_layers": 4, "n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
         "moe_intermediate_size": 32, "first_k_dense_replace": 1, "q_lora_rank": 32,

@@ -23,12 +23,15 @@ from tests.traces.helpers import same_rows
 
 
 def test_the_library_is_complete() -> None:
-    assert list(library()) == ["flame-moe-290m", "olmoe-1b-7b-counts"]
+    assert list(library()) == ["byte-moe", "flame-moe-290m", "olmoe-1b-7b-counts"]
     notice = (library()["flame-moe-290m"].parent / "NOTICE").read_text()
     for name, folder in library().items():
-        assert name in notice and open_trace(name).provenance["licence"] == "Apache-2.0"
-        assert str(open_trace(name).provenance["source"]).split()[-1] in notice  # the commit
-        assert "/" not in json.loads((folder / "manifest.json").read_text())["provenance"]["file"]
+        provenance = open_trace(name).provenance
+        assert name in notice and provenance["licence"] == "Apache-2.0"
+        assert sum(path.stat().st_size for path in folder.iterdir()) < 1 << 20
+        if name != "byte-moe":  # imported, not recorded here
+            assert str(provenance["source"]).split()[-1] in notice  # the commit
+            assert "/" not in json.loads((folder / "manifest.json").read_text())["provenance"]["file"]
 
 
 def test_flame_is_real_top_6_routing_of_eight_sequences() -> None:
