@@ -67,7 +67,6 @@ class Coordinator:
                         ranks.rebuild(members, timeout_s + REBUILD_S, call, partial(self._agree_to_shrink, plan))
                     except LostAgain:
                         continue
-                    self.plan = plan
                     ranks.lost_s = time.monotonic() - begin
                     return None
             except MoesimError as cause:
@@ -80,6 +79,7 @@ class Coordinator:
         if not error <= allowed:
             raise ApplyError(f"the probe's outputs differ from those at the start (relative error {error:.3g}, allowed {allowed:g})")
         self.journal.append("shrink", plan=plan.stamped(), lost=self.deployment.size - plan.num_ranks)
+        self.plan = plan
 
     def handle(self, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
         """Answer one request; raise a MoesimError with the reason if it is refused."""

@@ -281,13 +281,14 @@ class Deployment:
         self.store.set(f"rebuild/{attempt}", json.dumps({**call, "seats": self.seats, "members": seats}))
         before_going(self._await_members(f"built/{attempt}", members, timeout_s))
         self.store.set(f"go/{attempt}", "")
-        self._await_members(f"here/{attempt}", members, timeout_s)
         with self._swap:
             gone = [rank for rank in range(self.size) if rank not in members]
             self.lost += [{"seat": self.seats[rank], "pid": self.pids[rank], "reason": str(self.failure)} for rank in gone]
             self.exit_codes = {place: self.exit_codes[rank] for place, rank in enumerate(members) if rank in self.exit_codes}
             self.pids, self.seats, self.size = [self.pids[rank] for rank in members], seats, len(members)
             self._heard.clear()
+        self._await_members(f"here/{attempt}", list(range(self.size)), timeout_s)
+        with self._swap:
             self.failure = self._reason(list(self.exit_codes)) if self.exit_codes else None
 
     def _await_members(self, prefix: str, members: list[int], timeout_s: float) -> list[dict[str, Any]]:

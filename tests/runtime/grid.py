@@ -179,14 +179,16 @@ class Bench:
         before = client.metrics(live.control)["rank_metrics"]
         while True:
             after = client.metrics(live.control)["rank_metrics"]
-            if all(new["waves"] > old["waves"] for old, new in zip(before, after, strict=True)):
+            status = client.status(live.control)
+            epochs, maps = ({rank[name] for rank in after} for name in ("epoch", "map_sha256"))
+            maps.add(status["map_sha256"])
+            served = all(new["waves"] > old["waves"] for old, new in zip(before, after, strict=True))
+            if served and len(epochs) == len(maps) == 1:  # within a few steps of a decision
                 break
-            assert time.monotonic() < deadline, "serving stands still"
+            assert time.monotonic() < deadline, f"stands still or stays mixed: epochs {epochs}, maps {maps}"
             time.sleep(0.02)
-        assert len({rank["epoch"] for rank in after}) == 1, "mixed epochs"
-        maps = {rank["map_sha256"] for rank in after} | {status["map_sha256"]}
         sides = {side for side, plan in wanted.items() if {plan.map_sha256} == maps}
-        assert len(sides) == 1, "mixed maps, or neither the old nor the new one"
+        assert len(sides) == 1, "neither the old nor the new map"
         for seat, rank in zip(seats, after, strict=True):
             found = {digest for _, digest in rank["wave_digests"]}
             assert found == {self.answers.setdefault(seat, min(found))}, f"answers of seat {seat} changed"
