@@ -139,7 +139,7 @@ def test_passes_one_by_one_and_windows_at_once_give_the_same_decisions(seed: int
     hot = rng.permutation(EXPERTS)
     seen: list[np.ndarray] = []
     plans = [PLAN, PLAN]
-    known = {"row_s": 1e-3, "price": Price(fixed_s=0.2, slot_s=0.01), "alive_R": np.ones(RANKS, dtype=bool), "expert_bytes": 100.0}
+    known: dict[str, Any] = {"row_s": 1e-3, "price": Price(fixed_s=0.2, slot_s=0.01), "alive_R": np.ones(RANKS, dtype=bool), "expert_bytes": 100.0}
     for step in range(1, 40):
         if step % 13 == 0:
             hot = rng.permutation(EXPERTS)
