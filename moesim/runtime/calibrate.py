@@ -40,10 +40,10 @@ LIMIT_S = {True: 12.0, False: 240.0}
 REHEARSED = ("stage", "exchange")
 """Tables whose samples are single calls: their mean is what adds up to a step. Other samples are means over blocks already, and their median is robust."""
 REHEARSAL: dict[bool, dict[str, Any]] = {
-    True: {"batches": (1, 4, 16), "lengths": (16, 64), "waves": 3},
-    False: {"batches": (1, 2, 4, 8, 16, 32), "lengths": (8, 16, 32, 64, 128), "waves": 6},
+    True: {"batches": (1, 4, 16), "lengths": (16, 64), "rounds": 6, "decodes": 3, "limit_s": 15.0},
+    False: {"batches": (1, 2, 4, 8, 16, 32), "lengths": (8, 16, 32, 64, 128), "rounds": 9, "decodes": 3, "limit_s": 180.0},
 }
-"""Requests of a rank, lengths of their prompts, and waves of each that are kept."""
+"""Requests of a rank, lengths of their prompts, rounds through all of them, decode steps of a wave, and seconds after which rounds are left out."""
 MOST_S = 3600
 """Longest that a calibration takes."""
 WAIT_S = 600

@@ -31,8 +31,6 @@ from moesim.traces.routing_trace import TraceShape
 
 SEED = 1 << 40
 """Of the made-up requests; no deployment's own."""
-DECODES = 3
-"""Decode steps after every prefill."""
 MAX_PREFILL = 1024
 """Most tokens of a prefill step on a rank."""
 LOCAL = {"attention": "attention", "router": "gate", "dense": "dense_ffn", "shared": "shared_experts"}
@@ -55,6 +53,7 @@ class Rehearsal:
         mesh = Mesh.flat(rank=rank, size=size, group=group if size > 1 else None)
         held = build_part(spec, plan, mesh)
         self._spec, self._rank, self._size, self._wanted = spec, rank, size, settings["rehearsal"]
+        self._decodes, self._warm = int(self._wanted["decodes"]), False
         self._config, self._moe_layers, self._last = held.model.config, [len(held.experts)], len(held.layers)
         self._stage, self._clock, self._active = Stage(held.model, mesh), StageClock(), spec.num_experts // size
         watch(held.model, held.experts, self._clock)
@@ -62,6 +61,7 @@ class Rehearsal:
             module.register_forward_pre_hook(lambda _, args: (args[0], self._ids(args[0].shape[0]), args[2]))
         shape = TraceShape(model=spec.name, num_experts=spec.num_experts, top_k=spec.top_k, moe_layer_ids=spec.moe_layer_ids)
         self._spool = Spool(Path(settings["folder"], "trace"), rank, shape, ranks=size)
+        self._routed: dict[tuple[int, int], torch.Tensor] = {}
         host, port = address
         self._agent = Agent(rank=rank, host=host, port=port, layers=held.experts, plan=plan, fingerprint="", probe=lambda: np.zeros(0))
 
@@ -75,36 +75,48 @@ class Rehearsal:
 
     def sizes(self) -> list[tuple[int, int]]:
         """Return the (requests, prompt length) to be measured, on every rank."""
-        longest = int(getattr(self._config, "max_position_embeddings", MAX_PREFILL)) - DECODES
+        longest = int(getattr(self._config, "max_position_embeddings", MAX_PREFILL)) - self._decodes
         every = [(batch, length) for length in self._wanted["lengths"] for batch in self._wanted["batches"]]
         return [(batch, length) for batch, length in every if batch * length <= MAX_PREFILL and length <= longest]
 
     def units(self, is_late: Callable[[], bool]) -> Iterator[Callable[[], list[Row]]]:
-        """Yield one measurement per size; is_late: True (on all ranks alike) once time is short, and a single wave has to do."""
-        for batch, length in self.sizes():
-            yield partial(self._measured, batch, length, is_late)
+        """Yield rounds; is_late: True (on all ranks alike) once time is short, and rounds are left out.
 
-    def _measured(self, batch: int, length: int, is_late: Callable[[], bool]) -> list[Row]:
-        repeats, local = 1 if is_late() else int(self._wanted["waves"]), self._spec.num_experts // self._size
-        spread = [active for active in dict.fromkeys((local, max(local // 2, 1), max(local // 4, 1))) if active * self._size >= self._spec.top_k]
+        A round is a wave of every size: what else the machine does for some seconds is then in all sizes alike, and not in one of them.
+        """
+        for number in range(int(self._wanted["rounds"])):
+            yield partial(self._round, number, is_late)
+
+    def _round(self, number: int, is_late: Callable[[], bool]) -> list[Row]:
+        if number and is_late():
+            return []
         found: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+        for batch, length in self.sizes():
+            if not self._warm:
+                self._wave(batch, length, number, defaultdict(list))
+            self._wave(batch, length, number, found)
+        self._warm = True
+        return [{"kind": kind, "keys": dict(keys), "samples": samples} for (kind, *keys), samples in found.items()]
+
+    def _wave(self, batch: int, length: int, number: int, found: dict[tuple[Any, ...], list[float]]) -> None:
+        local = self._spec.num_experts // self._size
+        spread = [active for active in dict.fromkeys((local, max(local // 2, 1), max(local // 4, 1))) if active * self._size >= self._spec.top_k]
+        self._active = spread[number % len(spread)]
 
         def record(**step: Any) -> None:
             self._spool.add(**step)
-            if server.waves:  # the first wave warms up
-                sizes = {"batch": batch, "tokens": len(step["requests"]), "context": length + (DECODES + 1) // 2 if step["phase"] else length}
-                self._book(found, step["stages"], phase="decode" if step["phase"] else "prefill", **sizes)
+            sizes = {"batch": batch, "tokens": len(step["requests"]), "context": length + (self._decodes + 1) // 2 if step["phase"] else length}
+            self._book(found, step["stages"], phase="decode" if step["phase"] else "prefill", **sizes)
 
-        workload = Workload(ranks=self._size, vocab=int(self._config.vocab_size), seed=SEED, batch=batch, prompt=length, decode=DECODES)
-        server = Server(self._stage, workload, probe=lambda: np.zeros(0), moe_layers=self._moe_layers, record=record, clock=self._clock)
-        while server.waves <= repeats:
-            self._active = spread[(server.waves - 1) % len(spread)]
-            server._wave(self._agent)
-        return [{"kind": kind, "keys": dict(keys), "samples": samples} for (kind, *keys), samples in found.items()]
+        workload = Workload(ranks=self._size, vocab=int(self._config.vocab_size), seed=SEED + number, batch=batch, prompt=length, decode=self._decodes)
+        Server(self._stage, workload, probe=lambda: np.zeros(0), moe_layers=self._moe_layers, record=record, clock=self._clock)._wave(self._agent)
 
     def _ids(self, tokens: int) -> torch.Tensor:
-        local = self._spec.num_experts // self._size
-        return even_ids(tokens, self._spec.top_k, active=self._active, local=local, ranks=self._size, rank=self._rank)
+        key = tokens, self._active
+        if key not in self._routed:  # made once, because the time is booked to the router
+            local = self._spec.num_experts // self._size
+            self._routed[key] = even_ids(tokens, self._spec.top_k, active=self._active, local=local, ranks=self._size, rank=self._rank)
+        return self._routed[key]
 
     def _book(
         self, found: dict[tuple[Any, ...], list[float]], rows: np.ndarray, *, phase: str, batch: int, tokens: int, context: int

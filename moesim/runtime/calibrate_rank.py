@@ -92,16 +92,11 @@ def measure_rank(settings: dict[str, Any], *, rank: int, store: Any, address: tu
         group.allreduce([scratch], options).wait()
         return float(scratch.item())
 
-    began = time.monotonic()
-
-    def is_late() -> bool:
-        return agree(time.monotonic() - began) > settings["limit_s"]
-
     path = Path(settings["folder"], f"rank-{rank}.jsonl")
     kept = path.read_bytes().splitlines(keepends=True)[: settings["done"]] if settings["done"] else []
     path.write_bytes(b"".join(kept))
     with torch.inference_mode(), path.open("a") as spool:
-        units = _units(settings, group=group, rank=rank, device=device, wait=wait, agree=agree, is_late=is_late, address=address)
+        units = _units(settings, group=group, rank=rank, device=device, wait=wait, agree=agree, address=address)
         for number, unit in enumerate(units):
             if number >= len(kept):
                 spool.write(json.dumps(unit()) + "\n")
@@ -111,7 +106,7 @@ def measure_rank(settings: dict[str, Any], *, rank: int, store: Any, address: tu
 
 
 def _units(
-    settings: dict[str, Any], *, group: Any, rank: int, device: Any, wait: Callable[[], None], agree: Callable[[float], float], is_late: Callable[[], bool],
+    settings: dict[str, Any], *, group: Any, rank: int, device: Any, wait: Callable[[], None], agree: Callable[[float], float],
     address: tuple[str, int],
 ) -> Iterator[Callable[[], list[Row]]]:  # fmt: skip
     """Yield everything that is measured, in an order that the settings alone decide."""
@@ -119,9 +114,10 @@ def _units(
 
     size, grid = int(settings["ranks"]), cases.Grid(**settings["grid"])
 
-    def block_s() -> float:
-        """Return how long a block is, the same on all ranks, which begin it together."""
-        return float(settings["block_s"]) * (SHORT if is_late() else 1.0)
+    def after(limit_s: float) -> Callable[[], bool]:
+        """Return what tells, on all ranks alike, whether that much time has passed since now."""
+        began = time.monotonic()
+        return lambda: agree(time.monotonic() - began) > limit_s
 
     def row(case: Any, timing: Callable[..., list[float]]) -> list[Row]:
         return [{"kind": case.kind, "keys": dict(case.keys), "samples": timing(case.run, block_s(), wait)}]
@@ -130,7 +126,13 @@ def _units(
         from moesim.runtime.calibrate_layers import Rehearsal
 
         with Rehearsal(settings, group=group, rank=rank, address=address) as rehearsal:
-            yield from rehearsal.units(is_late)
+            yield from rehearsal.units(after(settings["rehearsal"]["limit_s"]))
+    is_late = after(settings["limit_s"])
+
+    def block_s() -> float:
+        """Return how long a block is, the same on all ranks, which begin it together."""
+        return float(settings["block_s"]) * (SHORT if is_late() else 1.0)
+
     for case in cases.kernels(grid, device):
         yield partial(row, case, timed)
     if size > 1:

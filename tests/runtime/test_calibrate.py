@@ -49,7 +49,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(calibrate_cases, "of_model", few)
         patch.setitem(calibrate.BLOCK_S, True, 0.001)
         patch.setitem(calibrate.DISK_BYTES, True, 1 << 20)
-        patch.setitem(calibrate.REHEARSAL, True, {"batches": (1, 4), "lengths": (8, 16), "waves": 3})
+        patch.setitem(calibrate.REHEARSAL, True, {"batches": (1, 4), "lengths": (8, 16), "rounds": 2, "decodes": 3, "limit_s": 60.0})
         result = moesim("calibrate", "-o", str(folder / "machine.yaml"), "--quick", "--ranks", str(RANKS), "--model", str(config), "--json")
     assert result.returncode == 0, result.stderr
     return folder
