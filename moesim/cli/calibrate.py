@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from moesim.cli import options
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -21,7 +23,7 @@ def calibrate(
         str | None, typer.Option("--model", help="measure the operator sizes of this model instead of a general grid, and its layers as launch serves them")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a calibration that was interrupted (its <name>-spool)")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Time matrix products, experts, attention, memory, disk, copies and collectives on this machine, all ranks at once."""
     from moesim.cli.output import emit_json, note, table

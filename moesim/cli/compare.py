@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moesim.cli import options
 from moesim.errors import InputError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -15,21 +16,20 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def compare(
     trace: Annotated[str, typer.Argument(help="recorded run (trace folder of serve-demo --trace-out or capture), or HOST:PORT of a live deployment")],
-    model: Annotated[str, typer.Option("--model", help="model name, config.json or its folder")],
-    hardware: Annotated[str, typer.Option("--hardware", help="hardware that predicts, like the YAML of moesim calibrate")],
+    model: options.Model,
+    hardware: options.Hardware,
     plan: Annotated[Path | None, typer.Option("--plan", help="plan that was applied; default: the map that was in force last")] = None,
     after: Annotated[str | None, typer.Option("--after", help="trace recorded under the plan, where TRACE was recorded before it")] = None,
-    times: Annotated[str, typer.Option("--times", help="model, or trace: durations recorded before the plan, rescaled")] = "model",
-    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, as in replay")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="refuse extrapolated and roofline times")] = False,
+    times: options.Times = "model",
+    settings: options.Set = None,
+    strict: options.Strict = False,
     steps: Annotated[int, typer.Option("--steps", min=4, max=2000, help="with HOST:PORT: how many of the last steps are measured")] = 128,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Put rank loads, bytes and step times that are predicted for a plan beside those that were measured, with signed errors."""
     from moesim.cli.output import emit_json
-    from moesim.cli.replay import parse_settings
 
-    chosen = parse_settings(settings or [])
+    chosen = options.parse_settings(settings)
     if _is_address(trace):
         from moesim.api.comparing_live import compare_live
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moesim.cli.replay import parse_settings
+from moesim.cli import options
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -15,21 +14,21 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def rebalance(
     traces: Annotated[list[str], typer.Argument(help="one trace, or several that are replayed one after another")],
-    model: Annotated[str, typer.Option("--model", help="model name, config.json or its folder")],
-    hardware: Annotated[str, typer.Option("--hardware", help="hardware name like h100-sxm-8x4, or a YAML file")],
-    plan: Annotated[Path | None, typer.Option("--plan", help="plan to start with")] = None,
-    placement: Annotated[str, typer.Option("--placement", help="linear, round_robin, random or eplb, where no plan is given")] = "linear",
+    model: options.Model,
+    hardware: options.Hardware,
+    plan: options.PlanFile = None,
+    placement: options.Placement = "linear",
     policy: Annotated[
         str | None, typer.Option("--policy", help="never, periodic:N, on_drift:T or budgeted:BYTES,N; default: change.balancer, else on_drift:0.9")
     ] = None,
     mode: Annotated[str | None, typer.Option("--mode", help="background or pause; default: change.mode")] = None,
     periods: Annotated[str, typer.Option("--periods", help="periods to sweep, in passes, like 1,4,16")] = "",
     planner_s: Annotated[float | None, typer.Option("--planner-s", help="time of the planner on the simulated clock, s")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, as for replay")] = None,
-    tokens_per_step: Annotated[int | None, typer.Option("--tokens-per-step", help="tokens per forward pass over all ranks")] = None,
-    map_layers: Annotated[str | None, typer.Option("--map-layers", help="cycle, or trace:model pairs, where the layers differ")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="seed of synthetic or sampled routing")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    settings: options.Set = None,
+    tokens_per_step: options.TokensPerStep = None,
+    map_layers: options.MapLayers = None,
+    seed: options.Seed = 0,
+    as_json: options.AsJson = False,
 ) -> None:
     """Replay with and without a balancer whose planner time, migration traffic and staging memory are charged."""
     from moesim import api
@@ -52,7 +51,7 @@ def rebalance(
             periods=sweep,
             planner_s=planner_s,
             tokens_per_step=tokens_per_step,
-            settings=parse_settings(settings or []),
+            settings=options.parse_settings(settings),
             map_layers=map_layers,
             seed=seed,
             progress=progress,

@@ -7,47 +7,30 @@ from typing import Annotated, Any
 
 import typer
 
+from moesim.cli import options
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-
-def parse_settings(items: list[str]) -> dict[str, str]:
-    """Split `key=value` words; raises InputError for one without `=` or given twice."""
-    from moesim.errors import InputError, describe
-
-    result: dict[str, str] = {}
-    for item in items:
-        key, sign, value = item.partition("=")
-        if not sign or not key:
-            raise InputError(describe("--set", "item", item, "must have the form key=value"))
-        if key in result:
-            raise InputError(describe("--set", "key", key, "is given twice; keep one"))
-        result[key] = value
-    return result
 
 
 @app.command()
 def replay(
-    trace: Annotated[str, typer.Argument(help="name, folder or .zip of a trace, or synthetic:balanced, synthetic:zipf:1.0 …")],
-    model: Annotated[str, typer.Option("--model", help="model name, config.json or its folder")],
-    hardware: Annotated[str, typer.Option("--hardware", help="hardware name like h100-sxm-8x4, or a YAML file")],
-    plan: Annotated[Path | None, typer.Option("--plan", help="plan to replay")] = None,
-    placement: Annotated[str, typer.Option("--placement", help="linear, round_robin, random or eplb, where no plan is given")] = "linear",
+    trace: options.Trace,
+    model: options.Model,
+    hardware: options.Hardware,
+    plan: options.PlanFile = None,
+    placement: options.Placement = "linear",
     requests: Annotated[
         str | None, typer.Option("--requests", help="serve these, routed as the trace says: a file, a shipped name, synthetic:poisson:RATE,prompt=…,…")
     ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value: dispatch=direct, offload.tier=dram, change.balancer=periodic:100 …; a wrong key lists all")
-    ] = None,
-    tokens_per_step: Annotated[
-        int | None, typer.Option("--tokens-per-step", help="tokens per forward pass over all ranks; default: the recorded steps")
-    ] = None,
-    map_layers: Annotated[str | None, typer.Option("--map-layers", help="cycle, or trace:model pairs, where the layers differ")] = None,
-    times: Annotated[str, typer.Option("--times", help="model, or trace: the kernel durations that the trace recorded")] = "model",
-    strict: Annotated[bool, typer.Option("--strict", help="refuse extrapolated and roofline times")] = False,
-    seed: Annotated[int, typer.Option("--seed", help="seed of synthetic or sampled routing")] = 0,
+    settings: options.Set = None,
+    tokens_per_step: options.TokensPerStep = None,
+    map_layers: options.MapLayers = None,
+    times: options.Times = "model",
+    strict: options.Strict = False,
+    seed: options.Seed = 0,
     out: Annotated[Path | None, typer.Option("--out", help="folder for metrics.json, steps.csv and timeline.json")] = None,
     plots: Annotated[bool, typer.Option("--plots", help="also draw figures (SVG) to --out")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Run a routing trace on a cluster with expert parallelism and report where the time goes."""
     from moesim import api
@@ -68,7 +51,7 @@ def replay(
             hardware=hardware,
             plan=plan,
             placement=placement,
-            settings=parse_settings(settings or []),
+            settings=options.parse_settings(settings),
             map_layers=map_layers,
             strict=strict,
             seed=seed,
@@ -89,7 +72,7 @@ def replay(
             hardware=hardware,
             plan=plan,
             placement=placement,
-            settings=parse_settings(settings or []),
+            settings=options.parse_settings(settings),
             tokens_per_step=tokens_per_step,
             map_layers=map_layers,
             times=times,

@@ -7,14 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
+from moesim.cli import options
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command()
 def solve(
     traces: Annotated[list[str], typer.Argument(help="one trace, or several as windows of the load")],
-    model: Annotated[str, typer.Option("--model", help="model name, config.json or its folder")],
-    hardware: Annotated[str, typer.Option("--hardware", help="hardware name like h100-sxm-8x4, or a YAML file")],
+    model: options.Model,
+    hardware: options.Hardware,
     output: Annotated[Path, typer.Option("-o", "--output", help="where to write the plan")],
     objective: Annotated[
         str | None,
@@ -43,9 +45,9 @@ def solve(
     frontier: Annotated[bool, typer.Option("--frontier", help="with --from: also what every smaller budget buys")] = False,
     solver: Annotated[str | None, typer.Option("--solver", help="greedy, robust, repair, descent, affinity, eplb, milp, cp-sat, linear …")] = None,
     time_limit: Annotated[float | None, typer.Option("--time-limit", help="seconds; a search cut short says TIME_LIMIT")] = None,
-    map_layers: Annotated[str | None, typer.Option("--map-layers", help="cycle, or trace:model pairs, where the layers differ")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="seed of the search and of synthetic routing")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    map_layers: options.MapLayers = None,
+    seed: options.Seed = 0,
+    as_json: options.AsJson = False,
 ) -> None:
     """Compute placement and replication for all layers, validate them independently and predict the gain."""
     from moesim import api

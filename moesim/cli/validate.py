@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moesim.cli import options
 from moesim.errors import InputError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -28,14 +29,14 @@ def validate(
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="model name, config.json or its folder; default: as meta.json says")] = None,
     requests_trace: Annotated[str, typer.Option("--requests-trace", help="routing of the requests: name, folder, .zip or synthetic:…")] = "synthetic:balanced",
-    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value over what meta.json says: host_overhead_us, serving.…")] = None,
-    map_layers: Annotated[str | None, typer.Option("--map-layers", help="cycle, or trace:model pairs, where the layers differ")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="refuse extrapolated and roofline times")] = False,
-    seed: Annotated[int, typer.Option("--seed", help="seed of synthetic routing")] = 0,
+    settings: options.Set = None,
+    map_layers: options.MapLayers = None,
+    strict: options.Strict = False,
+    seed: options.Seed = 0,
     backend: Annotated[str | None, typer.Option("--backend", help="with --kernels: engine whose tables are preferred; default: as the file says")] = None,
     write: Annotated[str | None, typer.Option("--write", help="with --points: also write the report as a Markdown page")] = None,
     fit_overheads: Annotated[str | None, typer.Option("--fit-overheads", help="with --points: fit host overheads on calibrating rows into this file")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Compare predictions with measurements: a recorded run (--run), kernels (--kernels), end-to-end rows (--points), published throughput (--published)."""
     if published is not None:
@@ -75,12 +76,11 @@ def validate(
     from moesim.api.validation import validate_run
     from moesim.api.validation_capture import is_capture, validate_capture
     from moesim.cli.output import emit_json
-    from moesim.cli.replay import parse_settings
 
     if is_capture(run):
         if model is None:
             raise InputError("validate: --model is missing; name the model that was captured")
-        captured = validate_capture(run, model=model, hardware=hardware, settings=parse_settings(settings or []), strict=strict)
+        captured = validate_capture(run, model=model, hardware=hardware, settings=options.parse_settings(settings), strict=strict)
         if as_json:
             emit_json(captured)
         else:
@@ -91,7 +91,7 @@ def validate(
         model=model,
         hardware=hardware,
         requests_trace=requests_trace,
-        settings=parse_settings(settings or []),
+        settings=options.parse_settings(settings),
         map_layers=map_layers,
         strict=strict,
         seed=seed,
