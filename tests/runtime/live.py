@@ -170,7 +170,7 @@ class Forked(Live):
         os.mkfifo(ready)
         reader = os.open(ready, os.O_RDONLY | os.O_NONBLOCK)
         os.set_blocking(reader, True)
-        fields = {"repeat": 1, "batch": 2, "prompt": 8, "decode": 3, "window": 4, "timeout_s": 3.0, "answer_s": 4.0, **settings}
+        fields = {"repeat": 1, "batch": 2, "prompt": 8, "decode": 3, "window": 4, "timeout_s": 5.0, "answer_s": 6.0, **settings}
         process = context.Process(target=_host, args=(model.parent, plan.stamped(), failpoints, fields, token))
         process.start()
         self.process = _Child(process, reader)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 pytest.importorskip("torch", reason="the runtime needs torch")
 pytest.importorskip("transformers", reason="the runtime needs transformers")
 
-from tests.runtime.grid import CELLS, Bench, Cell, one_per_point
+from tests.runtime.grid import CELLS, Bench, Cell, note, one_per_point
 
 pytestmark = pytest.mark.dist
 QUICK = one_per_point()
@@ -28,11 +28,11 @@ def test_the_grid_is_large_enough_and_names_every_point() -> None:
 
 
 @pytest.mark.parametrize("cell", [pytest.param(cell, marks=() if cell in QUICK else pytest.mark.slow, id=cell.name) for cell in CELLS])
-def test_one_map_is_left_and_it_serves_on(bench: Bench, cell: Cell, record_property: Callable[[str, object], None]) -> None:
+def test_one_map_is_left_and_it_serves_on(bench: Bench, cell: Cell) -> None:
     try:
         happened = bench.run(cell)
-    except BaseException:
-        bench.abandon()
+    except BaseException as error:
+        note("grid", cell=cell.name, failed=f"{type(error).__name__}: {error}"[:300])
+        print(bench.abandon())  # what the processes said
         raise
-    for name, value in happened.items():
-        record_property(name, value)
+    note("grid", cell=cell.name, phase=cell.phase, role=cell.role, point=cell.point, action=cell.action, **happened)
