@@ -22,7 +22,7 @@ from moesim.costs.provenance import Provenance as Provenance
 from moesim.costs.roofline import Roofline
 from moesim.costs.stages import StageCost
 from moesim.costs.tables import Tables
-from moesim.costs.traffic import Ports, devices_per_node, hops
+from moesim.costs.traffic import Ports
 from moesim.errors import CostError, describe
 from moesim.hardware.cluster import Cluster
 from moesim.model.moe_model import DTYPE_BYTES, MoEModel
@@ -217,16 +217,6 @@ class CostModel:
         that is needed is missing, or the ranks do not fill their nodes.
         """
         return self._exchange(algorithm, stage, assign_RR=assign_RR, copy_RR=copy_RR, node_RN=node_RN, copies=copies)
-
-    def wire_bytes(
-        self, algorithm: str, stage: str, *, assign_RR: np.ndarray | None = None, copy_RR: np.ndarray | None = None, node_RN: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Return the bytes [..., R, R] on every hop from rank to rank, relays included (diagonal: kept); arguments as for `exchange`."""
-        pairs = assign_RR if assign_RR is not None else copy_RR
-        ranks = 1 if pairs is None else np.asarray(pairs).shape[-1]
-        devices = devices_per_node(ranks, self.cluster.devices_per_node)
-        copies = hops(algorithm, devices, assign_RR=assign_RR, copy_RR=copy_RR, node_RN=node_RN) * self.payload_bytes(stage)
-        return np.swapaxes(copies, -1, -2) if stage == "combine" else copies
 
     def payload_bytes(self, stage: str) -> float:
         """Return the bytes of one token's copy in `dispatch` or `combine`."""

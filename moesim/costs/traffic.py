@@ -104,34 +104,6 @@ def _two_level(blocks: np.ndarray, local: np.ndarray, shape: tuple[int, ...]) ->
     return Ports(up_out, up_in, (outer.sum(axis=-2) - stay).reshape(shape), (outer.sum(axis=-3) - stay).reshape(shape), local)
 
 
-def hops(algorithm: str, devices: int, *, assign_RR: np.ndarray | None, copy_RR: np.ndarray | None, node_RN: np.ndarray | None) -> np.ndarray:
-    """Return float64 [..., R, R]: copies on every hop from rank to rank in the direction of dispatch, relays included; the diagonal stays local."""
-    ports(algorithm, devices, assign_RR=assign_RR, copy_RR=copy_RR, node_RN=node_RN)  # checks the arguments
-    pairs = (_given(assign_RR, "assign_RR") if algorithm == "low_latency" else _given(copy_RR, "copy_RR")).astype(np.float64)
-    if algorithm in ("low_latency", "direct"):
-        return pairs
-    nodes = pairs.shape[-1] // devices
-    blocks = pairs.reshape(*pairs.shape[:-2], nodes, devices, nodes, devices)
-    result = np.zeros(blocks.shape)
-    local = np.einsum("...rr->...r", pairs)
-    for a in range(nodes):
-        inner = blocks.sum(axis=-4)[..., :, a, :] if algorithm == "normal" else blocks[..., a, :, :, :].sum(axis=-2)
-        result[..., a, :, a, :] += inner
-        for b in range(nodes):
-            if a == b:
-                continue
-            if algorithm == "normal":
-                between = _given(node_RN, "node_RN")[..., a * devices : (a + 1) * devices, b]
-            else:
-                between = blocks[..., a, :, b, :].sum(axis=-2)
-            index = np.arange(devices)
-            result[..., a, index, b, index] += between
-    flat = result.reshape(pairs.shape)
-    index = np.arange(pairs.shape[-1])
-    flat[..., index, index] = local
-    return flat
-
-
 def balanced_counts(*, num_ranks: int, devices: int, num_experts: int, top_k: int, max_nodes: int | None = None) -> dict[str, np.ndarray]:
     """Return the expected counts of one token per rank under uniform routing, `assign_RR`, `copy_RR`, `node_RN`.
 

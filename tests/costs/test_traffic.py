@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from moesim.costs.traffic import ALGORITHMS, balanced_counts, devices_per_node, hops, ports
+from moesim.costs.traffic import ALGORITHMS, balanced_counts, devices_per_node, ports
 from moesim.errors import CostError
 
 RNG = np.random.Generator(np.random.PCG64(7))
@@ -73,19 +73,6 @@ def test_ports_carry_every_copy_of_a_walk(algorithm: str, num_ranks: int, device
             expected[f"{kind}_in"][end] += copies
     for name, value in expected.items():
         assert getattr(found, name).tolist() == value.tolist(), name
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize(("num_ranks", "devices"), [(4, 4), (12, 4), (3, 1)])
-def test_hops_are_those_of_a_walk(algorithm: str, num_ranks: int, devices: int) -> None:
-    counts, drawn = routed(num_ranks, devices)
-    expected = np.zeros((num_ranks, num_ranks))
-    for (start, end), copies in walk(algorithm, devices, drawn).items():
-        expected[start, end] += copies
-    found = hops(algorithm, devices, **counts)
-    assert found.tolist() == expected.tolist()
-    stacked = hops(algorithm, devices, **{name: np.stack([value, 2 * value]) for name, value in counts.items()})
-    assert (stacked[0] == found).all() and (stacked[1] == 2 * found).all()
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
