@@ -15,7 +15,7 @@ import numpy as np
 
 from moesim.costs.exchange import ExchangeTiming
 from moesim.costs.model import CostModel
-from moesim.costs.provenance import Timing, total
+from moesim.costs.provenance import Provenance, Timing, total
 from moesim.costs.traffic import Ports
 from moesim.errors import CostError, PlanError, describe
 from moesim.hardware.cluster import Cluster
@@ -157,21 +157,28 @@ class ProgramBuilder:
         if self.settings.turns == "fifths" and not is_prefill:
             before = costs.attention_before_scores(group.tokens_PR, tp=self.tp)
             before = Timing(seconds=np.minimum(before.seconds, attention.seconds), provenance=before.provenance)
-        gate_of = {count: costs.gate(tokens_PR, count) for count in set(model.expert_counts_L)}
+        gate_of = {count: self._slowed(costs.gate(tokens_PR, count), is_prefill) for count in set(model.expert_counts_L)}
+        head_tokens = tokens_PR if wanted.train else group.prefill_seqs_PR + group.decode_seqs_PR
         return BatchTimes(
             tokens_PR=tokens_PR,
             embedding=costs.embedding(tokens_PR),
-            attention=attention,
+            attention=self._slowed(attention, is_prefill),
             before_scores=before,
             core_PR=self._core_share(group) if wanted.train else 0.0,
             reduce=self._attention_reduce(group),
-            dense=costs.dense_ffn(group.tokens_PR, tp=self.tp),
+            dense=self._slowed(costs.dense_ffn(group.tokens_PR, tp=self.tp), is_prefill),
             gate_L=tuple(gate_of[count] for count in model.expert_counts_L),
-            shared=costs.shared_experts(tokens_PR) if model.num_shared_experts else None,
-            head=costs.head(tokens_PR if wanted.train else group.prefill_seqs_PR + group.decode_seqs_PR, tp=self.tp),
+            shared=self._slowed(costs.shared_experts(tokens_PR), is_prefill) if model.num_shared_experts else None,
+            head=self._slowed(costs.head(head_tokens, tp=self.tp), is_prefill),
             moe=moe,
             moe_backward=backward,
         )
+
+    def _slowed(self, time: Timing, is_prefill: bool) -> Timing:
+        """Return the time at the clock that the device sustains, on the SMs that exchanges leave for good."""
+        settings = self.settings
+        rate = (settings.prefill_clock if is_prefill else 1.0) * (1.0 - settings.comm_sm_share if settings.comm_sm_reserved else 1.0)
+        return time if rate == 1.0 else time.scaled(1.0 / rate, Provenance.CALIBRATED)
 
     def _moe_times(self, loads: StepLoads, chunks: int, is_prefill: bool, traffic: Traffic, micro: int) -> tuple[MoeTimes, ...]:
         """Return the times of every chunk: whole tokens per slot, and an equal part of the copies on every port."""
@@ -206,6 +213,6 @@ class ProgramBuilder:
                     np.add.at(by_stage, self._stage_of_rows(micro), moved.sum(axis=0))
         return MoeTimes(
             dispatch=exchange.get("dispatch"),
-            experts=self.costs.experts(slot_PLRC, slot_mask=None if self._even else self._mask_RC, rows=rows_PLR),
+            experts=self._slowed(self.costs.experts(slot_PLRC, slot_mask=None if self._even else self._mask_RC, rows=rows_PLR), is_prefill),
             combine=exchange.get("combine"),
         )

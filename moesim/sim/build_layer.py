@@ -193,7 +193,7 @@ class Layers:
             layer=layer,
             provenance=site.spread(_row(time.provenance, row, time.send_s.ndim)),
             ranks_R=site.mask_R,
-            sm_share=self.settings.comm_sm_share,
+            sm_share=0.0 if self.settings.comm_sm_reserved else self.settings.comm_sm_share,
         )
 
     def _received(self, label: str, time: ExchangeTiming | None, row: int, sent: int, layer: int) -> int:

@@ -43,6 +43,10 @@ class Settings:
     """Times that gate, dispatch, experts and combine run in a layer, each with routing of its own (Chain-of-Experts)."""
     comm_sm_share: float = 0.0
     """Share of a device's SMs that an exchange takes while it runs; computation beside it slows by as much."""
+    comm_sm_reserved: bool = False
+    """Whether kernels leave that share of SMs free all the time, as engines configure their products for a pass, not only beside an exchange."""
+    prefill_clock: float = 1.0
+    """Clock that a device sustains in passes with prompt tokens, over that at which its kernels were timed; their computation takes as much longer."""
     router: str = ""
     """Routing rule that acts on every pass, like `top_p:0.4,6+capacity:1.25`; empty: the routing is as recorded."""
     pipeline: PipelineSettings = field(default_factory=PipelineSettings)
@@ -73,6 +77,8 @@ class Settings:
             raise InputError(describe("--set", "rounds", self.rounds, "must be in 1..16"))
         if not 0 <= self.comm_sm_share < 1:
             raise InputError(describe("--set", "comm_sm_share", self.comm_sm_share, "must be in [0, 1)"))
+        if not 0.1 <= self.prefill_clock <= 1:
+            raise InputError(describe("--set", "prefill_clock", self.prefill_clock, "must be in [0.1, 1]"))
         if self.comm_sm_share and self.offload.is_on:
             raise InputError(describe("--set", "comm_sm_share", self.comm_sm_share, "must be 0 where experts lie in another tier"))
         if self.micro_batches > 1 and self.pipeline.train:

@@ -49,6 +49,39 @@ def test_balanced_rows_of_one_rank_are_reproduced_exactly(h100: Cluster, qwen_co
         assert timed.provenance[0] == Provenance.MEASURED
 
 
+def test_prefill_rows_under_expert_parallelism_are_reproduced_with_the_rows_that_come(h100: Cluster, v3_costs: CostModel) -> None:
+    rows = read_table(h100, "wideep_moe_context_sglang0.5.10", where={"distribution": "uniform"})
+    assert len(rows["latency_s"]) > 60
+    for tokens, ranks, expected in zip(rows["num_tokens"], rows["moe_ep_size"], rows["latency_s"], strict=True):
+        timed = v3_costs.experts(balanced_load(tokens * 8 / ranks, 256 // ranks), rows=np.array([float(tokens)]))
+        assert timed.seconds[0] == pytest.approx(expected, rel=1e-9)
+
+
+def test_tokens_of_the_prefill_table_are_those_of_all_ranks(h100: Cluster) -> None:
+    """Read so, one line in choices and rows explains 4 to 256 ranks; each number of ranks is predicted from the others."""
+    rows = read_table(h100, "wideep_moe_context_sglang0.5.10", where={"distribution": "uniform"})
+    mine = rows["num_tokens"] >= 32768
+    ranks, tokens, seconds = rows["moe_ep_size"][mine], rows["num_tokens"][mine].astype(float), rows["latency_s"][mine]
+
+    def misses(choices: np.ndarray) -> float:
+        terms, worst = np.stack([np.ones(len(tokens)), choices, tokens], axis=1), []
+        for held in np.unique(ranks):
+            there = ranks == held
+            fit = np.linalg.lstsq(terms[~there] / seconds[~there, None], np.ones(int((~there).sum())), rcond=None)[0]
+            worst.append(np.abs(terms[there] @ fit / seconds[there] - 1).mean())
+        return float(np.max(worst))
+
+    assert misses(tokens * 8 / ranks) < 0.08
+    assert misses(tokens * 8 / np.sqrt(ranks)) > 0.3
+
+
+def test_a_row_costs_the_same_however_the_rank_is_loaded(v3_costs: CostModel) -> None:
+    load = np.full((1, 8), 512)
+    none, some = (float(v3_costs.experts(load, rows=np.array([count])).seconds[0]) for count in (0.0, 1e6))
+    assert 4e-3 < some - none < 9e-3, "copies of 7,168 values in and out at the memory's speed: 5-8 ns a row"
+    assert none > float(v3_costs.experts(load).seconds[0]), "the copies per choice"
+
+
 def test_between_keys_interpolated_and_skewed_calibrated(v3_costs: CostModel) -> None:
     load = np.full((3, 8), 24)
     load[1] = [100, 50, 20, 10, 6, 4, 2, 0]
