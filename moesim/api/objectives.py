@@ -13,10 +13,12 @@ from moesim.costs.model import CostModel
 from moesim.errors import InputError, TraceError, describe
 from moesim.hardware.cluster import Cluster
 from moesim.model.moe_model import MoEModel
-from moesim.solvers.affinity.plan import AffinityEvidence, gather_evidence
-from moesim.solvers.affinity.result import APPLIES_TO, FANOUT, AffinityResult
+from moesim.solvers.affinity.plan import AffinityEvidence, gather_evidence, traffic_evidence
+from moesim.solvers.affinity.result import HOPS, AffinityResult
 from moesim.solvers.affinity.routes import TokenRoutes, read_routes, split_routes
+from moesim.solvers.baselines import solve_linear
 from moesim.solvers.objective import Decode, ExpertSeconds, Objective, parse_weights
+from moesim.solvers.problem import PlacementProblem
 from moesim.solvers.result import PlacementResult
 from moesim.traces.routing_trace import DECODE, DUMMY, RoutingTrace
 from moesim.traces.transform import subset
@@ -25,7 +27,7 @@ UNITS = {
     "balance": "time of the slowest rank over a perfect spread, summed over layers",
     "activated": "experts that a batch activates on the slowest rank, summed over layers",
     "latency": "predicted seconds of dispatch, experts and combine on the slowest rank, summed over layers",
-    "traffic": "ranks (and nodes) that a token reaches in a layer",
+    "traffic": "ranks (and nodes, racks) that a token reaches in a layer; with copies of experts, other than its own",
     "hops": "share of transitions that leave the rank (and the node)",
 }
 CURVE_POINTS = 64
@@ -50,15 +52,15 @@ class Asked:
         """Of the cost."""
         return UNITS[self.objective.alone] if self.objective.alone else "1 is the ideal of every term"
 
-    def evidence(self, result: PlacementResult, cluster: Cluster, seed: int) -> AffinityEvidence | None:
+    def evidence(self, result: PlacementResult, problem: PlacementProblem, seed: int) -> AffinityEvidence | None:
         """Return what the placement is worth on tokens held out and on their null; None where traffic is no concern."""
         routes = self.objective.routes
         if routes is None or self.unseen is None:
             return None
-        if not isinstance(result, AffinityResult):
-            fields = {name: getattr(result, name) for name in PlacementResult.__dataclass_fields__}
-            result = AffinityResult(**{**fields, "objective": FANOUT}, applies_to=APPLIES_TO[FANOUT], cost=result.value)
-        return gather_evidence(result, routes, self.unseen, num_ranks=cluster.num_ranks, ranks_per_node=cluster.devices_per_node, seed=seed)
+        if isinstance(result, AffinityResult) and result.objective == HOPS:
+            return gather_evidence(result, routes, self.unseen, num_ranks=problem.num_ranks, ranks_per_node=problem.ranks_per_node, seed=seed)
+        plain = solve_linear(problem, seed=seed).slot_to_expert_LS
+        return traffic_evidence(result.slot_to_expert_LS, plain, problem.slot_rank_S, problem.levels, routes, self.unseen, seed=seed)
 
 
 def asked_for(text: str, routings: list[RoutingTrace], *, model: MoEModel, cluster: Cluster, batch: int | None, seed: int) -> Asked:
@@ -88,7 +90,9 @@ def asked_for(text: str, routings: list[RoutingTrace], *, model: MoEModel, clust
         if routings[0].kind != "tokens":
             raise TraceError(f"{routings[0].source}: holds counts only; objective {text!r} needs the choices of every token")
         seen, unseen = split_routes(read_routes(routings[0]), seed=seed)
-    objective = Objective.parse(text, decode=decode, expert_seconds=seconds, routes=seen)
+    # what leaves a leaf takes so many times as long as what stays behind it
+    rack_weight = cluster.fabric_oversubscription - 1.0
+    objective = Objective.parse(text, decode=decode, expert_seconds=seconds, routes=seen, rack_weight=rack_weight)
     return Asked(objective=objective, routings=routings, batch_tokens=None if decode is None else decode.tokens, phase=phase, unseen=unseen)
 
 

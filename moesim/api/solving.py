@@ -107,6 +107,7 @@ def solve(
         num_ranks=cluster.num_ranks,
         slots_per_rank_R=slots_R,
         ranks_per_node=cluster.devices_per_node,
+        ranks_per_rack=cluster.ranks_per_leaf if 1 < cluster.nodes_per_leaf < cluster.num_nodes else 0,
         num_groups=moe_model.num_groups,
         experts_L=moe_model.experts_L,
         previous=None if old is None else old.slot_to_expert_LS,
@@ -135,7 +136,7 @@ def solve(
         check_memory(moe_model, cluster, slots_R, weight_memory_bytes)
         problem, result = replace(problem, slots_per_rank_R=slots_R), redundancy.result
         validate(problem, result)
-    evidence = asked.evidence(result, cluster, seed)
+    evidence = asked.evidence(result, problem, seed)
     plan = to_plan(
         result,
         model=moe_model.name,

@@ -98,8 +98,10 @@ class Cluster:
     links: Mapping[str, Link]
     devices_per_node: int
     num_nodes: int
+    nodes_per_leaf: int = 1
+    """Consecutive nodes behind one leaf switch (a rack), which they reach without oversubscription."""
     fabric_oversubscription: float = 1.0
-    """Node uplinks' bandwidth divided by what the fabric carries when all send (1: non-blocking)."""
+    """Bandwidth of a leaf's nodes divided by what its uplink to the spine carries when all send (1: non-blocking)."""
     tables: Path | None = None
     """Folder of measured Parquet tables of this device, or None."""
     calibrated_from: str | None = None
@@ -120,6 +122,11 @@ class Cluster:
     def memory(self) -> Tier:
         """The device's own memory: `hbm`, or `dram` on a CPU."""
         return self.tiers["hbm" if "hbm" in self.tiers else "dram"]
+
+    @property
+    def ranks_per_leaf(self) -> int:
+        """Consecutive ranks behind one leaf switch."""
+        return min(self.nodes_per_leaf, self.num_nodes) * self.devices_per_node
 
     def node_of(self, rank: int) -> int:
         """Return the node of a rank."""

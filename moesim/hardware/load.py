@@ -278,6 +278,8 @@ def _build(node: dict[str, Any], origins: Mapping[KeyPath, str], place: str, bas
     for holder, key in ((dumped, "calibrated_from"), *((dumped["device"]["power"], state) for state in POWER_STATES)):
         if holder[key] is None:
             del holder[key]
+    if dumped["nodes_per_leaf"] == 1:
+        del dumped["nodes_per_leaf"]
     links = {
         name: Link(
             name=name,
@@ -330,6 +332,7 @@ def _build(node: dict[str, Any], origins: Mapping[KeyPath, str], place: str, bas
         links=links,
         devices_per_node=doc.devices_per_node,
         num_nodes=doc.num_nodes,
+        nodes_per_leaf=doc.nodes_per_leaf,
         fabric_oversubscription=doc.fabric_oversubscription,
         tables=_tables(doc, base, _origin(origins, ("tables",), place)),
         calibrated_from=_donor(doc, _origin(origins, ("calibrated_from",), place)),

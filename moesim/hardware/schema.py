@@ -198,6 +198,8 @@ class Document(_Strict):
     links: LinksDoc = LinksDoc()
     devices_per_node: Annotated[Whole, Field(ge=1, le=MAX_DEVICES_PER_NODE)] = 1
     num_nodes: Annotated[Whole, Field(ge=1, le=MAX_NODES)] = 1
+    nodes_per_leaf: Annotated[Whole, Field(ge=1, le=MAX_NODES)] = 1
+    """Nodes behind one leaf switch, a rack: they reach each other without the oversubscription."""
     fabric_oversubscription: Annotated[Number, Field(ge=1, le=1000)] = 1.0
     tables: Text | None = None
     calibrated_from: Annotated[Text, Field(max_length=200)] | None = None
@@ -214,6 +216,8 @@ class Document(_Strict):
             raise ValueError(f"needs links.scale_up, because devices_per_node is {self.devices_per_node}")
         if self.num_nodes > 1 and self.links.scale_out is None:
             raise ValueError(f"needs links.scale_out, because num_nodes is {self.num_nodes}")
+        if self.num_nodes % self.nodes_per_leaf and self.nodes_per_leaf < self.num_nodes:
+            raise ValueError(f"has {self.num_nodes} nodes and nodes_per_leaf {self.nodes_per_leaf}; leaves must be equally full")
         for name, item in self.tiers:
             if item is not None and item.link is not None and getattr(self.links, item.link) is None:
                 raise ValueError(f"needs links.{item.link}, because tiers.{name}.link names it")

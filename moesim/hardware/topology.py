@@ -2,7 +2,7 @@
 
 Directed edges carry bandwidth_Bps (one direction), latency_s and link (the `Link` whose port they are). Latencies along a path add up to the
 link's own. Vertices: `rank3`, `node0/switch` (NVSwitch, or the PCIe fabric of peer-to-peer cards), `node0/pcie1`, `node0/nic1`, `node0/host`,
-`node0/disk`, `leaf0` (one a node), `spine`. A leaf reaches the spine with its node's NICs together, divided by the oversubscription.
+`node0/disk`, `leaf0`, `spine`. A leaf reaches the spine with the NICs of its nodes together, divided by the oversubscription.
 """
 
 from __future__ import annotations
@@ -71,15 +71,18 @@ def graph(cluster: Cluster) -> networkx.DiGraph:
             link = links["scale_out"]
             nics = [f"node{node}/nic{index}" for index in range(-(-width // link.shared_by))]
             result.add_nodes_from(nics, kind="nic", node=node)
-            result.add_node(f"leaf{node}", kind="leaf", node=node)
+            leaf = f"leaf{node // cluster.nodes_per_leaf}"
+            # a leaf of one node is part of it, that of several of none
+            result.add_node(leaf, kind="leaf", node=node if cluster.nodes_per_leaf == 1 else -1)
             for index in range(width):
                 nic, root = nics[index // link.shared_by], roots[index // shared_by]
                 if not result.has_edge(root, nic):
                     join(root, nic, "scale_out", link.bandwidth_Bps, 0.0)
             for nic in nics:
-                join(nic, f"leaf{node}", "scale_out", link.bandwidth_Bps, link.latency_s / 2)
+                join(nic, leaf, "scale_out", link.bandwidth_Bps, link.latency_s / 2)
             result.add_node("spine", kind="spine", node=-1)
-            join(f"leaf{node}", "spine", "scale_out", link.bandwidth_Bps * len(nics) / cluster.fabric_oversubscription, 0.0)
+            together = len(nics) * min(cluster.nodes_per_leaf, cluster.num_nodes)
+            join(leaf, "spine", "scale_out", link.bandwidth_Bps * together / cluster.fabric_oversubscription, 0.0)
     return result
 
 

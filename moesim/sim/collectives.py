@@ -1,7 +1,7 @@
 """Collectives by algorithm, as Ops: from the bytes of every rank pair, or the size of the buffer, to the steps in which they move.
 
 A message of m bytes takes α + m / (β · efficiency(m)) with α, β and the efficiency curve of the `Link` it crosses: `scale_up` inside a node, else
-`scale_out` (a device's share of its NIC, divided by the oversubscription). With n ranks and a buffer of m bytes, all of one link:
+`scale_out` (a device's share of its NIC; between leaves that divided by the oversubscription). With n ranks and a buffer of m bytes, all of one link:
   ring         all-reduce 2(n-1)(α + m/nβ), all-gather and reduce-scatter (n-1)(α + m/nβ); neighbour waits for neighbour, not for all
   tree         all-reduce over two binary trees, each pipelining half of the buffer: 2(⌈log2 n⌉ α + m/β)
   in_switch    all-reduce 2α + m/β, all-gather and reduce-scatter α + (n-1)/n · m/β: the switch adds and copies (one node)
@@ -35,6 +35,7 @@ class Collectives:
             raise SimulationError(describe("collectives", "ranks", program.num_ranks, f"must be the {cluster.num_ranks} of {cluster.name}"))
         self.program, self.cluster, self.sm_share, self.lane = program, cluster, sm_share, lane
         self.node_R = np.arange(cluster.num_ranks) // cluster.devices_per_node
+        self.leaf_R = np.arange(cluster.num_ranks) // cluster.ranks_per_leaf
         self.bytes_R: dict[str, np.ndarray] = {f"{link}.{way}": np.zeros(cluster.num_ranks) for link in (UP, OUT) for way in ("out", "in")}
         """Port → bytes that have been added so far."""
         self.messages_R: dict[str, np.ndarray] = {UP: np.zeros(cluster.num_ranks), OUT: np.zeros(cluster.num_ranks)}
@@ -106,11 +107,12 @@ class Collectives:
         group, size_R = self._check_group(group_R), self._sizes(group_R)
         active = (group >= 0) & (size_R > 1)
         across = active & np.isin(group, [g for g in np.unique(group) if len(np.unique(self.node_R[group == g])) > 1])
+        far = across & np.isin(group, [g for g in np.unique(group) if len(np.unique(self.leaf_R[group == g])) > 1])
         alphas = {"once": np.ones(len(group)), "twice": np.full(len(group), 2.0), "depth": np.ceil(np.log2(size_R))}[latency]
         jobs = []
         for link, mine in ((UP, active & ~across), (OUT, across)):
             if mine.any():
-                alpha, seconds = self._link(link).latency_s * alphas, self._seconds_per_byte(link, np.full(len(group), message))
+                alpha, seconds = self._link(link).latency_s * alphas, self._seconds_per_byte(link, np.full(len(group), message), far)
                 for way, nbytes in (("out", out), ("in", into)):
                     work = np.where(mine, alpha + nbytes * seconds, 0.0)
                     self.bytes_R[f"{link}.{way}"] += np.where(mine, nbytes, 0.0)
@@ -225,16 +227,18 @@ class Collectives:
 
     def _exchange(self, label: str, pairs: np.ndarray, messages: np.ndarray, serial: bool, deps: Sequence[int], layer: int) -> int:
         same = self.node_R[:, None] == self.node_R[None, :]
-        moving = ~np.eye(len(pairs), dtype=bool)
+        moving, far = ~np.eye(len(pairs), dtype=bool), self.leaf_R[:, None] != self.leaf_R[None, :]
         jobs = []
         for link, mine in ((UP, same & moving), (OUT, ~same)):
             nbytes, count = np.where(mine, pairs, 0.0), np.where(mine, messages, 0.0)
             if not nbytes.any():
                 continue
             seconds = nbytes * self._seconds_per_byte(link, nbytes / np.maximum(count, 1.0))
+            # a NIC fills its share of the uplink and its leaf side by side
+            uplink = seconds * (far if link == OUT else False) * self.cluster.fabric_oversubscription
             for way, axis in (("out", 1), ("in", 0)):
                 number = count.sum(axis=axis)
-                work = self._link(link).latency_s * (number if serial else number > 0) + seconds.sum(axis=axis)
+                work = self._link(link).latency_s * (number if serial else number > 0) + np.maximum(seconds.sum(axis=axis), uplink.sum(axis=axis))
                 jobs.append(Job(port=f"{link}.{way}", work_s=work, side="send" if way == "out" else "recv"))
                 self.bytes_R[f"{link}.{way}"] += nbytes.sum(axis=axis)
             self.messages_R[link] += count.sum(axis=1)
@@ -250,12 +254,12 @@ class Collectives:
             return list(deps)
         source_R = np.full(len(ranks), -1)
         source_R[target_R[sends]] = ranks[sends]
-        inside = self.node_R[ranks] == self.node_R[target_R]
+        inside, far = self.node_R[ranks] == self.node_R[target_R], self.leaf_R[ranks] != self.leaf_R[target_R]
         jobs = []
         for link, mine in ((UP, sends & inside), (OUT, sends & ~inside)):
             if not mine.any():
                 continue
-            out = np.where(mine, self._link(link).latency_s + nbytes_R * self._seconds_per_byte(link, nbytes_R), 0.0)
+            out = np.where(mine, self._link(link).latency_s + nbytes_R * self._seconds_per_byte(link, nbytes_R, far & mine), 0.0)
             into = np.zeros(len(ranks))
             into[target_R[mine]] = out[mine]
             jobs += [Job(port=f"{link}.out", work_s=out), Job(port=f"{link}.in", work_s=into, side="recv")]
@@ -272,9 +276,10 @@ class Collectives:
     def _link(self, name: str) -> Link:
         return port_link(self.cluster, name)
 
-    def _seconds_per_byte(self, name: str, message: np.ndarray) -> np.ndarray:
+    def _seconds_per_byte(self, name: str, message: np.ndarray, far: np.ndarray | bool = False) -> np.ndarray:
+        """Return the time of a byte in messages of a size; far: where they leave the leaf, for the NIC."""
         link = self._link(name)
-        bandwidth = link.bandwidth_Bps / max(link.shared_by, 1) / (max(self.cluster.fabric_oversubscription, 1.0) if name == OUT else 1.0)
+        bandwidth = link.bandwidth_Bps / max(link.shared_by, 1) / np.where(far & (name == OUT), self.cluster.fabric_oversubscription, 1.0)
         curve = link.efficiency
         return 1.0 / (bandwidth * np.interp(np.log(np.maximum(message, 1.0)), np.log(curve.size_bytes), curve.efficiency))
 

@@ -4,8 +4,9 @@ A port is one direction of one piece of hardware, with its bandwidth in bytes/s.
   scale_up.out/in  NVLink, or the card's peer-to-peer port      scale_out.out/in  its way to the network (the NIC itself unless NICs are shared)
   host.out/in      its own PCIe lanes                           disk.out/in       its way to the disk
 Ports of a node n, NIC, or PCIe root, numbered over the cluster:
-  nvswitch  all ports of a node at once       nic.out/in  a NIC that several devices share      leaf.up/down  a node's leaf to the spine, divided
-  pcie.up/down  a root to the host            storage.out/in  a node's disk                     by the oversubscription
+  nvswitch  all ports of a node at once       nic.out/in  a NIC that several devices share      pcie.up/down  a root to the host
+  storage.out/in  a node's disk
+Ports of a leaf: leaf.up/down, to the spine: the NICs of its nodes together, divided by the oversubscription. Nodes of one leaf do not use them.
 The same machine as `hardware.topology`, without a graph: a path of a few thousand ranks costs microseconds. Devices of different nodes use the NIC
 of each (`direct`), or that of equal index, a rail, and NVLink in the source's (`source`) or target's node (`target`). Latencies in seconds.
 """
@@ -50,8 +51,10 @@ class Network:
             if self._up is not None:
                 ports["nvswitch", node] = self._up.bandwidth_Bps * width
             if self._out is not None:
-                uplink = self._out.bandwidth_Bps * self.nics_per_node / cluster.fabric_oversubscription
-                ports["leaf.up", node] = ports["leaf.down", node] = uplink
+                together = self.nics_per_node * min(cluster.nodes_per_leaf, cluster.num_nodes)
+                uplink = self._out.bandwidth_Bps * together / cluster.fabric_oversubscription
+                leaf = node // cluster.nodes_per_leaf
+                ports["leaf.up", leaf] = ports["leaf.down", leaf] = uplink
                 for nic in range(self.nics_per_node) if self._out.shared_by > 1 else ():
                     index = node * self.nics_per_node + nic
                     ports["nic.out", index] = ports["nic.in", index] = self._out.bandwidth_Bps
@@ -127,10 +130,11 @@ class Network:
     def _between(self, src: int, dst: int) -> dict[Hop, float]:
         if self._out is None:
             raise self._unreachable(src, dst, "links.scale_out")
-        width = self.cluster.devices_per_node
+        leaves = [rank // self.cluster.ranks_per_leaf for rank in (src, dst)]
+        spine: list[Hop] = [("leaf.up", leaves[0]), ("leaf.down", leaves[1])] if leaves[0] != leaves[1] else []
         return self._take(
-            ("host.out", src), ("scale_out.out", src), ("nic.out", self.nic_of(src)), ("leaf.up", src // width),
-            ("leaf.down", dst // width), ("nic.in", self.nic_of(dst)), ("scale_out.in", dst), ("host.in", dst),
+            ("host.out", src), ("scale_out.out", src), ("nic.out", self.nic_of(src)), *spine,
+            ("nic.in", self.nic_of(dst)), ("scale_out.in", dst), ("host.in", dst),
         )  # fmt: skip
 
     def _to_tier(self, src: int | str, dst: int | str) -> dict[Hop, float]:

@@ -4,7 +4,8 @@ Terms, each summed over layers, averaged over windows and smaller when better:
 - `balance`: time of the slowest rank over that of a perfect spread (1 is perfect);
 - `activated`: experts that a decode batch activates on the slowest rank (divided by its speed);
 - `latency`: seconds of the slowest rank, as a callable predicts them from the expected tokens of every slot;
-- `traffic`: distinct ranks + node_weight · distinct nodes that a token reaches in a layer (not averaged over windows: tokens say it);
+- `traffic`: distinct ranks + node_weight · distinct nodes + rack_weight · distinct racks that a token reaches in a layer (not averaged over
+  windows: tokens say it); with copies of experts only those other than its own count (see `affinity.replicas` for who serves it);
 - `hops`: share of a token's transitions between layers that leave the rank (+ node_weight · the node); only alone.
 In a sum every term is divided by its ideal (a perfect spread, one copy of every expert, equal tokens on all slots, as few ranks
 as hold the choices), so that weights compare. `balance+activated:0.3` gives activation 0.3 and balance what is left.
@@ -96,6 +97,8 @@ class Objective:
     """Tokens to plan on, for `traffic` and `hops`."""
     node_weight: float = 1.0
     """Cost of reaching a node where reaching a rank costs 1; 0 on a single node."""
+    rack_weight: float = 1.0
+    """Cost of reaching a rack on top, for `traffic`; 0 where the nodes form a single one."""
 
     def __post_init__(self) -> None:
         for term in self.terms:
@@ -112,9 +115,12 @@ class Objective:
         expert_seconds: ExpertSeconds | None = None,
         routes: TokenRoutes | None = None,
         node_weight: float = 1.0,
+        rack_weight: float = 1.0,
     ) -> Objective:
         """Return the objective that `text` names; raise InputError if it is unknown or lacks its data."""
-        return cls(weights=parse_weights(text), decode=decode, expert_seconds=expert_seconds, routes=routes, node_weight=node_weight)
+        return cls(
+            weights=parse_weights(text), decode=decode, expert_seconds=expert_seconds, routes=routes, node_weight=node_weight, rack_weight=rack_weight
+        )
 
     @property
     def terms(self) -> tuple[str, ...]:

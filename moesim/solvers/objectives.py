@@ -3,7 +3,7 @@
 Swaps are searched on loads c·a(c), exact while the counts of copies c stay, and on rank loads; for a term that swaps cannot see (a
 predicted time, traffic) candidates come from several mixtures of the two, and from traffic planned under several caps on the load.
 Every layer keeps the cheapest candidate, the balanced placement of `greedy` among them; random swaps and reassigned slots then
-lower the cost itself, whatever it is, but for traffic. Shapes: L layers, E experts, S slots, N trial placements.
+lower the cost itself, whatever it is; where tokens are counted, as far as they are few. Shapes: L layers, E experts, S slots, N trial placements.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ SLACKS = (0.05, 0.4)
 ROUNDS = 1000
 TRIAL_CELLS, PREDICTED_CELLS = 1_000_000, 200_000
 """Slots, over layers, windows and trials, of a round of random moves; fewer where a time is predicted."""
+MAX_EACH, EACH_CHOICES = 300, 500_000
+"""Rounds of random moves where tokens are counted: at most, and choices counted in all of them."""
 MAX_TRIALS = 128
 TRIAL_ROUNDS = 60
 PATIENCE = 6
@@ -53,12 +55,11 @@ def solve_descent(problem: PlacementProblem, *, seed: int = 0, deadline: Deadlin
         other_L = terms.cost_L(table)
         wins = other_L < cost_L * (1 - 1e-12)
         best[wins], cost_L[wins] = table[wins], other_L[wins]
-    if "traffic" not in terms.weights:
-        made, cut = _try_moves(terms, best, cost_L, seed, deadline)
-        moves, late = moves + made, late or cut
+    made, cut = (_try_each if "traffic" in terms.weights else _try_moves)(terms, best, cost_L, seed, deadline)
+    moves, late = moves + made, late or cut
     if problem.previous is not None:
-        # ranks of different nodes are not interchangeable where tokens count the nodes that they reach
-        same = problem.objective.weight("traffic") == 0 or problem.num_nodes == 1
+        # ranks of different nodes, or that tokens start on, are not interchangeable where tokens count what they reach
+        same = problem.objective.weight("traffic") == 0 or (problem.num_nodes == 1 and problem.one_slot_each)
         best = relabel_LS(problem, best) if same else align_LS(best, problem.previous, problem.slots_per_rank_R)
     return score(terms, best, solver="descent", status="TIME_LIMIT" if late else "FEASIBLE", iterations=moves)
 
@@ -71,7 +72,8 @@ def score(terms: Terms, table_LS: np.ndarray, *, solver: str, status: str, itera
         raise InputError("solve: expert_seconds gave a rank less time for more tokens or slots; it must not fall")
     cost, cost_bound = float(cost_L.sum()), float(np.minimum(bound_L, cost_L).sum())
     reference = min(terms.ideal, cost_bound)
-    value, bound = (reference / cost, reference / cost_bound) if reference > 0 else (1.0, 1.0)
+    # where nothing at all cannot be ruled out, any cost is infinitely far from it
+    value, bound = (reference / cost, reference / cost_bound) if reference > 0 else (float(cost == 0), 1.0)
     gap = (bound - value) / bound
     if status in ("FEASIBLE", "OPTIMAL"):
         status = "OPTIMAL" if gap <= OPTIMAL_GAP else "FEASIBLE"
@@ -132,11 +134,20 @@ def _swaps(
 
 
 def _fanouts(problem: PlacementProblem, start_LS: np.ndarray, deadline: Deadline) -> Iterator[tuple[np.ndarray, int, bool]]:
-    """Yield placements for little traffic whose ranks are ever busier."""
+    """Yield placements for little traffic whose ranks are ever busier; slots left over hold the copies that save most of it."""
     from moesim.solvers.affinity.fanout import FanoutProblem, solve_fanout
+    from moesim.solvers.affinity.replicas import fill_copies
 
-    objective = problem.objective
+    objective, rank_S = problem.objective, problem.slot_rank_S
     assert objective.routes is not None
+    per_rank, rest = divmod(problem.num_experts, problem.num_ranks)
+    if not problem.one_slot_each:
+        # the balanced placement with its copies given up, and below, where it fits, those of one slot per expert
+        table = _without_copies(start_LS)
+        made, late = fill_copies(objective.routes, table, rank_S, problem.num_ranks, problem.levels, deadline)
+        yield table, made, late
+        if rest or int(problem.slots_per_rank_R.min()) < per_rank:
+            return
     for slack in SLACKS:
         if expired(deadline):
             yield start_LS, 0, True
@@ -146,10 +157,28 @@ def _fanouts(problem: PlacementProblem, start_LS: np.ndarray, deadline: Deadline
             num_ranks=problem.num_ranks,
             ranks_per_node=problem.ranks_per_node,
             node_weight=objective.node_weight,
+            ranks_per_rack=problem.ranks_per_rack,
+            rack_weight=objective.rack_weight,
             load_slack=slack,
         )
         found = solve_fanout(asked, deadline=deadline)
-        yield found.slot_to_expert_LS, found.iterations, found.status == "TIME_LIMIT"
+        table, made, late = found.slot_to_expert_LS, found.iterations, found.status == "TIME_LIMIT"
+        if not problem.one_slot_each:
+            first = np.concatenate([np.arange(start, start + per_rank) for start in np.cumsum(problem.slots_per_rank_R) - problem.slots_per_rank_R])
+            wide = np.full(start_LS.shape, -1, dtype=start_LS.dtype)
+            wide[:, first] = table
+            more, cut = fill_copies(objective.routes, wide, rank_S, problem.num_ranks, problem.levels, deadline)
+            table, made, late = wide, made + more, late or cut
+        yield table, made, late
+
+
+def _without_copies(table_LS: np.ndarray) -> np.ndarray:
+    """Return a placement with the first slot of every expert only."""
+    result = np.full_like(table_LS, -1)
+    for row, kept in zip(table_LS, result, strict=True):
+        experts, slots = np.unique(row, return_index=True)
+        kept[slots[experts >= 0]] = experts[experts >= 0]
+    return result
 
 
 def _try_moves(terms: Terms, best_LS: np.ndarray, cost_L: np.ndarray, seed: int, deadline: Deadline) -> tuple[int, bool]:
@@ -173,6 +202,25 @@ def _try_moves(terms: Terms, best_LS: np.ndarray, cost_L: np.ndarray, seed: int,
         wins = cost[row, at] < cost_L * (1 - 1e-9)
         best_LS[wins], cost_L[wins] = tables.reshape(layers, trials, slots)[row, at][wins], cost[row, at][wins]
         made, idle = made + int(wins.sum()), 0 if wins.any() else idle + 1
+    return made, False
+
+
+def _try_each(terms: Terms, best_LS: np.ndarray, cost_L: np.ndarray, seed: int, deadline: Deadline) -> tuple[int, bool]:
+    """Lower the cost in place by random moves, one placement of every layer at a time, as tokens have to be counted anew for each."""
+    routes = terms.problem.objective.routes
+    assert routes is not None
+    generator = np.random.Generator(np.random.PCG64(seed))
+    made = 0
+    for step in range(min(MAX_EACH, EACH_CHOICES // routes.experts_TLK.size)):
+        if expired(deadline):
+            return made, True
+        tables = _neighbours(terms, best_LS, generator)
+        if step % 2:
+            tables = _neighbours(terms, tables, generator)
+        other_L = terms.cost_L(tables)
+        wins = other_L < cost_L * (1 - 1e-9)
+        best_LS[wins], cost_L[wins] = tables[wins], other_L[wins]
+        made += int(wins.sum())
     return made, False
 
 
@@ -217,6 +265,8 @@ def solve_affinity(problem: PlacementProblem, *, seed: int = 0, deadline: Deadli
 
     objective = problem.objective
     assert objective.routes is not None
+    if not problem.one_slot_each:
+        raise InputError("solver affinity: needs equal ranks and one slot per expert; leave out the extra slots, or use the solver descent")
     slack = (options or {}).get("load_slack")
     shape: dict[str, Any] = {
         "num_ranks": problem.num_ranks,
@@ -225,6 +275,7 @@ def solve_affinity(problem: PlacementProblem, *, seed: int = 0, deadline: Deadli
         "load_slack": None if slack is None else float(slack),
     }
     if objective.alone == "traffic":
-        return solve_fanout(FanoutProblem(routes=objective.routes, **shape), deadline=deadline)
+        racks: dict[str, Any] = {"ranks_per_rack": problem.ranks_per_rack, "rack_weight": objective.rack_weight}
+        return solve_fanout(FanoutProblem(routes=objective.routes, **shape, **racks), deadline=deadline)
     counts = count_transitions(objective.routes)
     return solve_hops(AffinityProblem(transitions_LEE=counts.transitions_LEE, load_LE=counts.load_LE, **shape), seed=seed, deadline=deadline)

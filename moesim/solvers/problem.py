@@ -33,6 +33,8 @@ class PlacementProblem:
     """int [R] (or one number for all): expert slots of every rank."""
     ranks_per_node: int = 0
     """Consecutive ranks that share a node; 0: all of them."""
+    ranks_per_rack: int = 0
+    """Consecutive ranks whose nodes share a rack, a multiple of those of a node; 0: all of them."""
     num_groups: int = 1
     """Routing groups of experts; only the hierarchical EPLB policy looks at them."""
     previous: np.ndarray | None = None
@@ -75,6 +77,10 @@ class PlacementProblem:
         self._set(load_KLE=load, slots_per_rank_R=slots, ranks_per_node=self.ranks_per_node or self.num_ranks)
         if self.ranks_per_node < 1 or (self.num_ranks % self.ranks_per_node and self.ranks_per_node < self.num_ranks):
             raise InputError(describe(PLACE, "ranks_per_node", self.ranks_per_node, f"must divide the {self.num_ranks} ranks"))
+        self._set(ranks_per_rack=self.ranks_per_rack or self.num_ranks)
+        if self.ranks_per_rack < self.num_ranks and (self.ranks_per_rack < 1 or self.ranks_per_rack % self.ranks_per_node):
+            rule = f"must be a multiple of the {self.ranks_per_node} ranks of a node"
+            raise InputError(describe(PLACE, "ranks_per_rack", self.ranks_per_rack, rule))
         if not 1 <= self.num_groups <= self.num_experts or any(count % self.num_groups for count in self.experts_L or (self.num_experts,)):
             raise InputError(describe(PLACE, "num_groups", self.num_groups, f"must divide the {self.num_experts} experts"))
         self._set(
@@ -130,10 +136,11 @@ class PlacementProblem:
         routes = self.objective.routes
         if routes is None or not {"traffic", "hops"} & set(self.objective.terms):
             return
-        slots = set(self.slots_per_rank_R.tolist())
-        if len(slots) > 1 or self.num_slots != self.num_experts:
+        if "hops" in self.objective.terms and not self.one_slot_each:
             rule = f"needs equal ranks and one slot per expert, here {self.num_slots} slots for {self.num_experts} experts"
-            raise InputError(describe(PLACE, "objective", self.objective.name, rule, "leave out the extra slots, or the traffic"))
+            raise InputError(describe(PLACE, "objective", self.objective.name, rule, "leave out the extra slots, or plan for traffic"))
+        if "traffic" in self.objective.terms and self.num_ranks % self.ranks_per_rack:
+            raise InputError(describe(PLACE, "ranks_per_rack", self.ranks_per_rack, f"must divide the {self.num_ranks} ranks where traffic is planned"))
         if (routes.num_layers, routes.num_experts) != (self.num_layers, self.num_experts):
             shape = (routes.num_layers, routes.num_experts)
             raise InputError(describe(PLACE, "routes (layers, experts)", shape, f"must be those of the load, {(self.num_layers, self.num_experts)}"))
@@ -190,6 +197,17 @@ class PlacementProblem:
     def num_nodes(self) -> int:
         """Nodes that the ranks form."""
         return max(1, self.num_ranks // self.ranks_per_node)
+
+    @property
+    def one_slot_each(self) -> bool:
+        """True where ranks are equal and no expert can have a copy."""
+        return self.num_slots == self.num_experts and len(set(self.slots_per_rank_R.tolist())) == 1
+
+    @property
+    def levels(self) -> list[tuple[int, float]]:
+        """(Ranks of a place, weight) of ranks, and of nodes and racks where there are several."""
+        places = ((self.ranks_per_node, self.objective.node_weight), (self.ranks_per_rack, self.objective.rack_weight))
+        return [(1, 1.0), *((per_place, weight) for per_place, weight in places if per_place < self.num_ranks)]
 
     @property
     def fill_R(self) -> np.ndarray:

@@ -108,18 +108,25 @@ def _place_E(problem: PlacementProblem, row: list[int], per_place: int) -> np.nd
     return place
 
 
-def _levels(problem: PlacementProblem) -> list[tuple[int, float]]:
-    """Return (ranks of a place, weight) of ranks and, on several nodes, of nodes."""
-    return [(1, 1.0)] + ([(problem.ranks_per_node, problem.objective.node_weight)] if problem.ranks_per_node < problem.num_ranks else [])
+def _levels(problem: PlacementProblem, term: str = "hops") -> list[tuple[int, float]]:
+    """Return (ranks of a place, weight) of ranks, on several nodes of nodes, and for traffic on several racks of racks."""
+    levels = [(1, 1.0)]
+    if problem.ranks_per_node < problem.num_ranks:
+        levels.append((problem.ranks_per_node, problem.objective.node_weight))
+    if term == "traffic" and problem.ranks_per_rack < problem.num_ranks:
+        levels.append((problem.ranks_per_rack, problem.objective.rack_weight))
+    return levels
 
 
 def _traffic(problem: PlacementProblem, rows: Rows | None) -> float:
-    """Return places reached per token and layer, ticked off on a board of tokens and places."""
+    """Return places reached per token and layer, ticked off on a board of tokens and places; with copies only those that are not the token's own."""
     experts, valid = _valid(problem)
     total = 0.0
-    for per_place, weight in _levels(problem):
+    if rows is not None and (len(rows[0]) != problem.num_experts or len(set(problem.slots_per_rank_R.tolist())) > 1):
+        return sum(_remote(problem, row, experts[:, layer].tolist(), valid[:, layer].tolist()) for layer, row in enumerate(rows)) / (len(experts) * len(rows))
+    for per_place, weight in _levels(problem, "traffic"):
         if rows is None:
-            room = problem.num_experts // (problem.num_ranks // per_place)
+            room = max(1, problem.num_experts * per_place // problem.num_ranks)
             total += weight * float(np.ceil(valid.sum(axis=2) / room).sum())
             continue
         for layer, row in enumerate(rows):
@@ -128,6 +135,23 @@ def _traffic(problem: PlacementProblem, rows: Rows | None) -> float:
             reached[token, _place_E(problem, row, per_place)[experts[token, layer, choice]]] = True
             total += weight * float(reached.sum())
     return total / (len(experts) * problem.num_layers)
+
+
+def _remote(problem: PlacementProblem, row: list[int], experts: list[list[int]], valid: list[list[bool]]) -> float:
+    """Return what the tokens of a layer pay for places other than their own: token by token, every choice sent to the nearest copy."""
+    levels, ranks = _levels(problem, "traffic"), problem.num_ranks
+    holders: dict[int, set[int]] = {}
+    for rank, expert in zip(problem.slot_rank_S.tolist(), row, strict=True):
+        holders.setdefault(expert, set()).add(rank)
+    total = 0.0
+    for token, (choices, there) in enumerate(zip(experts, valid, strict=True)):
+        home, served = token % ranks, set()
+        for expert in {choice for choice, exists in zip(choices, there, strict=True) if exists}:
+            apart = {rank: sum(rank // per_place != home // per_place for per_place, _ in levels) for rank in holders[expert]}
+            near = sorted(rank for rank, one in apart.items() if one == min(apart.values()))
+            served.add(near[token // ranks % len(near)])
+        total += sum(weight * len({rank // per_place for rank in served} - {home // per_place}) for per_place, weight in levels)
+    return total
 
 
 def _hops(problem: PlacementProblem, rows: Rows) -> float:
@@ -153,7 +177,7 @@ def _hops(problem: PlacementProblem, rows: Rows) -> float:
 def dearest_way(problem: PlacementProblem) -> float:
     """Return the cost if every choice (for hops: transition) took the dearest way."""
     _, valid = _valid(problem)
-    each = sum(weight for per_place, weight in _levels(problem) if per_place < problem.num_ranks)
+    each = sum(weight for per_place, weight in _levels(problem, problem.objective.alone or "") if per_place < problem.num_ranks)
     if problem.objective.alone == "hops":
         return each if problem.num_ranks > 1 else 1.0
     return float(valid.sum()) / (len(valid) * problem.num_layers) * (each or 1.0)

@@ -79,7 +79,7 @@ def default_solver(problem: PlacementProblem) -> str:
     """Return the solver that a problem is given to where none is named."""
     if problem.move_budget_slots is not None:
         return "repair"
-    if problem.objective.alone in ("traffic", "hops"):
+    if problem.objective.alone == "hops" or (problem.objective.alone == "traffic" and problem.one_slot_each):
         return "affinity"
     return "greedy" if problem.objective.alone == "balance" else "descent"
 

@@ -5,8 +5,10 @@ mean of their imbalances. Few folds tell such ways apart badly, so none is picke
 held-out score comes to the best, in standard errors, and in part alike (mode `stacked`). A way of the second kind (worst window, CVaR, the mean
 load as if it were one window) is taken instead only where it beats them clearly. Every way plans on some windows and is scored on one it did
 not see; which windows these are is the `validation` scheme:
-- `forward` (default): window k held out, planned on windows 0..k-1, for the last windows in turn (windows in order of time);
+- `forward`: window k held out, planned on windows 0..k-1, for the last windows in turn (windows in order of time);
 - `leave-one-out`: window k held out, planned on all others, the window before k counting as the last (windows in no order);
+- `auto` (default): `forward`, unless five windows or more follow each other no more closely than shuffled ones would (domains, say, not a
+  drift): then `leave-one-out`, and no window counts more for its place in the list.
 Trial plans are made on a few layers with a shorter search. Every search also changes how many copies an expert gets.
 Options: `risk` (how held-out windows and the value are folded), `validation`, `modes` (some of `MODES`, comma-separated).
 Shapes: K windows, L layers, E experts, S slots, M modes, F folds.
@@ -14,6 +16,8 @@ Shapes: K windows, L layers, E experts, S slots, M modes, F folds.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,7 +33,13 @@ from moesim.solvers.result import PlacementResult, cost_weight_KL, make_result
 from moesim.solvers.search import Deadline, expired, improve
 from moesim.solvers.state import SearchState
 
-SCHEMES = ("forward", "leave-one-out")
+SCHEMES = ("auto", "forward", "leave-one-out")
+TELLING = 5
+"""Windows from which an order can show: fewer have too few orders to be told from chance at `CHANCE`."""
+CHANCE = 0.05
+"""Share of the shuffled orders of the windows that may be as smooth as theirs if that is to count as an order of time."""
+SHUFFLES = 1000
+"""Orders tried where there are more than that."""
 MAX_FOLDS = 5
 """Most folds; the windows held out are the last ones."""
 TRIAL_SLOTS = 1200
@@ -72,6 +82,8 @@ class RobustResult(PlacementResult):
     """Mode → balance on held-out windows; empty where nothing could be held out or no fold was finished in time."""
     folds: int = 0
     """Held-out windows that every mode was scored on."""
+    validation: str = "forward"
+    """How windows were held out: `forward` where they are taken to be in order of time, or `leave-one-out`."""
     mixture: dict[str, float] = field(default_factory=dict)
     """Weighing → its share, if the mode is `stacked`."""
 
@@ -107,6 +119,8 @@ OTHERS: dict[str, Callable[[np.ndarray, np.ndarray], Views]] = {
     "windows-worst": lambda load, weight: (load, weight, "worst"),
     "blend-mean": lambda load, weight: (np.einsum("k,kle->le", weight / weight.sum(), load)[None], np.ones(1), "mean"),
 }
+PLACELESS = ("windows-mean", *OTHERS)
+"""Ways to plan that treat the windows alike, wherever they stand."""
 MODES = (*WEIGHINGS, *OTHERS)
 """Ways to plan; where nothing can be held out the first one asked for is taken."""
 
@@ -131,6 +145,9 @@ def solve_robust(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline
         return only
     load, order = _canonical(problem)
     weight = problem.weight_K
+    if scheme == "auto":
+        scheme = "forward" if len(load) < TELLING or in_order(load) else "leave-one-out"
+        modes = [name for name in modes if scheme == "forward" or name in PLACELESS] or modes
     start = 0.0 if deadline is None else deadline()
     trial_deadline = None if deadline is None else (lambda: deadline() - start * (1 - CV_TIME))
     score_FM, fold_weight, late = cross_validate(problem, load, modes, scheme, trial_deadline)
@@ -155,11 +172,11 @@ def solve_robust(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline
     status = "TIME_LIMIT" if late or cut else "FEASIBLE"
     result = make_result(problem, named, solver="robust", status=status, iterations=moves, risk=risk)
     fields = {name: getattr(result, name) for name in PlacementResult.__dataclass_fields__}
-    return RobustResult(**fields, mode=mode, held_out=held_out, folds=len(score_FM), mixture=mixture)
+    return RobustResult(**fields, mode=mode, held_out=held_out, folds=len(score_FM), mixture=mixture, validation=scheme)
 
 
 def _options(options: Mapping[str, Any]) -> tuple[str, str, list[str]]:
-    risk, scheme = str(options.get("risk", "mean")), str(options.get("validation", "forward"))
+    risk, scheme = str(options.get("risk", "mean")), str(options.get("validation", "auto"))
     if risk not in ("mean", "worst"):
         metrics.risk_tail(risk)
     if scheme not in SCHEMES:
@@ -179,6 +196,22 @@ def _canonical(problem: PlacementProblem) -> tuple[np.ndarray, np.ndarray]:
     key = np.einsum("k,kle->le", problem.weight_K, load)
     order = np.stack([np.lexsort((*(-load[k, layer] for k in range(len(load))), -key[layer])) for layer in range(load.shape[1])])
     return np.take_along_axis(load, order[None], axis=2), order
+
+
+def in_order(load_KLE: np.ndarray) -> bool:
+    """Say whether every window follows the one before it more closely than in all but few shuffled orders: its load moved less on the way."""
+    total = load_KLE.sum(axis=2, keepdims=True)
+    share = np.divide(load_KLE, total, out=np.zeros_like(load_KLE), where=total > 0)
+    moved_KK = np.stack([np.abs(share - one).sum(axis=(1, 2)) for one in share])
+    windows = len(load_KLE)
+    if math.factorial(windows) <= SHUFFLES:
+        orders = np.array(list(itertools.permutations(range(windows))))
+    else:
+        generator = np.random.Generator(np.random.PCG64(0))
+        orders = np.stack([np.arange(windows), *(generator.permutation(windows) for _ in range(SHUFFLES))])
+    way = moved_KK[orders[:, :-1], orders[:, 1:]].sum(axis=1)
+    # windows that are all alike are in any order
+    return float((way <= way[0] * (1 + 1e-9)).mean()) <= CHANCE
 
 
 def _view(problem: PlacementProblem, load: np.ndarray, weight: np.ndarray) -> PlacementProblem:

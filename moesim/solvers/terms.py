@@ -118,8 +118,8 @@ class Terms:
             routes, experts = objective.routes, problem.num_experts
             assert routes is not None
             count_TL = np.full(routes.experts_TLK.shape[:2], routes.experts_TLK.shape[2]) if routes.valid_TLK is None else routes.valid_TLK.sum(axis=2)
-            fewest = [float((-(-count_TL // (experts // parts))).mean(axis=0).sum()) for parts in (problem.num_ranks, problem.num_nodes)]
-            return (fewest[0] + self._node_weight * fewest[1]) / problem.num_layers
+            rooms = [(max(1, experts * per_place // problem.num_ranks), weight) for per_place, weight in problem.levels]
+            return sum(weight * float((-(-count_TL // room)).mean(axis=0).sum()) for room, weight in rooms) / problem.num_layers
         if self._parts:
             return sum(own._ideal_of(term) for _, own in self._parts)
         filled = self._filled_LRC()
@@ -167,35 +167,33 @@ class Terms:
         return np.asarray(self.problem.weight_K @ np.stack(lone)) / self._fastest
 
     def _traffic_L(self, table_LS: np.ndarray) -> np.ndarray:
+        from moesim.solvers.affinity.replicas import remote_L
         from moesim.solvers.affinity.scores import distinct_L
 
         problem, routes = self.problem, self.problem.objective.routes
         assert routes is not None
+        if not problem.one_slot_each:
+            return remote_L(routes, table_LS, problem.slot_rank_S, problem.num_ranks, problem.levels) / (len(routes) * problem.num_layers)
         rank_LE = np.empty(table_LS.shape, dtype=np.int64)
         np.put_along_axis(rank_LE, table_LS.astype(np.int64), np.broadcast_to(problem.slot_rank_S, table_LS.shape), axis=1)
-        reached = distinct_L(routes, rank_LE) + self._node_weight * distinct_L(routes, rank_LE // problem.ranks_per_node)
+        reached = sum(weight * distinct_L(routes, rank_LE // per_place) for per_place, weight in problem.levels)
         return np.asarray(reached / (len(routes) * problem.num_layers))
 
     def _traffic_bound_L(self) -> np.ndarray:
-        from moesim.solvers.affinity.bounds import company_bound_n
+        from moesim.solvers.affinity.fanout import distinct_bound_L
+        from moesim.solvers.affinity.replicas import remote_bound_L
         from moesim.solvers.affinity.transitions import coactivation_LEE
 
         problem, routes = self.problem, self.problem.objective.routes
         assert routes is not None
-        valid = np.ones(routes.experts_TLK.shape, dtype=bool) if routes.valid_TLK is None else routes.valid_TLK
-        company, count_TL = coactivation_LEE(routes), valid.sum(axis=2)
-        bound = np.zeros(problem.num_layers)
-        for parts, weight in ((problem.num_ranks, 1.0), (problem.num_nodes, self._node_weight)):
-            # a place holds only so many experts, and k choices reach k places less one for every pair that shares one
-            fewest = (-(-count_TL // (problem.num_experts // parts))).sum(axis=0)
-            bound += weight * np.maximum(fewest, count_TL.sum(axis=0) - company_bound_n(company, parts))
-        return bound / (len(routes) * problem.num_layers)
+        if problem.one_slot_each:
+            company = coactivation_LEE(routes)
+            bound = sum(weight * distinct_bound_L(routes, company, problem.num_ranks // per_place) for per_place, weight in problem.levels)
+        else:
+            bound = remote_bound_L(routes, int(problem.fill_R.max()), problem.num_ranks, problem.levels)
+        return np.asarray(bound / (len(routes) * problem.num_layers))
 
     # --- parts ----------------------------------------------------------------------------------
-
-    @property
-    def _node_weight(self) -> float:
-        return self.problem.objective.node_weight if self.problem.num_nodes > 1 else 0.0
 
     @property
     def _fastest(self) -> float:

@@ -65,7 +65,7 @@ def _value_of_cost(problem: PlacementProblem, place: str, rows: list[list[int]],
     reference = min(recount(problem, None), result.cost_bound)
     if not math.isclose(result.bound, reference / result.cost_bound if reference else 1.0, rel_tol=1e-9):
         raise CheckError(describe(place, "bound", result.bound, f"must be the ideal {reference} over the least cost {result.cost_bound}"))
-    return reference / cost if reference else 1.0
+    return reference / cost
 
 
 def _rank_slices(problem: PlacementProblem) -> list[tuple[int, int]]:

@@ -248,9 +248,9 @@ def test_weights_trade_balance_for_traffic() -> None:
     assert costs[0][0] <= costs[1][0] <= costs[2][0] and costs[0][1] > costs[1][1] >= costs[2][1]
 
 
-def test_traffic_needs_one_slot_per_expert_and_tokens_of_the_same_layers() -> None:
+def test_hops_need_one_slot_per_expert_and_traffic_tokens_of_the_same_layers() -> None:
     with pytest.raises(InputError, match="one slot per expert"):
-        replace(traffic_problem("traffic"), slots_per_rank_R=np.array(5))
+        replace(traffic_problem("hops"), slots_per_rank_R=np.array(5))
     with pytest.raises(InputError, match="routes"):
         replace(traffic_problem("traffic"), load_KLE=np.ones((3, 16)))
 

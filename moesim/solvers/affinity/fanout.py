@@ -35,22 +35,40 @@ class FanoutProblem:
     """Consecutive ranks that share a node; 0: all of them."""
     node_weight: float = 1.0
     """Cost of reaching a node, where reaching a rank costs 1; >= 0, taken as 0 on a single node."""
+    ranks_per_rack: int = 0
+    """Consecutive ranks whose nodes share a rack; 0: all of them."""
+    rack_weight: float = 1.0
+    """Cost of reaching a rack on top; >= 0, taken as 0 in a single rack."""
     load_slack: float | None = None
     """The busiest rank of a layer may carry this share more than in the best balanced plan found; None: no limit."""
 
     def __post_init__(self) -> None:
         check_ranks(self.routes.num_experts, self.num_ranks, self.ranks_per_node)
-        for name, value in (("node_weight", self.node_weight), ("load_slack", self.load_slack)):
+        if self.ranks_per_rack:
+            check_ranks(self.routes.num_experts, self.num_ranks, self.ranks_per_rack)
+        for name, value in (("node_weight", self.node_weight), ("rack_weight", self.rack_weight), ("load_slack", self.load_slack)):
             if value is not None and not 0 <= value < float("inf"):
                 raise InputError(describe("affinity problem", name, value, "must be a number >= 0"))
         object.__setattr__(self, "ranks_per_node", self.ranks_per_node or self.num_ranks)
         if self.num_nodes == 1:
             object.__setattr__(self, "node_weight", 0.0)
+        object.__setattr__(self, "ranks_per_rack", self.ranks_per_rack or self.num_ranks)
+        if self.ranks_per_rack == self.num_ranks:
+            object.__setattr__(self, "rack_weight", 0.0)
+        elif self.ranks_per_rack % self.ranks_per_node:
+            rule = f"must be a multiple of the {self.ranks_per_node} ranks of a node"
+            raise InputError(describe("affinity problem", "ranks_per_rack", self.ranks_per_rack, rule))
 
     @property
     def num_nodes(self) -> int:
         """Nodes that the ranks form."""
         return self.num_ranks // self.ranks_per_node
+
+    @property
+    def levels(self) -> list[tuple[int, float]]:
+        """(Ranks of a place, weight) of ranks, nodes and racks, those that cost nothing left out."""
+        places = ((1, 1.0), (self.ranks_per_node, self.node_weight), (self.ranks_per_rack, self.rack_weight))
+        return [(per_place, weight) for per_place, weight in places if weight > 0]
 
 
 def solve_fanout(problem: FanoutProblem, *, method: str = "co-activation", rounds: int = 10, deadline: Deadline = None) -> AffinityResult:
@@ -71,10 +89,7 @@ def solve_fanout(problem: FanoutProblem, *, method: str = "co-activation", round
     if problem.load_slack is not None:
         best = balanced = balanced_group_LE(load, ranks)
         cap = rank_load_LG(balanced, load, ranks).max(axis=1) * (1.0 + problem.load_slack)
-    if problem.node_weight > 0:
-        group, made, late = _two_stage(best, problem, company, deadline)
-    else:
-        group, made, late = swap_search_nE(best, ranks, SwapTerms(company_nEE=company), deadline=deadline)
+    group, made, late = _staged(best, problem, company, deadline)
     if cap is not None and balanced is not None:
         terms = SwapTerms(company_nEE=company, load_nE=load, cap_n=cap)
         group, more, cut = swap_search_nE(force_cap_LE(group, ranks, terms, balanced), ranks, terms, deadline=deadline)
@@ -115,13 +130,14 @@ def _polish(problem: FanoutProblem, group_LE: np.ndarray, terms: SwapTerms, roun
 def _saved(problem: FanoutProblem, group_LE: np.ndarray, layers_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the messages [n, E, G] that an expert saves on every rank, and half of what two experts that change places save less [n, E, E].
 
-    An expert saves one for every token that reaches the rank for another choice too, and `node_weight` for its node.
+    An expert saves one for every token that reaches the rank for another choice too, and the weights of its node and rack likewise.
     """
-    per_node, weight = problem.ranks_per_node, problem.node_weight
-    gain, overlap = _saved_on(problem.routes, group_LE, layers_n, problem.num_ranks)
-    if weight > 0:
-        more, shared = _saved_on(problem.routes, group_LE // per_node, layers_n, problem.num_nodes)
-        gain, overlap = gain + weight * np.repeat(more, per_node, axis=2), overlap + weight * shared
+    layers, experts = len(layers_n), problem.routes.num_experts
+    gain, overlap = np.zeros((layers, experts, problem.num_ranks)), np.zeros((layers, experts, experts))
+    for per_place, weight in problem.levels:
+        more, shared = _saved_on(problem.routes, group_LE // per_place, layers_n, problem.num_ranks // per_place)
+        gain += weight * np.repeat(more, per_place, axis=2)
+        overlap += weight * shared
     return gain, overlap
 
 
@@ -151,25 +167,27 @@ def _saved_on(routes: TokenRoutes, place_LE: np.ndarray, layers_n: np.ndarray, p
     return gain, overlap
 
 
-def _two_stage(group_LE: np.ndarray, problem: FanoutProblem, company_LEE: np.ndarray, deadline: Deadline) -> tuple[np.ndarray, int, bool]:
-    """Cluster onto nodes, then inside every node onto its ranks."""
+def _staged(group_LE: np.ndarray, problem: FanoutProblem, company_LEE: np.ndarray, deadline: Deadline) -> tuple[np.ndarray, int, bool]:
+    """Cluster onto the widest places, then inside every one of them onto narrower ones, down to ranks."""
     layers, experts = group_LE.shape
-    nodes, per_node = problem.num_nodes, problem.ranks_per_node
-    node, steps, cut = swap_search_nE(group_LE // per_node, nodes, SwapTerms(company_nEE=company_LEE), deadline=deadline)
-    member = np.argsort(node, axis=1, kind="stable").reshape(layers * nodes, experts // nodes)
-    row = np.repeat(np.arange(layers), nodes)
-    inside = company_LEE[row[:, None, None], member[:, :, None], member[:, None, :]]
-    start = contiguous_LE(layers * nodes, experts // nodes, per_node)
-    local, more, late = swap_search_nE(start, per_node, SwapTerms(company_nEE=inside), deadline=deadline)
-    result = np.empty_like(group_LE)
-    result[row[:, None], member] = local + (np.arange(layers * nodes) % nodes * per_node)[:, None]
-    return result, steps + more, cut or late
+    *wide, widest = [per_place for per_place, _ in problem.levels]
+    # `group` holds for every expert the first rank of its place
+    group, made, late = swap_search_nE(group_LE // widest, problem.num_ranks // widest, SwapTerms(company_nEE=company_LEE), deadline=deadline)
+    group *= widest
+    for narrow in wide[::-1]:
+        parts, inner = problem.num_ranks // widest, widest // narrow
+        member = np.argsort(group, axis=1, kind="stable").reshape(layers * parts, experts // parts)
+        row = np.repeat(np.arange(layers), parts)
+        inside = company_LEE[row[:, None, None], member[:, :, None], member[:, None, :]]
+        local, more, cut = swap_search_nE(contiguous_LE(layers * parts, experts // parts, inner), inner, SwapTerms(company_nEE=inside), deadline=deadline)
+        group[row[:, None], member] = local * narrow + (np.arange(layers * parts) % parts * widest)[:, None]
+        made, late, widest = made + more, late or cut, narrow
+    return group, made, late
 
 
 def _cost_L(problem: FanoutProblem, group_nE: np.ndarray, layers_n: np.ndarray | None = None) -> np.ndarray:
-    """Return float64 [n]: ranks + node_weight · nodes that the tokens reach in the layers (all of them if None)."""
-    cost = distinct_L(problem.routes, group_nE, layers_n).astype(np.float64)
-    return cost + problem.node_weight * distinct_L(problem.routes, group_nE // problem.ranks_per_node, layers_n) if problem.node_weight > 0 else cost
+    """Return float64 [n]: weighted ranks, nodes and racks that the tokens reach in the layers (all of them if None)."""
+    return np.asarray(sum(weight * distinct_L(problem.routes, group_nE // per_place, layers_n) for per_place, weight in problem.levels), dtype=np.float64)
 
 
 def _result(problem: FanoutProblem, group_LE: np.ndarray, company_LEE: np.ndarray, *, solver: str, status: str, iterations: int) -> AffinityResult:
@@ -177,16 +195,17 @@ def _result(problem: FanoutProblem, group_LE: np.ndarray, company_LEE: np.ndarra
     score = score_fanout(routes, group_LE, num_ranks=problem.num_ranks, ranks_per_node=problem.ranks_per_node, node_weight=problem.node_weight)
     cells = len(routes) * routes.num_layers
     bound = 0.0
-    for parts, weight in ((problem.num_ranks, 1.0), (problem.num_nodes, problem.node_weight)):
-        bound += weight * float(_distinct_bound_L(routes, company_LEE, parts).sum()) / cells
+    for per_place, weight in problem.levels:
+        bound += weight * float(distinct_bound_L(routes, company_LEE, problem.num_ranks // per_place).sum()) / cells
+    racks = float(distinct_L(routes, group_LE // problem.ranks_per_rack).sum()) / cells
     return make_affinity_result(
         FANOUT,
         group_LE,
         ranks=problem.num_ranks,
         load_LE=loads_LE(routes),
-        cost=score.cost,
-        cost_bound=min(bound, score.cost) if bound <= score.cost * (1 + 1e-9) else bound,
-        worst=score.choices * (1 + problem.node_weight),
+        cost=score.cost + problem.rack_weight * racks,
+        cost_bound=min(bound, score.cost + problem.rack_weight * racks) if bound <= (score.cost + problem.rack_weight * racks) * (1 + 1e-9) else bound,
+        worst=score.choices * sum(weight for _, weight in problem.levels),
         status=status,
         solver=solver,
         iterations=iterations,
@@ -195,16 +214,22 @@ def _result(problem: FanoutProblem, group_LE: np.ndarray, company_LEE: np.ndarra
             "nodes_per_token": score.nodes,
             "remote_ranks_per_token": score.remote_ranks,
             "remote_nodes_per_token": score.remote_nodes,
+            "racks_per_token": racks,
         },
     )
 
 
-def _distinct_bound_L(routes: TokenRoutes, company_LEE: np.ndarray, parts: int) -> np.ndarray:
+def distinct_bound_L(routes: TokenRoutes, company_LEE: np.ndarray, parts: int) -> np.ndarray:
     """Return float64 [L]: distinct places that the tokens of a layer reach at least.
 
-    k choices reach k minus at most one place per pair that shares one, and at least k over the experts of a place.
+    k choices reach at least k over the experts of a place. With m of them on a place it counts 1 >= 2 m / (j + 1) - m (m - 1) / (j (j + 1)) for every
+    whole j > 0 (exact at m = j and j + 1), summed over places: choices and the pairs that share one, which `company_bound_n` limits.
+    Source: Dawson and Sankoff (1967), An inequality for probabilities.
     """
     valid = np.ones(routes.experts_TLK.shape, dtype=bool) if routes.valid_TLK is None else routes.valid_TLK
     count_TL = valid.sum(axis=2)
-    fewest = -(-count_TL // (routes.num_experts // parts))
-    return np.maximum(fewest.sum(axis=0), count_TL.sum(axis=0) - company_bound_n(company_LEE, parts))
+    bound = (-(-count_TL // (routes.num_experts // parts))).sum(axis=0).astype(np.float64)
+    pairs_L, choices_L = company_bound_n(company_LEE, parts), count_TL.sum(axis=0)
+    for shared in range(1, routes.experts_TLK.shape[2] + 1):
+        bound = np.maximum(bound, 2.0 * (choices_L - pairs_L / shared) / (shared + 1))
+    return bound

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
 from moesim.errors import InputError, describe
 from moesim.solvers.affinity.fanout import FanoutProblem, solve_fanout
 from moesim.solvers.affinity.null import shuffle_choices, shuffle_layers
 from moesim.solvers.affinity.problem import AffinityProblem
+from moesim.solvers.affinity.replicas import Levels, remote_L
 from moesim.solvers.affinity.result import APPLIES_TO, FANOUT, HOPS, AffinityResult, contiguous_LE, group_of
 from moesim.solvers.affinity.routes import MAX_TOKENS, TokenRoutes, read_routes, split_routes
-from moesim.solvers.affinity.scores import score_fanout, score_hops
+from moesim.solvers.affinity.scores import distinct_L, score_fanout, score_hops
 from moesim.solvers.affinity.solve import solve_hops
 from moesim.solvers.affinity.transitions import count_transitions
 from moesim.solvers.search import Deadline
@@ -137,6 +140,36 @@ def plan_affinity(
         result, seen, unseen, num_ranks=num_ranks, ranks_per_node=ranks_per_node or num_ranks, pairs=pairs, node_weight=node_weight, seed=seed
     )
     return AffinityPlan(result=result, evidence=evidence)
+
+
+def traffic_evidence(
+    table_LS: np.ndarray, plain_LS: np.ndarray, slot_rank_S: np.ndarray, levels: Levels, seen: TokenRoutes, unseen: TokenRoutes, *, seed: int = 0
+) -> AffinityEvidence:
+    """Score a placement with copies, or over racks, beside a plain one of the same slots: places reached, with copies those other than a token's own."""
+    tables, ranks = {"contiguous": plain_LS, "plan": table_LS}, int(slot_rank_S.max()) + 1
+    columns = []
+    for sample in (seen, unseen, shuffle_choices(unseen, seed=seed)):
+        cells = len(sample) * sample.num_layers
+        costs = {}
+        for name, table in tables.items():
+            if table.shape[1] == sample.num_experts:
+                rank_LE = slot_rank_S[np.argsort(table, axis=1)]
+                costs[name] = sum(weight * float(distinct_L(sample, rank_LE // per_place).sum()) for per_place, weight in levels) / cells
+            else:
+                costs[name] = float(remote_L(sample, table, slot_rank_S, ranks, levels).sum()) / cells
+        columns.append(costs)
+    made = {name: EvidenceRow(placement=name, in_sample=columns[0][name], held_out=columns[1][name], null=columns[2][name]) for name in tables}
+    names = ("ranks", "nodes", "racks")
+    unit = " + ".join(name if weight == 1 else f"{weight:g} · {name}" for name, (_, weight) in zip(names, levels, strict=False))
+    return AffinityEvidence(
+        objective=FANOUT,
+        unit=f"{unit} per token and layer" + ("" if table_LS.shape[1] == seen.num_experts else ", its own left out"),
+        applies_to=APPLIES_TO[FANOUT],
+        tokens_in_sample=len(seen),
+        tokens_held_out=len(unseen),
+        contiguous=made["contiguous"],
+        plan=made["plan"],
+    )
 
 
 def gather_evidence(
