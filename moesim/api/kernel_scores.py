@@ -26,7 +26,7 @@ from moesim.hardware.measured import read_measured
 from moesim.hardware.measured_columns import Measured
 
 PEERS = Path(__file__).with_name("peers.yaml")
-NOT_SCORED = {"wideep_moe_context": "the meaning of num_tokens (total, per rank, received) is not settled in the source"}
+NOT_SCORED = {"wideep_moe_context": "scored apart: every number of ranks from the others"}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -104,15 +104,16 @@ def score_table(table: Measured, cluster: Cluster, owned: Callable[[Measured], b
 
 
 class _Without(Tables):
-    """Tables without the rows of one number of nodes; one node alone has a table of its own, of another version, which stays."""
+    """Tables without the rows of one number of nodes, or of expert-parallel ranks; one node alone has a table of its own, of another version, which stays."""
 
-    held_nodes = 0
+    held = ("node_num", 0)
 
     def rows(self, kind: str, *columns: str, where: Mapping[str, Any] | None = None, transfer: bool = True) -> Rows | None:
         found = super().rows(kind, *columns, where=where, transfer=transfer)
-        if found is None or "node_num" not in found or kind.endswith("_1node"):
+        column, value = self.held
+        if found is None or column not in found or kind.endswith("_1node"):
             return found
-        keep = found["node_num"] != self.held_nodes
+        keep = found[column] != value
         kept = Rows({name: values[keep] for name, values in found.items()})
         kept.worst = found.worst
         return kept if keep.any() else None
@@ -134,7 +135,7 @@ def score_models(cluster: Cluster, wanted: Callable[[str], bool]) -> dict[str, d
             for nodes in np.unique(rows["node_num"]).tolist():
                 mine = rows["node_num"] == nodes
                 tables = _Without(cluster, "sglang")
-                tables.held_nodes = int(nodes)
+                tables.held = ("node_num", int(nodes))
                 one = {name: values[mine] for name, values in rows.items()}
                 predicted[mine], codes[mine], _, _ = Predictor(cluster, "sglang", tables=tables)(table.kind, one)
             excluded = {**table.excluded, **merged}
@@ -152,6 +153,9 @@ def score_models(cluster: Cluster, wanted: Callable[[str], bool]) -> dict[str, d
                 )
             )
         result[f"{path.stem}, link model"] = quantity_of(scores)
+    for path in sorted(path for path in cluster.tables.glob("wideep_moe_context_*.parquet") if wanted(path.stem)):
+        for table in read_measured(path):
+            result[f"{path.stem}, other numbers of ranks"] = quantity_of([_other_ranks(table, cluster)])
     for path in sorted(path for path in cluster.tables.glob("wideep_moe_eplb_*.parquet") if wanted(path.stem)):
         for table in read_measured(path):
             rows, merged, floor = merge_repeats(table.kind, table.rows)
@@ -170,6 +174,31 @@ def score_models(cluster: Cluster, wanted: Callable[[str], bool]) -> dict[str, d
             )
             result[f"{path.stem}, from rank load"] = quantity_of([score])
     return result
+
+
+def _other_ranks(table: Measured, cluster: Cluster) -> Score:
+    """Score the experts of a prefill with every number of ranks from the tables of the others; rows of uniform routing, whose loads are known."""
+    table.leave_out(table.rows["distribution"] != "uniform", "the loads of the experts are not stated")
+    rows = table.rows
+    predicted = np.full(len(rows["latency_s"]), np.nan)
+    ranks = rows["moe_ep_size"]
+    for count in np.unique(ranks).tolist():
+        mine = ranks == count
+        tables = _Without(cluster, "sglang")
+        tables.held = ("moe_ep_size", int(count))
+        one = {name: values[mine] for name, values in rows.items()}
+        predicted[mine] = Predictor(cluster, "sglang", tables=tables).sorted_experts(one)
+    return Score(
+        table=table,
+        method="leave_one_out",
+        measured=rows["latency_s"],
+        predicted=predicted,
+        codes=np.full(len(predicted), int(Provenance.CALIBRATED), dtype=np.uint8),
+        excluded=dict(table.excluded),
+        calibrated=0,
+        floor=None,
+        axes={f"{int(count)} ranks": np.where(ranks == count, predicted, np.nan) for count in np.unique(ranks)},
+    )
 
 
 # --- what a report says ---------------------------------------------------------------------------------------------
