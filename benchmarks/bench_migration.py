@@ -4,7 +4,8 @@ Four ranks joined by gloo on loopback. Staging is timed from the call to its ret
 streams, and checks every expert by its digest; the plain exchange sends ready tensors into ready tensors over a group that has been used
 before. A round is as long as its slowest rank. Every pair of rounds gives one ratio; figures are medians, with the smallest and the largest.
 
-    python benchmarks/bench_migration.py            # the ratio on this machine
+    python benchmarks/bench_migration.py               # the ratio on this machine
+    python benchmarks/bench_migration.py --load 50     # step times of a serving deployment before and during each of 50 migrations, and its pauses
 """
 
 from __future__ import annotations
@@ -88,6 +89,46 @@ def spread(values: np.ndarray, form: str = ".2f") -> str:
     return f"{np.median(values):{form}} ({values.min():{form}}..{values.max():{form}})"
 
 
+def load(migrations: int) -> None:
+    """Print step times of `serve-demo` on 4 ranks during migrations beside those of as many steps before each, the pauses, and the memory."""
+    import tempfile
+
+    from moesim.runtime import client
+    from tests.runtime.live import Live, write_config
+
+    with tempfile.TemporaryDirectory() as folder:
+        widths = {"hidden_size": 256, "moe_intermediate_size": 512, "intermediate_size": 512, "num_experts": 16}
+        live = Live(write_config(Path(folder) / "served", **widths), "--repeat", "1", "--decode", "15", "--answer-timeout", "120", "--timeout", "60")
+        times: dict[str, list[float]] = {"before": [], "during": []}
+        pauses, parts, staged, resident = [], [], [], []
+        facts = {"model": "served", "num_experts": 16, "moe_layer_ids": (0, 1, 2), "num_ranks": RANKS}
+        try:
+            for seed in range(migrations):
+                first = min(rank["step"] for rank in client.metrics(live.control)["rank_metrics"])
+                report = client.apply_plan(live.control, linear(**facts, kind="random", seed=seed))
+                last = min(rank["step"] for rank in client.metrics(live.control)["rank_metrics"])
+                # an apply begins with a window of plain steps and ends with another; the staging lies between
+                each = client.counts(live.control, max(first - 32, 0), last)["each_R"]
+                steps_ms = np.max([rank["ms"] for rank in each], axis=0)
+                times["before"] += steps_ms[:32].tolist()
+                times["during"] += steps_ms[32:-32].tolist()
+                pauses.append(report["pause_ms"])
+                parts.append(report["pause_parts_ms"]["install_ms"])
+                staged.append(report["stage_ms"])
+                resident.append(sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in live.pids) * 4096 / 1e6)
+            answers = {digest for rank in client.metrics(live.control)["rank_metrics"] for _, digest in rank["wave_digests"]}
+        finally:
+            live.close()
+    print(
+        f"{migrations} migrations, {report['moved']['between_ranks'] / 1e6:.1f} MB between ranks in the last; {len(answers)} different answers of {RANKS} ranks"
+    )
+    p99 = {name: float(np.percentile(values, 99)) for name, values in times.items()}
+    print(f"step p99 {p99['before']:.1f} ms before ({len(times['before'])} steps), {p99['during']:.1f} ms during ({len(times['during'])}): ", end="")
+    print(f"{p99['during'] / p99['before']:.2f} times; medians {np.median(times['before']):.1f} and {np.median(times['during']):.1f} ms")
+    print(f"pause ms, p50 and p99: {np.percentile(pauses, [50, 99]).round(1).tolist()}, of which installing {np.percentile(parts, [50, 99]).round(1).tolist()}")
+    print(f"staging ms {spread(np.array(staged), '.0f')}; memory of all ranks {resident[0]:.0f} .. {resident[-1]:.0f} MB")
+
+
 def main() -> None:
     """Print the table."""
     import tempfile
@@ -114,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    load(int(sys.argv[2])) if sys.argv[1:2] == ["--load"] else main()
