@@ -13,7 +13,6 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,14 +25,14 @@ from moesim import __version__
 from moesim.errors import InputError, ModelError, describe
 from moesim.plan import Plan, linear
 from moesim.runtime.capture_spool import MAX_KERNEL_ROWS, check_target, parallel_facts
+from moesim.runtime.capture_step import Column, Step, pinned, real_tokens
 from moesim.runtime.expert_parallel import ExpertParallelExperts
 from moesim.runtime.mesh import Layout, Mesh
 from moesim.runtime.model import moe_layers, router_of
-from moesim.runtime.serving import request_id
 from moesim.runtime.stages import CudaStageClock, StageClock, watch
 from moesim.runtime.tensor_parallel import SharedTokens
 from moesim.traces.manifest import KERNELS_SPEC, STEPS_SPEC, Columns
-from moesim.traces.routing_trace import DECODE, DUMMY, PREFILL, TRAIN, TokenBatch, TraceShape
+from moesim.traces.routing_trace import DECODE, PREFILL, TRAIN, TokenBatch, TraceShape
 from moesim.traces.writer import TraceWriter
 
 MAX_STEPS = 1 << 22
@@ -53,64 +52,6 @@ def shape_of(model: nn.Module, name: str) -> TraceShape:
     groups = int(getattr(config, "n_group", None) or 1) if limited else 1
     limits: dict[str, Any] = {"num_groups": groups, "top_k_groups": int(getattr(config, "topk_group", None) or 1)} if groups > 1 else {}
     return TraceShape(model=name, num_experts=experts, top_k=int(config.num_experts_per_tok), moe_layer_ids=tuple(blocks), **limits)
-
-
-@dataclass(slots=True)
-class _Step:
-    """What is known of a step when it begins."""
-
-    number: int
-    requests_B: np.ndarray
-    past: int
-    length: int
-    phase: int
-    mask: torch.Tensor | None
-    start_ns: int
-    end_ns: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the whole batch, padding included."""
-        return len(self.requests_B) * self.length
-
-    def columns(self, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return request, position and phase of every token; mask: bool [B, past + length], False where there is padding."""
-        batch, length = len(self.requests_B), self.length
-        phases = np.full((batch, length), self.phase, np.uint8)
-        positions = np.broadcast_to(self.past + np.arange(length), (batch, length))
-        if mask is not None:
-            phases[~mask[:, -length:]] = DUMMY
-            positions = np.maximum(np.cumsum(mask, axis=1)[:, -length:] - 1, 0)
-        return np.repeat(request_id(self.requests_B), length), positions.reshape(-1).astype(np.uint32), phases.reshape(-1)
-
-
-class _Column:
-    """One value per token, layer and choice, [L, capacity, k], where the model computes."""
-
-    def __init__(self, layers: int, top_k: int, dtype: torch.dtype) -> None:
-        self._layers, self._top_k, self._dtype = layers, top_k, dtype
-        self._buffer: torch.Tensor | None = None
-
-    def put(self, row: int, values: torch.Tensor, tokens: int) -> None:
-        """Copy the values [tokens, k] of one layer; on the device, without waiting for it."""
-        if self._buffer is None or self._buffer.shape[1] < tokens:
-            with torch.inference_mode(False):  # or it could not be written outside of inference mode, in training
-                fresh = torch.empty((self._layers, tokens, self._top_k), dtype=self._dtype, device=values.device)
-            self._buffer = fresh
-        self._buffer[row, :tokens].copy_(values)
-
-    def host(self, tokens: int, stream: Any) -> torch.Tensor:
-        """Return a host copy [L, tokens, k]; under a CUDA `stream` it is filled when that stream gets there."""
-        assert self._buffer is not None
-        part = self._buffer[:, :tokens]
-        return part.clone() if stream is None else _pinned(part)
-
-
-def _pinned(value: torch.Tensor) -> torch.Tensor:
-    """Return a host copy that is filled when the current stream gets there."""
-    pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-    pinned.copy_(value.contiguous(), non_blocking=True)
-    return pinned
 
 
 class Capture:
@@ -150,11 +91,11 @@ class Capture:
         self._sorts = unordered or hasattr(model.config, "topk_group")
         count, top_k = len(blocks), self.shape.top_k
         narrow = torch.uint8 if self.shape.dtype.itemsize == 1 else torch.int16
-        self._columns = {"experts": _Column(count, top_k, narrow)}
+        self._columns = {"experts": Column(count, top_k, narrow)}
         if weights or self._sorts:
-            self._columns["weights"] = _Column(count, top_k, torch.float32 if self._dtype == "float32" else torch.float16)
+            self._columns["weights"] = Column(count, top_k, torch.float32 if self._dtype == "float32" else torch.float16)
         if predictions:
-            self._columns["predicted"] = _Column(count, top_k, narrow)
+            self._columns["predicted"] = Column(count, top_k, narrow)
         self._weights, self._predictions = bool(weights), predictions
         self._clock: StageClock | None = None
         if stages:
@@ -167,9 +108,9 @@ class Capture:
         ranks = ranks if plan is None else plan.num_ranks
         self._mesh = Mesh(layout=Layout(dp=ranks) if plan is None else Layout.of(plan), rank=rank, ep=None)
         self._facts = {"parallel": parallel_facts(ranks, {} if plan is None else {"0": plan.stamped()}), "clock": "CLOCK_MONOTONIC"}
-        self._open: _Step | None = None
+        self._open: Step | None = None
         self._reached: set[int] = set()
-        self._pending: deque[tuple[_Step, dict[str, torch.Tensor], Any]] = deque()
+        self._pending: deque[tuple[Step, dict[str, torch.Tensor], Any]] = deque()
         self._stream = torch.cuda.Stream(first.device) if self._cuda else None
         self._numbers = self._live = np.zeros(0, np.int64)
         self._next_request = self._mesh.replica * RANK_REQUESTS
@@ -234,13 +175,11 @@ class Capture:
             self._live = self._next_request + np.arange(batch)
             self._next_request += batch
         phase = TRAIN if model.training else DECODE if past and length == 1 else PREFILL
-        mask = kwargs.get("attention_mask")
-        if not (isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= length):
-            mask = None
+        mask = real_tokens(kwargs.get("attention_mask"), batch, length, past + length)
         self._reached.clear()
         if self._clock is not None:
             self._clock.start()
-        self._open = _Step(self.steps, self._live, past, length, phase, mask, start_ns=time.monotonic_ns())
+        self._open = Step(self.steps, self._live, past, length, phase, mask, start_ns=time.monotonic_ns())
 
     def _past(self, cache: Any, length: int) -> int:
         """Return the tokens that are in a KV cache; a cache of fixed size says so by a tensor on the device, which must not be waited for."""
@@ -302,7 +241,7 @@ class Capture:
                 held = {name: column.host(tokens, self._stream) for name, column in self._columns.items()}
                 if step.mask is not None and step.mask.is_cuda:
                     step.mask.record_stream(self._stream)
-                    step.mask = _pinned(step.mask)
+                    step.mask = pinned(step.mask)
                 event.record(self._stream)
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)  # the next step must not overwrite what is being copied
         else:
@@ -316,7 +255,7 @@ class Capture:
 
     # --- writing ----------------------------------------------------------------------------------
 
-    def _write(self, step: _Step, held: dict[str, torch.Tensor], event: Any) -> None:
+    def _write(self, step: Step, held: dict[str, torch.Tensor], event: Any) -> None:
         if event is not None:
             event.synchronize()  # of the step before: over long ago
         cubes = {name: np.ascontiguousarray(value.numpy().swapaxes(0, 1)) for name, value in held.items()}

@@ -108,6 +108,7 @@ def _tiny_widths(config: dict[str, Any]) -> dict[str, Any]:
     widths |= {key: 32 for key in ("moe_intermediate_size", "shared_expert_intermediate_size") if key in config}
     widths["intermediate_size"] = 64 if "moe_intermediate_size" in config else 32
     if config["model_type"] in ("deepseek_v2", "deepseek_v3"):
-        widths |= {"q_lora_rank": 32 if config.get("q_lora_rank") else None, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4}
+        widths |= {"q_lora_rank": 32 if config.get("q_lora_rank") else None}
+        widths |= {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4}
         del widths["head_dim"]
     return widths

@@ -41,7 +41,7 @@ def repair(folder: Path, target: Path) -> Manifest:
         whole = whole[: next(index for index, shard in enumerate(named) if shard not in whole)]
     extra = list(_unnamed(folder, archive, told, len(named))) if whole == named else []
     tables = [shard for shard in told.shards if shard.path.removesuffix(".parquet") in TABLES]
-    sound = [shard for shard in tables if _is_whole(archive, told, shard)] if whole == named else []
+    sound = [shard for shard in tables if _is_whole(archive, told, shard)]
     if not told.provenance.get("unfinished") and whole == named and sound == tables:
         raise TraceError(f"{folder}: is finished and whole; there is nothing to repair")
     cut = bool(extra) or whole != named

@@ -128,6 +128,21 @@ def test_generating_is_one_prefill_and_a_decode_pass_per_token(tmp_path: Path) -
     assert steps is not None and steps["n_prefill"].tolist() == [10, 0, 0, 0] * 2 and (steps["t_end_ns"] > steps["t_start_ns"]).all()
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generating_records_predictions_and_positions_whatever_the_cache(tmp_path: Path, cache: str) -> None:
+    model = model_of(tmp_path / "m")
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "disable_compile": True}
+    with Capture(model, tmp_path / "t", predictions=True, weights="float16"), torch.inference_mode():
+        model.generate(torch.arange(10).view(2, 5), attention_mask=mask, cache_implementation=cache, **options)
+    rows = rows_of(tmp_path / "t")
+    assert rows.position_T.tolist() == [0, 0, 1, 2, 3, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7]
+    assert rows.phase_T.tolist() == [3, *[0] * 9, *[1] * 6] and rows.weights_TLK is not None and rows.weights_TLK.dtype == np.float16
+    assert rows.predicted_TLK is not None and rows.predicted_TLK.shape == rows.experts_TLK.shape
+    hits = (rows.predicted_TLK[:, 1:, :, None] == rows.experts_TLK[:, 1:, None, :]).any(-1)
+    assert hits[rows.phase_T == 1].mean() > 0.5, "in decoding, too, a prediction is of the same token"
+
+
 def test_padding_is_marked_as_dummies(tmp_path: Path) -> None:
     model = model_of(tmp_path / "m")
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
@@ -266,12 +281,16 @@ def test_the_command_runs_a_text_through_a_checkpoint_and_says_what_ran(tmp_path
         threads=1,
     )
     report = run(job)
+    assert report is not None
     assert report["schema"] == "moesim.capture/1" and report["weights"] == "checkpoint" and report["rows"] == 96 + 6 + 32 and report["steps"] == 3 * 2 + 1
     trace = open_trace(str(tmp_path / "t"))
     assert trace.provenance["input"] == "text" and trace.provenance["model_weights"] == "checkpoint"
     kernels = trace.provenance["kernels"]
     assert any("mm" in kernel["name"] and kernel["stage"] == "experts" and kernel["pairs"] == 2 * 16 * 2 * 3 for kernel in kernels)
-    assert all(kernel["seconds"] >= 0 and kernel["calls"] > 0 for kernel in kernels)
+    assert all(kernel["seconds"] >= 0 and kernel["calls"] > 0 and kernel["tokens"] == 2 * 16 for kernel in kernels)
+    # four experts' worth of [rows, 32] × [32, 32] and [rows, 16] × [16, 32] in three layers: what a multiplication is given is bounded by its weights and rows
+    products = [kernel for kernel in kernels if kernel["name"] == "aten::_grouped_mm" and kernel["stage"] == "experts"]
+    assert all(kernel["bytes"] >= 4 * 3 * 8 * 32 * (32 + 16) for kernel in products)
     again = tmp_path / "again"
     run(Job(model=str(folder), target=again, text=tmp_path / "book.txt", tokens=96, prompt=16, batch=2, generate=2, weights=True, threads=1))
     first, second = rows_of(tmp_path / "t"), rows_of(again)

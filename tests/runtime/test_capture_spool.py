@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the runtime needs torch")
 
 from moesim.errors import InputError  # noqa: E402
+from moesim.plan import Parallel, linear  # noqa: E402
 from moesim.runtime.capture_spool import Spool, check_target, publish, spooled_steps  # noqa: E402
 from moesim.runtime.serving import Workload, request_id  # noqa: E402
 from moesim.traces.open import open_trace  # noqa: E402
@@ -50,6 +52,20 @@ def test_a_trace_holds_exactly_the_steps_that_all_ranks_have_written(tmp_path: P
     assert (np.diff(steps.astype(np.int64)) >= 0).all()
     for (step, rank), ids in routes.items():
         assert (experts_TLK[(steps == step) & (ranks == rank)] == (ids if step < 4 else ids[:0])).all()
+
+
+@pytest.mark.parametrize(("degrees", "wanted"), [({"tp": 2, "ep": 4, "dp": 2}, (2, 4, 2, 1)), ({"tp": 4, "pp": 2}, (4, 4, 1, 2)), ({}, (1, 4, 4, 1))])
+def test_a_trace_names_the_true_degrees_of_its_mesh(tmp_path: Path, degrees: dict[str, int], wanted: tuple[int, ...]) -> None:
+    shape = TraceShape(model="m", num_experts=8, top_k=1, moe_layer_ids=(0,))
+    plan = replace(linear(model="m", num_experts=8, moe_layer_ids=(0,), num_ranks=4), parallel=Parallel(**degrees))
+    for rank in range(4):
+        spool = Spool(tmp_path / "spool", rank, shape, ranks=4)
+        ids = [torch.zeros((2, 1), dtype=torch.int64)]
+        spool.add(step=0, epoch=0, phase=0, requests=np.arange(2), positions=np.arange(2), experts_LNk=ids, start_ns=0, end_ns=1, plan=plan)
+        spool.close()
+    publish(tmp_path / "spool", 4, shape, tmp_path / "trace", {})
+    parallel = open_trace(str(tmp_path / "trace")).facts["parallel"]
+    assert tuple(parallel[name] for name in ("tp", "ep", "dp", "pp")) == wanted and list(parallel["plans"]) == ["0"]
 
 
 def test_publishing_again_replaces_the_trace_but_never_a_folder_of_other_things(tmp_path: Path) -> None:

@@ -23,11 +23,21 @@ def test_a_small_model_is_served_as_it_is(tmp_path: Path) -> None:
     assert read_spec(str(tmp_path / "tiny")).content() == spec.content(), "the folder stands for its config.json"
 
 
-@pytest.mark.parametrize("name", ["olmoe-1b-7b", "mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v3"])
+@pytest.mark.parametrize("name", ["olmoe-1b-7b", "mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3"])
 def test_a_large_model_is_narrowed_but_keeps_layers_experts_and_routing(name: str) -> None:
     spec, model = read_spec(name), load_model(name)
     assert spec.scaled and spec.config["hidden_size"] == 64
     assert (spec.num_experts, spec.moe_layer_ids, spec.top_k, spec.sha256) == (model.num_experts, model.moe_layer_ids, model.top_k, model.sha256)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v2", "deepseek-v2-lite", "deepseek-v3"])
+def test_transformers_builds_the_narrowed_model_with_the_routing_of_the_full_one(name: str) -> None:
+    pytest.importorskip("torch", reason="the runtime needs torch")
+    pytest.importorskip("transformers", reason="the runtime needs transformers")
+    from moesim.runtime.model import facts, skeleton
+
+    model = load_model(name)
+    assert facts(skeleton(read_spec(name))) == (model.num_experts, model.moe_layer_ids, model.top_k)
 
 
 @pytest.mark.parametrize(
