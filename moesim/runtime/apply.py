@@ -32,6 +32,8 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Largest relative error of the probe's logits when replicas change; permutations must be bitwise equal."""
 HOLD_S = 120.0
 """Longest wait for ranks that train to come to a step boundary together."""
+DECLARED_BYTES_PER_S = 1e9
+"""What a dry run takes a rank to receive where nothing was measured."""
 STAGE_BYTES_PER_S = 20e6
 """Slowest transfer that is waited for; the stage deadline grows with the bytes."""
 
@@ -43,6 +45,9 @@ def check_plan(plan: Plan, *, spec: Any, installed: Plan, slot_capacity: int) ->
     if made_for and made_for != spec.sha256:
         rule = f"must be that of {spec.name}, {spec.sha256[:12]}"
         raise PlanError(describe(plan.source, "fingerprints.model", made_for[:12], rule, f"the plan was made for {plan.model}; solve again"))
+    if plan.policies:
+        rule = "cannot be carried out by a live deployment, which only places experts"
+        raise PlanError(describe(plan.source, "policies", sorted(plan.policies), rule, "leave them out"))
     running = Layout.of(installed)
     wanted = running if is_silent(plan.parallel, plan.num_ranks) else Layout.of(plan)
     for name in ("tp", "pp"):
@@ -98,8 +103,11 @@ class Apply:
         report["staging_bytes"] = int(staging.max())
         if dry_run:
             copy_s = max(check["copy_s"] for check in checks) * int(pairs.sum(0).max()) / expert_bytes
-            report |= {"status": "dry-run", "pause_ms": copy_s * 1e3, "outputs_equal": None}
-            report["break_even_steps"] = self._break_even(copy_s, before, predicted)
+            parts = {"wait_ms": 0.0, "probe_ms": 2 * before["step_ms"], "install_ms": 2e3 * copy_s}  # two probes; bytes change places
+            if checks[0]["trains"]:  # held while weights move
+                parts["wait_ms"] = 1e3 * int((pairs - np.diag(np.diag(pairs))).sum(0).max()) / DECLARED_BYTES_PER_S
+            report |= {"status": "dry-run", "pause_ms": sum(parts.values()), "pause_parts_ms": parts, "outputs_equal": None}
+            report["break_even_steps"] = self._break_even(report["pause_ms"] / 1e3, before, predicted)
             return report
         free = min(check["free_bytes"] for check in checks)
         if int(staging.sum()) > free:

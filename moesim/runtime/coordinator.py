@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -38,6 +39,8 @@ class Coordinator:
         """publish: writes the trace so far and returns its number of rows, or None if nothing is recorded."""
         self.deployment, self.spec, self.plan, self.journal = deployment, spec, plan, journal
         self.slot_capacity, self.window, self._publish = slot_capacity, window, publish
+        self.applies: Counter[str] = Counter()
+        """How attempts to install a plan have ended."""
         self.stop_asked = threading.Event()
         self._busy = threading.Lock()  # an apply, a checkpoint or a recovery
         self._applies = sum(record["kind"] == "prepare" for record in journal.records)
@@ -98,7 +101,8 @@ class Coordinator:
         }  # fmt: skip
 
     def _metrics(self, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
-        return {"schema": "moesim.metrics/1", "rank_metrics": self.deployment.ask("metrics")}
+        shown = {"applies": dict(self.applies), "late": dict(self.deployment.late)}
+        return {"schema": "moesim.metrics/1", **shown, "rank_metrics": self.deployment.ask("metrics")}
 
     def _counts(self, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
         first, last = window_of(request)
@@ -160,6 +164,11 @@ class Coordinator:
                 window=self.window, journal=self.journal, progress=progress,
             )  # fmt: skip
             try:
-                return {"report": change.run(dry_run=dry_run)}
+                report = change.run(dry_run=dry_run)
+                self.applies[report["status"]] += 1
+                return {"report": report}
+            except BaseException as cause:
+                self.applies["refused" if isinstance(cause, PlanError) else "failed"] += 1
+                raise
             finally:
                 self.plan = change.installed

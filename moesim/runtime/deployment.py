@@ -13,6 +13,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -70,6 +71,8 @@ class Deployment:
         """After which an exchange with a silent rank fails."""
         self.hang_s = 0.0
         """Silence after which a rank of this machine counts as hung; 0: never."""
+        self.late: Counter[str] = Counter()
+        """Commands and actions that a rank did not answer in time, by kind."""
         self._attempt, self._left_at = 0, 0.0
         self._number = 0
         self._heard: dict[int, tuple[str, float]] = {}
@@ -193,7 +196,8 @@ class Deployment:
                 self.store.delete_key(f"cmd/{number - KEEP_COMMANDS}")
         return number
 
-    def _collect(self, prefix: str, number: int, what: str, timeout_s: float) -> list[dict[str, Any]]:
+    def _collect(self, prefix: str, number: int, kind: str, timeout_s: float, what: str = "") -> list[dict[str, Any]]:
+        what = what or kind
         deadline, hurried = time.monotonic() + timeout_s, False
         answers: dict[int, dict[str, Any]] = {}
         while True:
@@ -216,6 +220,7 @@ class Deployment:
                 raise ApplyError(f"{self.failure} during {what}")
             if time.monotonic() > deadline and not refused:
                 late = [rank for rank in range(self.size) if rank not in answers]
+                self.late[kind] += 1
                 raise ApplyError(f"rank {late[0]} (pid {self.pids[late[0]]}) did not answer {what} within {timeout_s:g} s; it hangs or is stopped")
             time.sleep(0.003)
 
@@ -232,7 +237,7 @@ class Deployment:
         number = self._send("schedule", {"action": action, **fields})
         key = f"decide/{number}"
         try:
-            promises = self._collect("rep", number, f"the promise to {action}", timeout_s)
+            promises = self._collect("rep", number, "schedule", timeout_s, f"the promise to {action}")
             step = max(answer["limit"] for answer in promises)
             if before_decision is not None:
                 before_decision(step)
