@@ -39,6 +39,7 @@ def calibrate(
     table("\nMedian spread between samples", ("kind", "spread"), [(kind, f"{100 * value:.0f} %") for kind, value in report["spread"].items()])
     machine = report["machine"]
     note(f"\nlayers: {machine['layers']}; disk read {machine['disk']}")
-    if machine["load_before"] > 0.5 * machine["cores"]:
-        note(f"warning: the load average was {machine['load_before']} on {machine['cores']} cores before; what else ran is in these numbers")
+    others = machine["others_cores"]
+    if others is not None and others > 0.1 * machine["cores"]:
+        note(f"warning: other work kept {others} of {machine['cores']} cores busy meanwhile; these numbers hold for a deployment beside as much of it")
     note(f"{out}: {report['num_ranks']} devices, {report['wall_s']:.1f} s; check it with: moesim hardware check {out}")

@@ -42,6 +42,7 @@ CANONICAL: dict[str, tuple[str, ...]] = {
     "attn_generation": ("num_key_value_heads", "batch_size", "step", "prefix", "latency_s"),
     "mla_expanded": ("attn_dtype", "num_heads", "batch_size", "isl", "latency_s"),
     "mla_generation": ("attn_dtype", "num_heads", "batch_size", "step", "latency_s"),
+    "stage": ("operator", "phase", "batch_size", "num_tokens", "context", "latency_s"),
     "stream": ("operator", "tokens", "moved_bytes", "latency_s"),
     "sampler": ("sequences", "vocab", "latency_s"),
     "collective": ("op_name", "num_gpus", "num_nodes", "message_bytes", "latency_s"),

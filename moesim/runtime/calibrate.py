@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -82,16 +83,19 @@ def calibrate(
     done = _prepared(spool, settings, resume=resume)
     settings |= {"folder": str(spool), "done": done}
     on_progress(f"timing on {size} ranks of {settings['threads']} threads" + (f", {done} cases are there" if done else ""))
+    busy = _busy_s(), time.perf_counter()
     try:
         facts = measure(settings) if launched is None else launched.lead(settings)
     except (MoesimError, KeyboardInterrupt) as cause:
         kept = spooled(spool, size)
         why = "calibrate: interrupted" if isinstance(cause, KeyboardInterrupt) else str(cause)
         raise MoesimError(f"{why}; {kept} cases are kept in {spool}, go on with --resume" if kept else why) from None
+    others = None if busy[0] is None or launched is not None else ((_busy_s() or 0.0) - busy[0]) / (time.perf_counter() - busy[1])
     found = joined([_rows(spool, rank) for rank in range(size)], settings["shape"])
     machine = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"), "moesim": __version__, "cpu": _cpu_name(), "cores": os.cpu_count() or 1, "ranks": size,
-        "started_by": "moesim" if launched is None else "launcher", "load_before": round(load, 2), "quick": quick, "sizes": model or "general",
+        "started_by": "moesim" if launched is None else "launcher", "load_before": round(load, 2),
+        "others_cores": None if others is None else round(max(others, 0.0), 2), "quick": quick, "sizes": model or "general",
         "layers": note, "disk": disk["how"], "python": platform.python_version(), "system": f"{platform.system()} {platform.release()}",
         **({} if _governor() is None else {"governor": _governor()}), **facts,
     }  # fmt: skip
@@ -293,7 +297,19 @@ def provenance(machine: Mapping[str, Any]) -> str:
         f"Measured {machine['date']} by moesim calibrate {machine['moesim']} on {what} ({machine['system']}{governor}): {count}, "
         f"torch {machine['torch']}{cuda}, Python {machine['python']}, sizes {machine['sizes']}, layers {machine['layers']}, "
         f"load average before {machine['load_before']}"
+        + (f", {machine['others_cores']} cores busy with other work meanwhile" if machine.get("others_cores") is not None else "")
     )
+
+
+def _busy_s() -> float | None:
+    """Return the core-seconds that this machine has spent since its start on anything but this process's children; None where it does not say."""
+    try:
+        ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return None
+    used = sum(ticks) - ticks[3] - ticks[4]  # without idle and waiting for disks
+    mine = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used / os.sysconf("SC_CLK_TCK") - mine.ru_utime - mine.ru_stime
 
 
 def _governor() -> str | None:

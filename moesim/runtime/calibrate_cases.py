@@ -120,12 +120,12 @@ def kernels(grid: Grid, device: torch.device) -> Iterator[Case]:
             for tokens in grid.tokens:
                 rows = make(tokens, hidden)
                 moved = 3 * tokens * hidden * dtype.itemsize
-                keys = {"operator": "rms_norm", "moved_bytes": moved}
+                keys = {"operator": "rms_norm", "tokens": tokens, "moved_bytes": moved}
                 yield Case(kind="stream", keys=keys, run=partial(_norm, rows, weight))
     make = _maker(device, torch.float32)
     source = make(grid.stream_bytes // 4)
     target = torch.empty_like(source)
-    yield Case(kind="stream", keys={"operator": "copy", "moved_bytes": 2 * grid.stream_bytes}, run=partial(target.copy_, source))
+    yield Case(kind="stream", keys={"operator": "copy", "tokens": 1, "moved_bytes": 2 * grid.stream_bytes}, run=partial(target.copy_, source))
     yield Case(kind="memory", keys={"operator": "read", "moved_bytes": grid.stream_bytes}, run=source.sum)
     yield Case(kind="memory", keys={"operator": "write", "moved_bytes": grid.stream_bytes}, run=partial(target.fill_, 1.0))
     one = make(8)
@@ -250,7 +250,7 @@ def _norm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _attention(grid: Grid, name: str, shape: tuple[int, int, int], make: Callable[..., torch.Tensor]) -> Iterator[Case]:
     heads, kv_heads, size = shape
-    fixed = {"num_heads": heads, "num_key_value_heads": kv_heads, "head_dim": size, "window_size": 0, "kv_cache_dtype": name, "attn_dtype": name}
+    fixed = {"num_heads": heads, "num_key_value_heads": kv_heads, "head_dim": size, "window_size": 0, "kv_cache_dtype": name, "attn_dtype": name, "prefix": 0}
     for batch in grid.batches:
         for length in grid.lengths:
             query, new = make(batch, heads, length, size), make(batch, kv_heads, length, size)
