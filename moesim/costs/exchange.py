@@ -182,6 +182,8 @@ class ExchangeCost:
             reference = references[count]
             out_rate = self._out_rate(reference)
             per_token = max(reference.up / up_rate, reference.out / out_rate)
+            # tables were measured without oversubscription
+            out_rate = min(out_rate, self._links.out_Bps(nodes))
             tokens = np.maximum(up / (up_rate * per_token), out / (out_rate * per_token))
             seconds += share * reference.curve.seconds_at(tokens)
             own = share == 1.0 and reference.shape == (self._model.hidden_size, self._model.top_k, self._model.num_experts, nodes, devices)
@@ -214,8 +216,8 @@ class ExchangeCost:
     def _out_rate(self, reference: _Reference) -> float:
         """Return the bytes/s of the scale-out port that this number of nodes reaches, at most the link's bandwidth."""
         if reference.out == 0:
-            return self._links.out_Bps
-        return min(reference.out / reference.slope, self._links.out_Bps)
+            return self._links.out_Bps(1)
+        return min(reference.out / reference.slope, self._links.out_Bps(1))
 
     def _reference(self, algorithm: str, stage: str) -> dict[int, _Reference]:
         key = (algorithm, stage)

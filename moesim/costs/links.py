@@ -32,8 +32,6 @@ class LinkModel:
         self._engine = engine
         self._up = cluster.links.get("scale_up") or cluster.links.get("host")
         self._out = cluster.links.get("scale_out")
-        self.out_Bps = self._port_Bps(self._out) / max(cluster.fabric_oversubscription, 1.0) if self._out else float("inf")
-        """Bytes/s of a device's share of the scale-out link, one direction."""
         self._curves: dict[tuple[str, int], tuple[Curve, float] | None] = {}
         self._direct: tuple[Curve, Provenance] | tuple[()] | None = None
         pair = self._curve("alltoall", 2)
@@ -43,6 +41,14 @@ class LinkModel:
     @staticmethod
     def _port_Bps(link: Link) -> float:
         return link.bandwidth_Bps / max(link.shared_by, 1)
+
+    def out_Bps(self, nodes: int) -> float:
+        """Return the bytes/s of a device's share of the scale-out link, one direction, in a group of so many nodes: where they need more than one leaf,
+        all of it takes the uplinks' rate.
+        """
+        if self._out is None:
+            return float("inf")
+        return self._port_Bps(self._out) / (1.0 if nodes <= self._cluster.nodes_per_leaf else self._cluster.fabric_oversubscription)
 
     # --- collectives ------------------------------------------------------------------------------------------
 
@@ -93,7 +99,7 @@ class LinkModel:
 
     def _ring(self, link: Link, operation: str, size: np.ndarray, members: int, code: Provenance) -> Timing:
         passes = _RING_PASSES[operation] * (members - 1)
-        return timing(passes * link.latency_s + passes / members * size / self._reached(link, size / members), code)
+        return timing(passes * link.latency_s + passes / members * size / self._reached(link, size / members, members), code)
 
     def _curve(self, operation: str, ranks: int) -> tuple[Curve, float] | None:
         """Return NCCL's curve of the nearest number of devices, and the factor on bytes that the ring's share of the buffer gives."""
@@ -189,17 +195,17 @@ class LinkModel:
             self._policy.fall_back("exchange", self._tables.label("nccl"), f"op_name=alltoall, num_gpus={devices}", code)
             inside = self._transfer(self._up, "scale_up", up, devices - 1) if devices > 1 else np.zeros(up.shape)
             inside = np.where(inside > 0, inside + self._call_s, 0.0)
-        between = self._transfer(self._out, "scale_out", out, ranks - devices) if ranks > devices else np.zeros(out.shape)
+        between = self._transfer(self._out, "scale_out", out, ranks - devices, ranks // devices) if ranks > devices else np.zeros(out.shape)
         seconds = inside + between if one_after_the_other else np.maximum(inside, between)
         return Timing(seconds=seconds, provenance=np.where(seconds > 0, np.uint8(code), np.uint8(0)))
 
-    def _transfer(self, link: Link | None, name: str, size: np.ndarray, messages: int) -> np.ndarray:
+    def _transfer(self, link: Link | None, name: str, size: np.ndarray, messages: int, nodes: int = 1) -> np.ndarray:
         present = self._link(name, link)
-        return np.where(size > 0, present.latency_s + size / self._reached(present, size / max(messages, 1)), 0.0)
+        return np.where(size > 0, present.latency_s + size / self._reached(present, size / max(messages, 1), nodes), 0.0)
 
-    def _reached(self, link: Link, message: np.ndarray) -> np.ndarray:
-        """Return the bytes/s that messages of a size reach."""
-        bandwidth = self.out_Bps if link is self._out else self._port_Bps(link)
+    def _reached(self, link: Link, message: np.ndarray, nodes: int | None = None) -> np.ndarray:
+        """Return the bytes/s that messages of a size reach; nodes: among which they travel, None: any of the cluster."""
+        bandwidth = self.out_Bps(self._cluster.num_nodes if nodes is None else nodes) if link is self._out else self._port_Bps(link)
         curve = link.efficiency
         if len(curve.size_bytes) == 1:
             return np.full(message.shape, bandwidth * curve.efficiency[0])

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moesim.costs.traffic import hops
+from moesim.costs.traffic import ports
 from moesim.errors import SimulationError, describe
 from moesim.hardware.cluster import Cluster, Link
 from moesim.sim.network import port_link
@@ -201,7 +201,7 @@ class Collectives:
                 if pairs.any():
                     last = [self._exchange(stage, pairs, (pairs > 0).astype(np.float64), False, last, layer)]
             return last
-        copies = hops(algorithm, width, assign_RR=assign_RR, copy_RR=copy_RR, node_RN=node_RN)
+        copies = _hops(algorithm, width, assign_RR=assign_RR, copy_RR=copy_RR, node_RN=node_RN)
         copies = copies.T if back else copies
         messages = copies if algorithm == "low_latency" else (copies > 0).astype(np.float64)
         return [self._exchange(stage, self._check_pairs(copies * token_bytes), messages, False, deps, layer)]
@@ -336,3 +336,31 @@ class Collectives:
             pairs[owner_K[shard], rank] += bytes_K[shard]
         np.fill_diagonal(pairs, 0.0)
         return pairs
+
+
+def _hops(algorithm: str, devices: int, *, assign_RR: np.ndarray | None, copy_RR: np.ndarray | None, node_RN: np.ndarray | None) -> np.ndarray:
+    """Return float64 [..., R, R]: copies on every hop from rank to rank in the direction of dispatch, relays included; the diagonal stays local."""
+    ports(algorithm, devices, assign_RR=assign_RR, copy_RR=copy_RR, node_RN=node_RN)  # checks the arguments
+    pairs = np.asarray(assign_RR if algorithm == "low_latency" else copy_RR, dtype=np.float64)
+    if algorithm in ("low_latency", "direct"):
+        return pairs
+    nodes = pairs.shape[-1] // devices
+    blocks = pairs.reshape(*pairs.shape[:-2], nodes, devices, nodes, devices)
+    result = np.zeros(blocks.shape)
+    local = np.einsum("...rr->...r", pairs)
+    for a in range(nodes):
+        inner = blocks.sum(axis=-4)[..., :, a, :] if algorithm == "normal" else blocks[..., a, :, :, :].sum(axis=-2)
+        result[..., a, :, a, :] += inner
+        for b in range(nodes):
+            if a == b:
+                continue
+            if algorithm == "normal":
+                between = np.asarray(node_RN)[..., a * devices : (a + 1) * devices, b]
+            else:
+                between = blocks[..., a, :, b, :].sum(axis=-2)
+            index = np.arange(devices)
+            result[..., a, index, b, index] += between
+    flat = result.reshape(pairs.shape)
+    index = np.arange(pairs.shape[-1])
+    flat[..., index, index] = local
+    return flat
