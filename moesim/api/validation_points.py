@@ -6,7 +6,6 @@ never scored. What cannot be simulated (an unknown model, one that does not fit)
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections import Counter
@@ -18,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from moesim.api.error_summary import error_summary
-from moesim.api.serving_deployment import BALANCED
+from moesim.api.validation_points_fit import fit_overheads as fitted
 from moesim.api.validation_points_read import Point, Points, Refused, read_points, shipped_points
-from moesim.api.validation_points_run import FOLDER, LENGTHS, Overhead, Overheads, Prediction, Runner, client_of, read_overheads
+from moesim.api.validation_points_routing import SOURCE
+from moesim.api.validation_points_run import FOLDER, Overheads, Prediction, Runner, read_overheads
 from moesim.api.validation_points_scores import choice, error_floor, grouped, ranking, throughput
 from moesim.errors import InputError, MoesimError
-from moesim.files import read_yaml, sha256_hex, write_atomic
+from moesim.files import read_yaml, sha256_hex
 from moesim.hardware.cluster import Cluster
 from moesim.model.moe_model import MoEModel
 from moesim.traces.routing_trace import RoutingTrace
@@ -35,12 +35,6 @@ AGREEMENT = 1.05
 QUANTITIES = ("ttft", "tpot", "throughput")
 MEAN_SHARE = 0.9
 """Mean length of a request over the nominal one."""
-CALIBRATION_RUNS, MIN_ROWS = 8, 6
-"""Calibrating rows of a version that are simulated, and those that it needs for overheads of its own."""
-STEPS = (0.0, 300.0, 800.0)
-"""Overheads per step that are tried, µs."""
-FRONTS = (0.0, 30.0, 80.0, 140.0)
-"""Overheads per request that are tried, ms."""
 
 
 def validate_points(
@@ -65,10 +59,11 @@ def validate_points(
     runner = Runner(hardware, model=model, requests_trace=requests_trace, map_layers=map_layers, strict=strict, seed=seed, overheads=overheads)
     points = read_points(_path(source, runner.base))
     rows, refused = _resolved([point for point in points.points if wanted(point)], runner)
+    every = rows
     rows, copies = without_copies(rows)
-    floors = _floors(rows)
+    floors = _floors(every)
     refused += [*points.refused, *copies]
-    rows, left_out = excluded(rows)
+    rows, left_out = excluded(rows, every)
     refused += left_out
     used = calibrating_runs(runner) if overheads is None else set()
     calibrating = [row for row in rows if _run_of(row) in used]
@@ -122,8 +117,14 @@ def without_copies(rows: Sequence[Point]) -> tuple[list[Point], list[Refused]]:
     return kept, refused
 
 
-def excluded(rows: Sequence[Point]) -> tuple[list[Point], list[Refused]]:
-    """Return the rows that may be scored, without the quantities that may not, and what was left out and why."""
+def excluded(rows: Sequence[Point], every: Sequence[Point]) -> tuple[list[Point], list[Refused]]:
+    """Return the rows that may be scored, without the quantities that may not, and what was left out and why.
+
+    every: all rows, copies included: the fuller copy of a run may name more inputs than the row that disagrees with it.
+    """
+    times: dict[tuple[object, ...], list[Point]] = {}
+    for row in every:
+        times.setdefault(row.inputs, []).append(row)
     kept: list[Point] = []
     refused: list[Refused] = []
     for row in rows:
@@ -135,13 +136,14 @@ def excluded(rows: Sequence[Point]) -> tuple[list[Point], list[Refused]]:
         else:
             kept.append(row)
     result: list[Point] = []
-    for group in grouped(kept, lambda row: row.inputs):
+    for row in kept:
         for name in ("ttft_ms", "tpot_ms"):
-            values = [getattr(row, name) for row in group if getattr(row, name) is not None]
-            if len(values) > 1 and max(values) > AGREEMENT * min(values):
-                refused += [Refused(id=row.id, reason=f"equal inputs disagree: {name[:4]}") for row in group if getattr(row, name) is not None]
-                group = [replace(row, ttft_ms=None) if name == "ttft_ms" else replace(row, tpot_ms=None) for row in group]
-        result += [row for row in group if row.ttft_ms is not None or row.tpot_ms is not None]
+            values = [value for one in times[row.inputs] if (value := getattr(one, name)) is not None]
+            if getattr(row, name) is not None and max(values) > AGREEMENT * min(values):
+                refused.append(Refused(id=row.id, reason=f"equal inputs disagree: {name[:4]}"))
+                row = replace(row, ttft_ms=None) if name == "ttft_ms" else replace(row, tpot_ms=None)
+        if row.ttft_ms is not None or row.tpot_ms is not None:
+            result.append(row)
     return result, refused
 
 
@@ -155,7 +157,7 @@ def calibrating_runs(runner: Runner) -> set[tuple[object, ...]]:
     found = set()
     for path in shipped_points().values():
         rows, _ = _resolved(read_points(path).points, runner)
-        found |= {_run_of(row) for row in excluded(without_copies(rows)[0])[0] if calibrates(row, runner)}
+        found |= {_run_of(row) for row in excluded(without_copies(rows)[0], rows)[0] if calibrates(row, runner)}
     return found
 
 
@@ -169,7 +171,7 @@ def _floors(rows: Sequence[Point]) -> dict[str, dict[str, float | None]]:
     for group in grouped([row for row in rows if row.clients < MOST_CLIENTS], lambda row: (row.model, row.backend)):
         same = grouped(group, lambda row: row.inputs)
         found[_label(group[0])] = {
-            name: error_floor([values for one in same if (values := [v for row in one if (v := getattr(row, f"{name}_ms")) is not None])])
+            name: error_floor([values for one in same if (values := sorted({v for row in one if (v := getattr(row, f"{name}_ms")) is not None}))])
             for name in ("ttft", "tpot")
         }
     return found
@@ -183,50 +185,11 @@ def _label(row: Point) -> str:
 
 
 def fit_overheads(source: str | Path | None, *, hardware: str | Cluster, target: Path = FOLDER / "overheads.json", seed: int = 0) -> dict[str, Any]:
-    """Fit the host overheads on the calibrating rows alone, write them to `target` and return them.
-
-    Of every combination of `STEPS`, `FRONTS` and (for an unknown client) lengths, a version takes the one with the least mean |error| of TPOT plus median
-    |error| of TTFT. Versions with fewer than `MIN_ROWS` such rows take those of their kind of client, pooled, or of the engine.
-    """
+    """Fit the host overheads on the calibrating rows of a file alone, write them to `target` and return them."""
     runner = Runner(hardware, overheads=Overheads(), seed=seed)
-    rows = excluded(without_copies(_resolved(read_points(_path(source, runner.base)).points, runner)[0])[0])[0]
-    rows = [row for row in rows if calibrates(row, runner) and row.ttft_ms is not None and row.tpot_ms is not None]
-    versions = [group for group in grouped(rows, lambda row: (row.backend, row.version)) if len(group) >= MIN_ROWS]
-    sample = [row for group in versions for row in sorted(group, key=lambda row: sha256_hex(row.id.encode()))[:CALIBRATION_RUNS]]
-    found: list[dict[str, Any]] = []
-    for keys in (lambda row: row.version, client_of, lambda row: "*"):
-        for group in grouped(sample, lambda row: (row.backend, keys(row))):  # noqa: B023
-            backend, version = group[0].backend, keys(group[0])
-            scores = {}
-            for lengths in LENGTHS if any(client_of(row) == "* undated" for row in group) else LENGTHS[:1]:
-                for step in STEPS:
-                    for front in FRONTS:
-                        one = Overhead(step_us=step, front_ms=front, lengths=lengths)
-                        scores[one] = _score(group, runner, one)
-            best = min(scores, key=lambda one: sum(scores[one]))
-            tpot, ttft = scores[best]
-            entry = {"backend": backend, "version": version, "step_us": best.step_us, "front_ms": best.front_ms, "lengths": best.lengths}
-            found.append(entry | {"rows": len(group), "mean_abs_tpot_error": round(tpot, 4), "median_abs_ttft_error": round(ttft, 4)})
-    document = {
-        "comment": "host overheads fitted on calibrating rows by `moesim validate --points default --hardware h100-sxm-8 --fit-overheads FILE`",
-        "overheads": sorted(found, key=lambda one: (one["backend"], one["version"])),
-    }
-    write_atomic(target, json.dumps(document, indent=1) + "\n")
-    return document
-
-
-def _score(group: Sequence[Point], runner: Runner, one: Overhead) -> tuple[float, float]:
-    """Return the mean absolute error of TPOT and the median one of TTFT under an overhead."""
-    runner.overheads = Overheads(by_version={(row.backend, "*"): one for row in group})
-    tpot, ttft = [], []
-    for row in group:
-        try:
-            guess = runner.predict(row)
-        except MoesimError:
-            continue
-        tpot.append(abs(guess.tpot_ms / float(row.tpot_ms or 1.0) - 1.0))
-        ttft.append(abs(guess.ttft_ms / float(row.ttft_ms or 1.0) - 1.0))
-    return (float(np.mean(tpot)), float(np.median(ttft))) if tpot else (float("inf"), float("inf"))
+    every, _ = _resolved(read_points(_path(source, runner.base)).points, runner)
+    rows, _ = excluded(without_copies(every)[0], every)
+    return fitted([row for row in rows if calibrates(row, runner)], runner, target)
 
 
 # --- report -------------------------------------------------------------------------------------------------------
@@ -270,13 +233,13 @@ def _report(
         "mode": "points",
         "source": Path(points.source).name,
         "hardware": runner.base.name,
-        "routing": {"source": trace or BALANCED, "use": "given" if trace else "choices of every batch drawn, all experts equally popular"},
+        "routing": {"source": trace or SOURCE, "use": "given" if trace else "assumed: experts as popular as in a server that was counted, choices drawn"},
         **{name: error_summary([row["errors"][name] for row in rows if row["errors"][name] is not None]) for name in QUANTITIES},
         "groups": groups,
         "ranking": ranking(tpots),
         "layout_choice": choice(speeds),
         "overheads": [
-            {"backend": key[0], "version": key[1], "step_us": one.step_us, "front_ms": one.front_ms, "lengths": one.lengths}
+            {"backend": key[0], "version": key[1], **{name: getattr(one, name) for name in one.__dataclass_fields__}}
             for key, one in sorted(runner.overheads.by_version.items())
         ],
         "rows_read": points.rows,

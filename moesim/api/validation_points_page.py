@@ -11,7 +11,7 @@ from moesim.files import write_atomic
 COLUMNS = ("model, engine", "quantity", "rows", "mean error", "mean |error|", "median", "p90", "floor", "peer mean / median")
 
 OTHER_ROUTING = "synthetic:zipf:1.0"
-"""Routing of the second table of the page: what other assumption than equal popularity does to the same rows."""
+"""Routing of the second table of the page: what another assumption does to the same rows."""
 
 
 def percent(value: float | None, sign: bool = False) -> str:
@@ -92,9 +92,9 @@ def write_page(report: dict[str, Any], path: Path, other: dict[str, Any] | None 
         "Fitted on the calibrating rows only (dense models, half of the inputs by hash). Lengths: what an unknown client (no date in the row's id) sends.",
         "",
         *_table(
-            ("engine", "version", "per step, µs", "per request, ms", "lengths"),
+            ("engine", "version", "per step, µs", "per sequence of a step, µs", "per request, ms", "lengths"),
             [
-                (backend, version or "(none)", f"{one['step_us']:.0f}", f"{one['front_ms']:.1f}", one["lengths"])
+                (backend, version or "(none)", f"{one['step_us']:.0f}", f"{one['sequence_us']:.0f}", f"{one['front_ms']:.0f}", one["lengths"])
                 for (backend, version), one in sorted(known.items())
             ],
         ),

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from moesim.api.documents import cluster_of, model_of
-from moesim.api.serving_deployment import BALANCED, Deployment, Routing, deployment_of, group_with, routing_of
+from moesim.api.serving_deployment import Deployment, Routing, deployment_of, group_with, routing_of
 from moesim.api.serving_report import provenance
 from moesim.api.validation_points_read import Layout, Point
+from moesim.api.validation_points_routing import served_routing
 from moesim.costs.model import ENGINES
 from moesim.errors import InputError, MoesimError, describe
 from moesim.files import read_json, read_yaml
@@ -32,6 +33,7 @@ from moesim.traces.requests.document import Request, Requests
 REQUESTS_PER_CLIENT = 10
 SHORTEST = 0.8
 LENGTHS = ("drawn", "nominal")
+OVERLAP, OVERLAPPED = "overlap_since", "overlapped"
 ROOMY = True
 """Whether blocks may be as long as requests; tests compare."""
 FOLDER = Path(__file__).parent / "points"
@@ -46,19 +48,26 @@ class Overhead:
     """Every step, beside the device's work."""
     front_ms: float = 0.0
     """Every request, before the scheduler sees it: client, HTTP server, tokenizer."""
+    sequence_us: float = 0.0
+    """Every running sequence of a step."""
     lengths: str = "drawn"
     """Lengths that an unknown client sends: `drawn` or `nominal`; a known one draws."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overheads:
-    """Declared overheads: of an engine's version, else of the engine with the same kind of client (`* dated`, `* undated`), else of the engine (`*`)."""
+    """Declared overheads: of an engine's version, else of the engine with the same kind of client (`* dated`, `* undated`), else of the engine (`*`).
+
+    Versions of an engine that became overlapped, without rows of their own, have pools of theirs (`* dated overlapped`).
+    """
 
     by_version: Mapping[tuple[str, str], Overhead] = field(default_factory=dict)
 
     def of(self, point: Point) -> Overhead:
         """Return the overhead that is declared for a row."""
-        for version in (point.version, client_of(point), "*"):
+        client = client_of(point)
+        pools = (f"{client} {OVERLAPPED}", client) if is_overlapped(point.backend, point.version) else (client,)
+        for version in (point.version, *pools, "*"):
             if (point.backend, version) in self.by_version:
                 return self.by_version[point.backend, version]
         return Overhead()
@@ -85,7 +94,7 @@ def read_overheads(path: Path = FOLDER / "overheads.json") -> Overheads:
     found: dict[tuple[str, str], Overhead] = {}
     try:
         for row in node["overheads"]:
-            values = {key: float(row[key]) for key in ("step_us", "front_ms")}
+            values = {key: float(row[key]) for key in ("step_us", "sequence_us", "front_ms")}
             if not all(0 <= value < 1e9 for value in values.values()):
                 raise ValueError(f"{values} must be >= 0")
             if row["lengths"] not in LENGTHS:
@@ -98,8 +107,18 @@ def read_overheads(path: Path = FOLDER / "overheads.json") -> Overheads:
 
 @cache
 def engine_settings() -> Mapping[str, Mapping[str, Any]]:
-    """Return the defaults of the engines."""
+    """Return the declared defaults of the engines."""
     return dict(read_yaml(FOLDER / "engines.yaml"))
+
+
+def is_overlapped(backend: str, version: str) -> bool:
+    """Return whether the host of an engine's version works on a step while the device runs the one before, as declared."""
+    since = engine_settings().get(backend, {}).get(OVERLAP)
+    return since is not None and _numbers(version) >= _numbers(since)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(one) for one in re.findall(r"\d+", version)[:2])
 
 
 class Runner:
@@ -116,7 +135,7 @@ class Runner:
         strict: bool = False,
         seed: int = 0,
     ) -> None:
-        """model: stands for the model of every row. requests_trace: None draws balanced choices."""
+        """model: stands for the model of every row. requests_trace: None: as a served model's experts were popular."""
         self.base = cluster_of(hardware)
         self.overheads = overheads if overheads is not None else read_overheads()
         self._model, self._trace, self._map_layers = model, requests_trace, map_layers
@@ -165,6 +184,7 @@ class Runner:
             deployment.settings.serving,
             clients=point.clients,
             client_us=overhead.front_ms * 1e3,
+            sequence_us=overhead.sequence_us,
             instances=point.decode.workers or 1,
             prefill_instances=0 if point.prefill is None else point.prefill.workers or 1,
         )
@@ -206,8 +226,9 @@ class Runner:
 
     def _build(self, point: Point, model: MoEModel, layout: Layout, longest: int) -> Deployment:
         backend = point.backend if point.backend in ENGINES else "vllm"
+        chosen = {name: value for name, value in engine_settings()[backend].items() if name != OVERLAP}
         serving = ServingSettings(
-            **{**engine_settings()[backend], "max_model_len": longest, "pp": layout.pp, "expert_tp": layout.moe_tp if model.moe_layer_ids else 1}
+            **{**chosen, "max_model_len": longest, "pp": layout.pp, "expert_tp": layout.moe_tp if model.moe_layer_ids else 1}
         )
         if model.moe_layer_ids and layout.moe_tp * layout.moe_ep != layout.tp * layout.dp:
             rule = f"must be tp × attention dp = {layout.tp * layout.dp}"
@@ -215,8 +236,8 @@ class Runner:
         settings = replace(Settings(), attention_tp=layout.tp, serving=serving)
         group = group_with(model, tp=layout.tp, dp=layout.dp, expert_tp=serving.expert_tp)
         if model.name not in self._routing:
-            found = routing_of(self._trace or BALANCED, model, self._seed, self._map_layers)
-            self._routing[model.name] = found if found is None or self._trace is not None else replace(found, drawn=True)
+            trace = self._trace
+            self._routing[model.name] = served_routing(model, self._seed) if trace is None else routing_of(trace, model, self._seed, self._map_layers)
         cluster = self._cluster(layout.gpus)
         return deployment_of(cluster, model, settings, group=group, routing=self._routing[model.name], backend=backend, strict=self._strict, seed=self._seed)
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import gzip
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moesim.api.documents import model_of
 from moesim.api.error_summary import error_summary
 from moesim.api.validation_points import calibrates, excluded, validate_points, without_copies
+from moesim.api.validation_points_fit import fit_overheads
 from moesim.api.validation_points_page import write_page
 from moesim.api.validation_points_read import Layout, Point, read_points, shipped_points, unfold
+from moesim.api.validation_points_routing import served_routing
 from moesim.api.validation_points_run import Overhead, Overheads, Runner, read_overheads
 from moesim.api.validation_points_scores import choice, error_floor, kendall, ranking, throughput
 from moesim.errors import InputError
@@ -111,13 +115,22 @@ def test_copies_and_disagreeing_rows_are_left_out() -> None:
     one, copy, near, far = point(filled=1), point(id="b", filled=2), point(id="c", ttft_ms=10.4), point(id="d", tpot_ms=2.0)
     kept, refused = without_copies([one, copy, near, far])
     assert [row.id for row in kept] == ["b", "c", "d"] and refused[0].detail == "b"
-    kept, refused = excluded(kept)
+    kept, refused = excluded(kept, kept)
     assert all(row.tpot_ms is None and row.ttft_ms is not None for row in kept)
     assert {row.reason for row in refused} == {"equal inputs disagree: tpot"}
 
 
+def test_a_row_disagrees_with_the_poorer_copy_of_another_run() -> None:
+    """One run is listed twice, once with its worker count; a row without it that differs from the poorer copy is equal to it in all that is known."""
+    unknown = Layout(1, 1, 1, 1, 1, None)
+    every = [point(tpot_ms=2.0, filled=2), point(id="poor", tpot_ms=2.0, decode=unknown), point(id="other", tpot_ms=1.0, decode=unknown)]
+    kept, refused = excluded(without_copies(every)[0], every)
+    assert [row.id for row in kept] == [every[0].id] and [row.reason for row in refused][1:] == ["equal inputs disagree: tpot"]
+
+
 def test_unknown_worker_counts_leave_tpot_alone() -> None:
-    kept, refused = excluded([point(decode=Layout(1, 1, 1, 1, 1, None)), point(id="x", clients=256)])
+    rows = [point(decode=Layout(1, 1, 1, 1, 1, None)), point(id="x", clients=256)]
+    kept, refused = excluded(rows, rows)
     assert [(row.ttft_ms, row.tpot_ms) for row in kept] == [(None, 1.0)]
     assert [row.reason for row in refused] == ["worker counts missing: TPOT only", "clients >= 256"]
 
@@ -161,10 +174,38 @@ def test_one_client_waits_for_nobody() -> None:
     runner = Runner("h100-sxm-1", overheads=NONE)
     lone = point(model="llama-3.1-8b", clients=1, prompt=512, output=64)
     bare = runner.predict(lone)
-    runner.overheads = Overheads(by_version={("vllm", "1"): Overhead(step_us=500.0, front_ms=7.0)})
+    runner.overheads = Overheads(by_version={("vllm", "1"): Overhead(step_us=500.0, sequence_us=30.0, front_ms=7.0)})
     loaded = runner.predict(lone)
-    assert loaded.tpot_ms - bare.tpot_ms == pytest.approx(0.5, abs=1e-6)
-    assert loaded.ttft_ms - bare.ttft_ms == pytest.approx(7.5, abs=1e-6)
+    assert loaded.tpot_ms - bare.tpot_ms == pytest.approx(0.53, abs=1e-6)
+    assert loaded.ttft_ms - bare.ttft_ms == pytest.approx(7.53, abs=1e-6)
+
+
+def test_overheads_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that were simulated with overheads of the grid give these overheads."""
+    true = Overhead(step_us=700.0, sequence_us=40.0, front_ms=30.0)
+    runner = Runner("h100-sxm-1", overheads=Overheads(by_version={("vllm", "1"): true}))
+    rows = []
+    for clients, prompt in ((1, 200), (2, 400), (4, 300), (8, 200), (12, 500), (16, 300)):
+        asked = point(id=f"2026_01_01_{clients}", model="llama-3.1-8b", clients=clients, prompt=prompt, output=60)
+        guess = runner.predict(asked)
+        rows.append(replace(asked, ttft_ms=guess.ttft_ms, tpot_ms=guess.tpot_ms))
+    found = fit_overheads(rows, Runner("h100-sxm-1", overheads=NONE), tmp_path / "o.json")["overheads"]
+    (own,) = [one for one in found if one["version"] == "1"]
+    assert own["step_us"] == pytest.approx(true.step_us, abs=100) and own["sequence_us"] == pytest.approx(true.sequence_us, abs=10)
+    assert own["front_ms"] == pytest.approx(true.front_ms, abs=10) and own["mean_abs_tpot_error"] < 0.01
+    assert read_overheads(tmp_path / "o.json").of(rows[0]).step_us == own["step_us"]
+
+
+def test_assumed_routing_has_the_curve_of_the_counted_model() -> None:
+    """On the counted model itself the most popular experts get the shares that were counted; on another the curve is the same."""
+    for name, experts in (("deepseek-v3", 256), ("qwen3-235b-a22b", 128)):
+        routing = served_routing(model_of(name))
+        assert routing is not None and not routing.is_even
+        share_LE = -np.sort(-routing.assign_LE, axis=1) / routing.assign_LE.sum(axis=1, keepdims=True)
+        assert routing.assign_LE.shape[1] == experts and (routing.assign_LE <= 1).all()
+        assert share_LE[:, : experts // 2].sum(axis=1).mean() == pytest.approx(0.729, abs=0.005)
+        assert share_LE[:, : experts // 8].sum(axis=1).mean() == pytest.approx(0.329, abs=0.005)
+    assert served_routing(model_of("llama-3.1-8b")) is None
 
 
 def _step_by_step(self: Instance, flight: Flight, end: float) -> float:

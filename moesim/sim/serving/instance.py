@@ -111,7 +111,7 @@ class Instance:
             for stage, seconds in enumerate(times):
                 at = max(at, self.free_s[stage]) + seconds * pool.scale
                 if not stage:
-                    at += pool.host_s
+                    at += self._host_s(works)
                 self.free_s[stage] = at
                 at += hop
             self.idle.remove(index)
@@ -133,6 +133,11 @@ class Instance:
             return Flight(index, works), at
         return None
 
+    def _host_s(self, works: list[Work]) -> float:
+        """Return the time of a step that no device work hides; every replica has a host process of its own."""
+        each_us = self.replicas[0].settings.sequence_us
+        return self.pool.host_s + (each_us * 1e-6 * max(work.decodes + len(work.chunks) for work in works) if each_us else 0.0)
+
     def leap(self, flight: Flight, end: float) -> float:
         """Plan the steps after the one in flight, which ends at `end`, up to the one with which a sequence ends; return the end of the last.
 
@@ -150,7 +155,7 @@ class Instance:
             return end
         grown = np.arange(1, count + 1) * self.replicas[0].settings.acceptance
         seconds, flight.moe_s = self.curves.decode_run(flight.works, grown)
-        flight.ends = np.cumsum(np.concatenate([[end], seconds * self.pool.scale + (self.pool.host_s + self.pool.draft_s)]))
+        flight.ends = np.cumsum(np.concatenate([[end], seconds * self.pool.scale + (self._host_s(flight.works) + self.pool.draft_s)]))
         self.flight = flight
         return self._until(flight)
 

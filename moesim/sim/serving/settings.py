@@ -51,6 +51,8 @@ class ServingSettings:
     """Drafted tokens that a step verifies per decoding sequence."""
     draft_us: float = 0.0
     """Time of drafting, per step that decodes, µs."""
+    sequence_us: float = 0.0
+    """Host time per running sequence of a step – scheduling, stop conditions, tokens to text – that no device work hides, µs."""
     clients: int = 0
     """Closed loop: requests in flight, arrival times are ignored; 0: as the trace says."""
     client_us: float = 0.0
@@ -74,6 +76,7 @@ class ServingSettings:
             ("acceptance", 1, 64),
             ("draft_tokens", 0, 63),
             ("draft_us", 0, 1e9),
+            ("sequence_us", 0, 1e9),
             ("clients", 0, 1 << 20),
             ("client_us", 0, 1e12),
             ("slo_ttft_ms", 0, 1e12),

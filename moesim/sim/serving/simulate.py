@@ -124,7 +124,8 @@ class Simulation:
                 elif kind == _ARRIVE:
                     self._arrive(what, now)
                 elif kind == _READY:
-                    self._ready(*what, now)
+                    there, replica, sequence = what
+                    self._ready(there, replica, sequence, now)
                 else:
                     assert instance is not None
                     self._dirty[id(instance)] = instance
