@@ -25,6 +25,7 @@ from moesim.api.documents import cluster_of, model_of, trace_shape
 from moesim.api.running import builder_of, passes_of
 from moesim.api.watching import LIVE, watch
 from moesim.costs.model import CostModel
+from moesim.errors import ApplyError
 from moesim.plan import Plan, linear
 from moesim.runtime import client
 from moesim.runtime.watch import DeploymentGone, Limits
@@ -82,6 +83,8 @@ class Session:
     model: Path
     trace: Path
     answers_equal: bool
+    refused: list[tuple[str, str]]
+    """Kind and reason of refused requests."""
     death: tuple[str, dict[str, Any], float]
     """How a watch ends after a rank was killed: reason, figures, seconds."""
 
@@ -100,7 +103,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     watches: list[Watched] = []
     try:
         watches.append(watched := Watched(live.control, folder / "log"))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 150
         while not (seen and seen[-1].get('moesim_migrations_total{result="installed"}', 0) >= 2):
             assert time.monotonic() < deadline, watched.said.read_text()
             time.sleep(0.1)
@@ -108,6 +111,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
         code, summary = watched.end(signal.SIGTERM)
         assert code == 0, watched.said.read_text()
         client.publish_trace(live.control)
+        refused = _refusals(live)
         left = _after_a_death(live)
     finally:
         for one in watches:
@@ -115,7 +119,23 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
         live.close()
     events = [json.loads(line) for line in (folder / "log").read_text().splitlines()]
     reports = [one for one in events if one["event"] == "apply"]
-    yield Session(seen, summary, events, config, folder / "trace", all(report["outputs_equal"] for report in reports), left)
+    yield Session(seen, summary, events, config, folder / "trace", all(report["outputs_equal"] for report in reports), refused, left)
+
+
+def _refusals(live: Live) -> list[tuple[str, str]]:
+    """Ask for what cannot be had."""
+    plan = linear(model="tiny", num_experts=EXPERTS, moe_layer_ids=LAYERS, num_ranks=4, kind="random", seed=1)
+    refused = []
+    for ask in (
+        lambda: client.apply_plan(live.control, plan, base="0" * 64),
+        lambda: client.counts(live.control, 0, 1 << 40),
+        lambda: client.counts(live.control, 5, 5),
+        lambda: client.counts(live.control, 0, "all"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ApplyError) as error:
+            ask()
+        refused.append((type(error.value).__name__, str(error.value)))
+    return refused
 
 
 def _after_a_death(live: Live) -> tuple[str, dict[str, Any], float]:
@@ -177,6 +197,13 @@ def test_the_simulators_balancer_decides_the_same_on_the_recorded_routing(sessio
                     for layer in range(len(LAYERS)):
                         counted[layer] += np.bincount(part.experts_TLK[:, layer].ravel(), minlength=EXPERTS)
             np.testing.assert_array_equal(counted, event["load_LE"])
+
+
+def test_a_stale_plan_and_windows_that_nobody_served_are_refused(session: Session) -> None:
+    (stale, why), *counts = session.refused
+    assert stale == "StaleBase" and "plan again" in why
+    assert [kind for kind, _ in counts] == ["ApplyError"] * 3
+    assert [word in text for word, (_, text) in zip(("history", "first < last", "two step numbers"), counts, strict=True)] == [True] * 3
 
 
 def test_a_dead_rank_ends_a_watch_in_time_with_its_reason_and_a_metric(session: Session) -> None:
