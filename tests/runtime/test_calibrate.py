@@ -220,7 +220,7 @@ def few(quick: bool, ranks: int) -> Any:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate_cases, "general", few)
     for table, value in ((calibrate.BLOCK_S, 0.0005), (calibrate.DISK_BYTES, 1 << 20)):
-        monkeypatch.setitem(table, True, value)  # type: ignore[misc]
+        monkeypatch.setitem(table, True, value)
 
 
 def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
