@@ -53,11 +53,14 @@ def print_report(report: dict[str, Any]) -> None:
 
     moved, balance = report["moved"], report["balance"]
     figures = {name: "-" if value is None else f"{value:.4f}" for name, value in balance.items()}
+    staging, word = report.get("staging_bytes"), "predicted, " if report["status"] == "dry-run" else ""
+    parts = ", ".join(f"{name.removesuffix('_ms')} {value:.1f}" for name, value in report.get("pause_parts_ms", {}).items())
     pays = "never" if report["break_even_steps"] is None else f"after {report['break_even_steps']} steps"
     rows = [
         ["moved", f"{moved['slots']} slots, {format_bytes(moved['bytes'])}, {format_bytes(moved['between_ranks'])} of it between ranks"],
         ["balance", f"{figures['before']} before, {figures['predicted']} predicted, {figures['after']} after"],
-        ["pause", f"{report['pause_ms']:.1f} ms, pays {pays}"],
+        ["pause", f"{word}{report['pause_ms']:.1f} ms{f' ({parts})' if parts else ''}, pays {pays}"],
+        ["staging", "-" if staging is None else f"{format_bytes(staging)} on the rank that needs most"],
         ["outputs equal", {True: "yes", False: "no", None: "-"}[report["outputs_equal"]]],
     ]
     table(f"{report['status']}: epoch {report['epoch']}, map {report['map_sha256'][:12]}", ["what", "figure"], rows)

@@ -81,7 +81,7 @@ class Agent:
         self._pause: dict[str, float] = {}
         self.trains = False
         """Whether weights change from step to step; then the ranks stand still from before the staging until the verification."""
-        self._held = False
+        self._held, self._held_at = False, 0.0
         self._known: dict[tuple[int, int], bytes] = {}
         """Digests of live experts by (layer, slot), good until weights change."""
         self._stopped = threading.Event()
@@ -201,13 +201,17 @@ class Agent:
         elif action == "hold":
             if any(layer.rows.has_pending_gradients() for layer in self.layers):
                 answer |= {"ok": False, "error": f"rank {self.rank}: gradients are being accumulated over a step boundary; call it after optimizer.step()"}
-            self._held = bool(answer["ok"])
+            self._held, self._held_at, self._pause = bool(answer["ok"]), begin, {}
         elif action == "save":
-            assert self._save is not None
             try:
+                if self._save is None:
+                    raise ApplyError(f"rank {self.rank}: saves no checkpoints for the coordinator; save in the loop itself")
                 self._save(str(promise["folder"]))
             except Exception as error:  # a full disk is no reason to stop serving
                 answer |= {"ok": False, "error": self._reason(error)}
+        if self._held:  # all of it is a pause, whatever is done meanwhile
+            self._pause["wait_ms"] = 0.0
+            self._pause["wait_ms"] = (time.perf_counter() - self._held_at) * 1e3 - sum(self._pause.values())
         answer |= {"epoch": self.epoch, "pause": dict(self._pause)}
         self._store.set(f"act/{promise['n']}/{self.rank}", json.dumps(answer))
         return action != "stop"

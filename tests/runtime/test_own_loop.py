@@ -50,14 +50,19 @@ def test_apply_works_against_a_loop_of_ones_own_and_changes_no_loss(tmp_path: Pa
         for seed in (1, 2):
             path = tmp_path / f"{seed}.json"
             plan(seed).write(path)
-            dry = run_moesim("apply", str(path), "--to", control, "--json", "--dry-run")
+            dry = run_moesim("apply", str(path), "--to", control, "--dry-run")
             assert dry.returncode == 0, dry.stderr
+            shown = dry.stdout + dry.stderr
+            assert all(word in shown for word in ("staging", "predicted", "pays", "bytes from rank", "between ranks")), shown
             result = run_moesim("apply", str(path), "--to", control, "--json")
             assert result.returncode == 0, result.stderr
             reports.append(json.loads(result.stdout))
         again = json.loads(run_moesim("apply", str(path), "--to", control, "--json").stdout)
+        from moesim.errors import ApplyError
         from moesim.runtime import client
 
+        with pytest.raises(ApplyError, match="saves no checkpoints"):
+            client.save_checkpoint(control, str(tmp_path / "saved"))
         client.stop(control)
         losses = json.loads(process.stdout.readline())["losses"]
         assert process.wait(60) == 0
@@ -66,7 +71,8 @@ def test_apply_works_against_a_loop_of_ones_own_and_changes_no_loss(tmp_path: Pa
         process.wait()
         process.stdout.close()
     assert [(report["status"], report["epoch"], report["outputs"]["bitwise"]) for report in reports] == [("installed", 1, True), ("installed", 2, True)]
-    assert again["status"] == "unchanged"
+    assert again["status"] == "unchanged" and again["epoch"] == 2
+    assert all(report["pause_ms"] >= report["stage_ms"] for report in reports), "ranks that train stand still while weights move"
     weights = 3 * 32 * 16 * 4
     assert reports[0]["moved"]["bytes"] == 3 * weights * reports[0]["moved"]["slots"], "weights and both moments move"
     reference = run_ranks(RANKS, train_alone, load_example(), str(tmp_path), len(losses), timeout_s=300)
@@ -86,6 +92,9 @@ def test_what_cannot_move_is_refused() -> None:
     layer.rows.tensors()
     found = _Spread(linear(model="m", num_experts=8, moe_layer_ids=(0, 1), num_ranks=1), list(toy.layers), None, 0)
     own = {id(parameter) for parameter in toy.parameters()}
+    assert not layer.rows.has_pending_gradients()
+    toy(torch.randn(5, 16)).sum().backward()
+    assert layer.rows.has_pending_gradients(), "a plan has to wait for the optimizer"
     _check_optimizer(optimizer, own, found)
     with pytest.raises(ModelError, match="parameter 0.*has an expert dimension"):
         _check_optimizer(torch.optim.Adam([torch.nn.Parameter(torch.zeros(8, 16, 8))]), own, found)
