@@ -126,5 +126,3 @@ def await_key(store: Any, key: str, timeout_s: float, unless: str = "") -> str:
             raise ApplyError(f"the coordinator did not say {key.partition('/')[0]} within {timeout_s:g} s")
         time.sleep(0.003)
     return str(store.get(key).decode())
-
-

@@ -160,7 +160,7 @@ class Forked(Live):
     """A deployment whose coordinator is forked from a process that has imported torch: it serves after a second."""
 
     def __init__(self, folder: Path, *, plan: Plan, failpoints: bool = True, token: str = "", **settings: Any) -> None:
-        """settings: fields of `launch.Settings`; the stderr goes to `folder`."""
+        """settings: fields of `launch.Settings`, and model_seed; the stderr goes to `folder`."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         model = write_config(folder / "tiny")
@@ -184,5 +184,5 @@ def _host(folder: Path, plan: dict[str, Any], failpoints: bool, fields: dict[str
     from moesim.runtime.launch import Settings, serve
     from moesim.runtime.spec import read_spec
 
-    sys.exit(serve(Settings(spec=read_spec(str(folder)), plan=Plan.from_content(plan, "plan"), command="serve-demo", **fields), token=token))
-
+    spec = read_spec(str(folder), seed=fields.pop("model_seed", 0))
+    sys.exit(serve(Settings(spec=spec, plan=Plan.from_content(plan, "plan"), command="serve-demo", **fields), token=token))

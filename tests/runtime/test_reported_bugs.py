@@ -90,7 +90,7 @@ def test_vllm_57883_the_control_port_shows_what_was_late(live: Inside, monkeypat
 def _swap_512(rank: int, size: int, group: Any, folder: str) -> tuple[int, int, bool]:
     import torch.distributed as dist
 
-    moves.LARGE_BYTES = migration.LARGE_BYTES = 1  # every expert is a message of its own
+    moves.LARGE_BYTES = 1  # every expert is a message of its own
     spec = replace(SPEC, config={**SPEC.config, "num_local_experts": 512, "hidden_size": 8, "intermediate_size": 4}, num_experts=512)
     old, new = (plan_of(seed, num_experts=512) for seed in (None, 1))
     _, layers = build_distributed(spec, old, rank=rank, group=group)
