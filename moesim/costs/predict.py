@@ -174,9 +174,10 @@ class Predictor:
         )
 
     def sorted_experts(self, rows: Columns) -> np.ndarray:
-        """Return the seconds of balanced rows of DeepEP's prefill experts, all of one number of ranks: `num_tokens` on all ranks, each a row of the timed one."""
+        """Return the seconds of balanced rows of DeepEP's prefill experts, all of one number of ranks; `num_tokens` are rows of the timed rank."""
         slots = int(rows["num_experts"][0] // rows["moe_ep_size"][0])
-        model = _model(hidden=int(rows["hidden_size"][0]), ffn=int(rows["inter_size"][0]), expert_dtype=EXPERT_DTYPES[str(rows["moe_dtype"][0])])
+        dtype = EXPERT_DTYPES[str(rows["moe_dtype"][0])]
+        model = _model(hidden=int(rows["hidden_size"][0]), ffn=int(rows["inter_size"][0]), expert_dtype=dtype)
         law = ExpertCost(model, self.tables, self._roofline, self._policy).law(1, sorts=True)
         choices = np.rint(rows["num_tokens"] * rows["topk"] / rows["moe_ep_size"]).astype(np.int64)[:, None]
         loads = choices // slots + (np.arange(slots) < choices % slots)

@@ -237,6 +237,11 @@ def test_choices_and_counts_of_pairs_say_the_same(seed: int, nodes: int, devices
         for name in ("tokens_PR", "routed_PLR", "slot_PLS", "rank_load_PLR"):
             assert np.array_equal(getattr(left, name), getattr(right, name)), name
         assert left.pairs.remote() == right.pairs.remote()
+        # A row for every token and rank: what stays, and what comes over either link.
+        rows = left.pairs.rows()
+        assert rows.dtype == right.pairs.rows().dtype and np.array_equal(rows, right.pairs.rows())
+        direct = left.pairs.ports("direct")
+        assert np.array_equal(rows, direct.local + direct.up_in + direct.out_in)
         for algorithm in ALGORITHMS:
             for port in fields(Ports):
                 a, b = (getattr(loads.pairs.ports(algorithm), port.name) for loads in (left, right))
