@@ -94,8 +94,8 @@ def solve(
     old = None if previous is None else read_plan(previous)
     _check_budget(old, move_budget_bytes, move_budget_s, frontier, time_limit_s)
     budgeted = frontier or move_budget_bytes is not None or move_budget_s is not None
-    if old is not None and asked.unseen is not None:
-        raise InputError(f"solve: objective {named!r} plans ranks from scratch and takes no --from; leave one of them out")
+    if old is not None and asked.unseen is not None and not budgeted:
+        raise InputError(f"solve: objective {named!r} plans ranks from scratch; leave out --from, or repair with --move-budget or --frontier")
     slots_R = slots_per_rank(moe_model, cluster, redundant, slots, old)
     check_memory(moe_model, cluster, slots_R, weight_memory_bytes)
     if old is not None:

@@ -194,9 +194,9 @@ def _try_moves(terms: Terms, best_LS: np.ndarray, cost_L: np.ndarray, seed: int,
             break
         if expired(deadline):
             return made, True
-        tables = _neighbours(terms, np.repeat(best_LS, trials, axis=0), generator)
+        tables = neighbours(terms, np.repeat(best_LS, trials, axis=0), generator)
         # every second trial is a pair of moves: where no single one helps, two may
-        tables[1::2] = _neighbours(terms, tables[1::2], generator)
+        tables[1::2] = neighbours(terms, tables[1::2], generator)
         cost = many.cost_L(tables).reshape(layers, trials)
         at = cost.argmin(axis=1)
         wins = cost[row, at] < cost_L * (1 - 1e-9)
@@ -214,9 +214,9 @@ def _try_each(terms: Terms, best_LS: np.ndarray, cost_L: np.ndarray, seed: int, 
     for step in range(min(MAX_EACH, EACH_CHOICES // routes.experts_TLK.size)):
         if expired(deadline):
             return made, True
-        tables = _neighbours(terms, best_LS, generator)
+        tables = neighbours(terms, best_LS, generator)
         if step % 2:
-            tables = _neighbours(terms, tables, generator)
+            tables = neighbours(terms, tables, generator)
         other_L = terms.cost_L(tables)
         wins = other_L < cost_L * (1 - 1e-9)
         best_LS[wins], cost_L[wins] = tables[wins], other_L[wins]
@@ -224,7 +224,7 @@ def _try_each(terms: Terms, best_LS: np.ndarray, cost_L: np.ndarray, seed: int, 
     return made, False
 
 
-def _neighbours(terms: Terms, table_NS: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def neighbours(terms: Terms, table_NS: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Return every placement after a random swap of two slots, or with a replica's slot given to another expert; unchanged where that is not legal."""
     problem = terms.problem
     row, rank_S = np.arange(len(table_NS)), problem.slot_rank_S

@@ -133,7 +133,14 @@ def _check_objective(problem: PlacementProblem, solver: str, traits: _Traits) ->
 register("greedy", solve_greedy, options=("risk", "rounds", "restarts"))
 register("descent", solve_descent, terms=("balance", "activated", "latency", "traffic"), sums=True)
 register("affinity", solve_affinity, terms=("traffic", "hops"), options=("load_slack",))
-register("repair", solve_repair, keeps_budget=True, options=("risk", "frontier", "fits"))
+register(
+    "repair",
+    solve_repair,
+    keeps_budget=True,
+    options=("risk", "frontier", "fits"),
+    terms=("balance", "activated", "latency", "traffic"),
+    sums=True,
+)
 register("robust", solve_robust, options=("risk", "validation", "modes"))
 register("milp", solve_milp, options=("threads", "max_nodes"), terms=("balance", "activated"))
 register("cp-sat", solve_cpsat, options=("threads", "max_effort"), terms=("balance", "activated"))

@@ -3,7 +3,7 @@
 Every layer walks from the running placement by its best moves per moved slot (a reassigned slot costs one, a swap
 two), once with all moves and once with swaps only; a fresh placement, its ranks relabelled by assignment, is the
 far end. What budget goes to which layer is then decided exactly (a multiple-choice knapsack over the walks).
-Moved slots are counted as positions whose expert differs from the running placement, after slots inside a rank
+Under another objective the walk is that of `repair_terms`. Moved slots are counted as positions whose expert differs from the running placement, after slots inside a rank
 are put in order. Options: `risk` (scores the answer; the walks lower the mean), `frontier` (True: also the placement per budget), `fits` (a
 callable: placement [L, S] → bool; of the placements along growing budgets, the last before one that does not fit is the answer).
 """
@@ -50,6 +50,8 @@ def solve_repair(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline
         raise InputError("solver repair: needs the placement that is running now; give `previous` (--from PLAN)")
     whole = problem.num_layers * problem.num_slots
     budget = whole if problem.move_budget_slots is None else min(problem.move_budget_slots, whole)
+    if problem.objective.alone != "balance":
+        return _repair_objective(problem, budget, seed, deadline, options)
     weight_KL = cost_weight_KL(problem, problem.weight_K)
     bound_KL = layer_bound_KL(problem)
     limit = budget if risk == "mean" else whole
@@ -68,6 +70,42 @@ def solve_repair(problem: PlacementProblem, *, seed: int = 0, deadline: Deadline
     result = make_result(problem, table, solver="repair", status="TIME_LIMIT" if late else "FEASIBLE", iterations=made, risk=risk, bound_KL=bound_KL)
     if options.get("frontier"):
         result.frontier = _frontier(problem, points, chosen, budget, risk)
+    return result
+
+
+def _repair_objective(problem: PlacementProblem, budget: int, seed: int, deadline: Deadline, options: Mapping[str, Any]) -> PlacementResult:
+    """Repair under another objective than balance: the same knapsack over candidates that its own cost judges."""
+    from moesim.solvers.objectives import score
+    from moesim.solvers.repair_terms import walk
+    from moesim.solvers.terms import Terms
+
+    if problem.experts_L is not None:
+        raise InputError(f"solver repair: under {problem.objective.name} layers must have equally many experts; repair for balance")
+    if str(options.get("risk", "mean")) != "mean":
+        raise InputError(f"solver repair: {problem.objective.name} averages windows; leave out the risk")
+    terms, late, made = Terms(problem), False, -1
+    points = [_Points([], [], []) for _ in range(problem.num_layers)]
+    for table, cost_L, cut in walk(problem, terms, budget, seed, deadline):
+        late, made = late or cut, made + 1
+        moves_L = (table != problem.previous).sum(axis=1)
+        for layer, rows in enumerate(from_slots_LRC(table, problem.slots_per_rank_R)):
+            point = points[layer]
+            if not point.cost or cost_L[layer] < point.cost[0]:
+                point.moves.append(int(moves_L[layer]))
+                point.cost.append(float(cost_L[layer]))
+                point.table_RC.append(rows)
+    chosen = _choose(points, budget)
+    if options.get("fits"):
+        budget = _largest_fit(problem, points, chosen, budget, options["fits"])
+    bound_L = terms.bound_L()
+
+    def scored(moves: int) -> PlacementResult:
+        table = _assemble(problem, points, chosen[moves])
+        return score(terms, table, solver="repair", status="TIME_LIMIT" if late else "FEASIBLE", iterations=made, bound_L=bound_L)
+
+    result = scored(budget)
+    if options.get("frontier"):
+        result.frontier = _rising(problem, [scored(moves) for moves in _budgets(budget)])
     return result
 
 
@@ -231,18 +269,33 @@ def _largest_fit(problem: PlacementProblem, points: list[_Points], chosen: np.nd
 def _frontier(problem: PlacementProblem, points: list[_Points], chosen: np.ndarray, budget: int, risk: str) -> list[FrontierPoint]:
     """Return the placements of growing budgets from 0 to `budget`; a point that more moves do not improve is left out."""
     ideal = metrics.ideal_KL(problem.load_KLE, problem.speed_R)
-    allowed, following = {0, budget}, max(1, budget // FINEST)
-    while following < budget:
-        allowed.add(following)
-        following = max(following + 1, int(following * FRONTIER_STEP))
     result: list[FrontierPoint] = []
-    for one in sorted(allowed):
+    for one in _budgets(budget):
         table = _assemble(problem, points, chosen[one])
         peak_KL = metrics.rank_time_KLR(table, problem.slot_rank_S, problem.load_KLE, problem.speed_R).max(axis=2)
         value = metrics.fold_windows(peak_KL, ideal, problem.weight_K, risk)
         if not result or value > result[-1].value:
             result.append(FrontierPoint(slots=int((table != problem.previous).sum()), value=value, slot_to_expert_LS=table))
     return result
+
+
+def _budgets(budget: int) -> list[int]:
+    """Return growing budgets from 0 to `budget`."""
+    allowed, following = {0, budget}, max(1, budget // FINEST)
+    while following < budget:
+        allowed.add(following)
+        following = max(following + 1, int(following * FRONTIER_STEP))
+    return sorted(allowed)
+
+
+def _rising(problem: PlacementProblem, results: Sequence[PlacementResult]) -> list[FrontierPoint]:
+    """Return the results that are better than all before them."""
+    points: list[FrontierPoint] = []
+    for one in results:
+        if not points or one.value > points[-1].value:
+            moved = int((one.slot_to_expert_LS != problem.previous).sum())
+            points.append(FrontierPoint(slots=moved, value=one.value, slot_to_expert_LS=one.slot_to_expert_LS))
+    return points
 
 
 def knee(frontier: Sequence[FrontierPoint]) -> int:

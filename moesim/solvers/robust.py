@@ -42,7 +42,7 @@ SHUFFLES = 1000
 """Orders tried where there are more than that."""
 MAX_FOLDS = 5
 """Most folds; the windows held out are the last ones."""
-TRIAL_SLOTS = 1200
+TRIAL_SLOTS = 600
 """Slots, over the layers looked at, of a trial plan."""
 TRIAL_ROUNDS = 200
 TRIAL_DEEP = 2

@@ -73,7 +73,7 @@ class Terms:
 
     def repeated(self, times: int) -> Terms:
         """Return the same with every layer standing `times` in a row, so that so many placements of it are priced at once (not for traffic)."""
-        problem = replace(self.problem, load_KLE=np.repeat(self.problem.load_KLE, times, axis=1), previous=None)
+        problem = replace(self.problem, load_KLE=np.repeat(self.problem.load_KLE, times, axis=1), previous=None, move_budget_slots=None)
         result = Terms(problem)
         result._ideal = self._ideal
         result._ideal_K = self._ideal_K

@@ -258,7 +258,11 @@ def test_hops_need_one_slot_per_expert_and_traffic_tokens_of_the_same_layers() -
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 def test_every_solver_plans_for_an_objective_scores_it_or_refuses_it(solver: str) -> None:
     problem = replace(problem_of(zipf(1, 12, 1.0), slots_per_rank_R=np.array(4)), objective=Objective.parse("activated", decode=DECODE))
-    if solver in ("greedy", "robust", "repair", "affinity"):
+    if solver == "repair":
+        with pytest.raises(InputError, match="--from PLAN"):
+            solve(problem, solver)
+        return
+    if solver in ("greedy", "robust", "affinity"):
         with pytest.raises(InputError, match=r"does not plan for activated.*use the solver"):
             solve(problem, solver)
         return

@@ -12,7 +12,7 @@ from moesim.errors import InputError
 from moesim.solvers import metrics
 from moesim.solvers.problem import PlacementProblem
 from moesim.solvers.registry import solve
-from moesim.solvers.robust import MODES, RobustResult, _choose, _shares, _winner, folds, similarity_K, solve_robust
+from moesim.solvers.robust import MODES, PLACELESS, RobustResult, _choose, _shares, _winner, folds, in_order, similarity_K, solve_robust
 from tests.solvers.instances import lognormal
 
 FEW = "windows-recent,windows-mean,blend-mean,last"
@@ -49,12 +49,35 @@ def test_one_window_is_planned_as_greedy_plans_it() -> None:
 
 @pytest.mark.parametrize("seed", [0, 20])
 def test_weighings_are_mixed_and_count_by_their_held_out_scores(seed: int) -> None:
-    result = robust(problem_of(regimes(5, seed=seed)))
+    result = robust(problem_of(regimes(5, seed=seed)), validation="forward")
     assert set(result.held_out) == set(MODES)
     assert result.mode == "stacked"
     assert sum(result.mixture.values()) == pytest.approx(1.0)
     by_share, by_score = (sorted(result.mixture, key=lambda name: scores[name]) for scores in (result.mixture, result.held_out))
     assert by_share == by_score
+
+
+def walk(windows: int, seed: int = 3, step: float = 0.5) -> np.ndarray:
+    """Return [K, L, E] loads whose logarithms walk at random."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    return np.asarray(1e4 * np.exp(np.cumsum(generator.normal(0, step, (windows, 2, 16)), axis=0)))
+
+
+@pytest.mark.parametrize("windows", [5, 6, 9])
+def test_a_drift_is_in_order_and_turns_and_shuffled_windows_are_not(windows: int) -> None:
+    drifting = walk(windows)
+    shuffled = drifting[np.random.Generator(np.random.PCG64(windows)).permutation(windows)]
+    assert in_order(drifting) and in_order(drifting[::-1]) and in_order(drifting * np.arange(1, windows + 1)[:, None, None])
+    assert not in_order(shuffled) and not in_order(regimes(windows)) and not in_order(np.ones((windows, 1, 4)))
+
+
+def test_windows_in_no_order_are_treated_alike() -> None:
+    result = robust(problem_of(regimes(5)))
+    assert (result.validation, set(result.held_out), result.mixture) == ("leave-one-out", set(PLACELESS), {})
+    turned = robust(problem_of(regimes(5)[[2, 0, 4, 1, 3]]))
+    assert turned.mode == result.mode and turned.value == pytest.approx(result.value, rel=2e-2)
+    for loads in (regimes(4), walk(5)):
+        assert robust(problem_of(loads), modes=FEW).validation == "forward"
 
 
 def test_a_weighing_counts_less_by_the_standard_errors_that_it_is_worse() -> None:

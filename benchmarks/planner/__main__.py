@@ -1,6 +1,6 @@
 """Placement solvers on known loads, and the robust planner on windows that it never saw.
 
-Run: `OMP_NUM_THREADS=1 python benchmarks/bench_planner.py [--layers 8] [--experts 128] [--held-out] [--seed 0] [--decode] [--eplb PATH]`.
+Run: `OMP_NUM_THREADS=1 python benchmarks/planner [--layers 8] [--experts 128] [--held-out] [--seed 0] [--decode] [--eplb PATH]`.
 The first table scores solvers on the load they planned for: value, certified bound's gap, CPU seconds, bytes moved from linear
 placement (all slots that differ; no rank is relabelled). `--held-out` scores plans on windows not passed in: robust against greedy on
 the mean, on the last and on the best single window (chosen in hindsight). `--decode` compares activated experts. `--eplb PATH` also runs
@@ -31,7 +31,7 @@ from moesim.solvers.result import ObjectiveResult, make_result
 from moesim.solvers.robust import RobustResult
 from moesim.traces.open import open_trace
 
-SOLVERS = ("greedy", "robust", "eplb", "eplb-global", "eplb-zigzag", "linear", "round_robin", "random")
+SOLVERS = ("greedy", "robust", "descent", "eplb", "eplb-global", "eplb-zigzag", "linear", "round_robin", "random")
 EXPERT_BYTES = 44_040_192
 """Weights of one routed expert of DeepSeek-V3 in FP8; the same for every instance, so that moves compare."""
 CHILD = """
@@ -207,7 +207,7 @@ def main() -> None:
         try:
             known(arguments.layers, arguments.experts, eplb)
         except InputError as error:
-            sys.exit(f"bench_planner: {error}")
+            sys.exit(f"planner: {error}")
 
 
 if __name__ == "__main__":
