@@ -33,7 +33,7 @@ from moesim.runtime.spec import ModelSpec
 from tests.runtime.ranks import run_ranks
 
 RANKS = 4
-TURNS = 9
+TURNS = 7
 SHAPES = {"experts of 0.2 MB": (64, 4, 128, 128), "experts of 3 MB": (16, 4, 512, 512), "experts of 25 MB": (8, 1, 1024, 2048)}
 """Name → experts, layers, hidden and expert width."""
 

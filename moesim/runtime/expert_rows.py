@@ -8,7 +8,6 @@ row can be read back at its own type; its digest is that of its rows' digests, a
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -29,16 +28,6 @@ SWAP_BYTES = 1 << 18
 def padded(size: int) -> int:
     """Return `size` rounded up to whole words."""
     return -(-size // PAD) * PAD
-
-
-def staging(size: int) -> np.ndarray:
-    """Return uint8 [size] that goes back to the system when it is dropped, on large pages where there are any."""
-    if not size:
-        return np.empty(0, np.uint8)
-    memory = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
 
 
 def bytes_of(tensor: torch.Tensor) -> np.ndarray:

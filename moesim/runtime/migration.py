@@ -24,7 +24,7 @@ from moesim.plan import Plan
 from moesim.runtime import failpoints
 from moesim.runtime.digest import DIGEST_BYTES
 from moesim.runtime.expert_parallel import ExpertParallelExperts
-from moesim.runtime.expert_rows import Reader, staging
+from moesim.runtime.expert_rows import Reader
 from moesim.runtime.group import gloo_group
 from moesim.runtime.moves import CHUNK_BYTES, MAX_OPS, Chunk, Move, cut, in_turn, moves_between
 from moesim.runtime.slot_map import SlotMap
@@ -74,7 +74,8 @@ class Migration:
                 self._complete(under_way.popleft(), incoming)
             under_way.append(self._post(chunk, (outgoing if chunk.sends else incoming)[chunk.peer]))
             failpoints.hit("stage.posted")
-            time.sleep((time.perf_counter() - begin) * (1 / duty - 1))
+            if duty < 1:  # even a sleep of nothing gives the processor away
+                time.sleep((time.perf_counter() - begin) * (1 / duty - 1))
             failpoints.hit("stage.batch")
         local = self._copy_local()  # while the last chunks are under way
         while len(under_way) > 1:
@@ -152,7 +153,7 @@ class Migration:
     def _copy_local(self) -> dict[tuple[int, int], np.ndarray]:
         """Return copies of the experts that stay on this rank and change their slot."""
         moves = [move for move in self.moves if move.source == move.target == self.rank]
-        memory = staging(sum(self._readers[move.layer].expert_bytes for move in moves))
+        memory = np.empty(sum(self._readers[move.layer].expert_bytes for move in moves), np.uint8)
         result, offset = {}, 0
         for move in moves:
             reader = self._readers[move.layer]
@@ -229,7 +230,7 @@ class _Stream:
     def of(cls, moves: list[Move], readers: Mapping[int, Reader], *, arrives: bool) -> _Stream:
         offsets = list(accumulate((readers[move.layer].expert_bytes for move in moves), initial=0))
         pieces = cut(size for move in moves for size in readers[move.layer].row_bytes)
-        return cls(moves, offsets, pieces, np.empty(len(moves) * DIGEST_BYTES, np.uint8), staging(offsets[-1] if arrives else 0))
+        return cls(moves, offsets, pieces, np.empty(len(moves) * DIGEST_BYTES, np.uint8), np.empty(offsets[-1] if arrives else 0, np.uint8))
 
     def between(self, begin: int, end: int) -> Iterator[tuple[Move, int]]:
         """Yield the experts that have bytes in [begin, end), and where they begin."""
