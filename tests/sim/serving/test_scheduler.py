@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from hypothesis import strategies as st
 from moesim.errors import InputError
 from moesim.sim.serving.replica import Replica, Sequence
 from moesim.sim.serving.settings import ServingSettings
-from moesim.sim.serving.simulate import Simulation
+from moesim.sim.serving.simulate import ServingRun, Simulation
 from moesim.traces.requests.document import Request
 from moesim.traces.requests.open import open_requests
-from tests.sim.serving.toys import pool, reference, requests_of, run
+from tests.sim.serving.toys import Times, pool, reference, requests_of, run
 
 
 def linear(prompt: int, decodes: int) -> float:
@@ -261,3 +262,26 @@ def test_across_lanes_the_older_prompt_goes_first_and_the_younger_waits() -> Non
     assert replica.schedule(replica.lanes[1]).empty and younger.lane is replica.lanes[1] and not replica.preemptions
     assert replica.schedule(replica.lanes[0]).chunks == [(20, 60, older)]
     assert younger.lane is None and replica.waiting[0] is younger and replica.preemptions == 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("split", [False, True])
+def test_planned_steps_change_no_time(seed: int, split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several instances, with prefill instances or not, few blocks: planning up to the next end and cutting plans gives the times of single steps."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    rows = [Request(str(n), float(at), *generator.integers(1, 60, 2).tolist()) for n, at in enumerate(np.cumsum(generator.exponential(3.0, 60)))]
+    chosen = ServingSettings(max_num_seqs=6, max_num_batched_tokens=32, block_size=4, prefill_instances=2 * split, sequence_us=1e3)
+
+    def step_s(prompt: int, decodes: int) -> float:
+        return 0.1 + 0.01 * prompt + 0.003 * decodes
+
+    def once() -> tuple[ServingRun, Times]:
+        more: dict[str, Any] = {"prefill": pool(step_s, blocks=40, instances=2), "transfer_s": lambda tokens: 1e-3 * tokens} if split else {}
+        return run(rows, chosen, pool(step_s, blocks=40, instances=3, host_s=0.01), **more)
+
+    planned, times = once()
+    monkeypatch.setattr("moesim.sim.serving.instance.MIN_LEAP", 1 << 30)
+    single, expected = once()
+    assert planned.step.count == single.step.count == planned.sums.steps and planned.preemptions == single.preemptions
+    assert planned.sums.contexts == pytest.approx(single.sums.contexts) and planned.simulated_s == pytest.approx(single.simulated_s)
+    assert {name: pytest.approx(both) for name, both in expected.items()} == times
