@@ -97,7 +97,7 @@ class Apply:
         if placement_sha256(self.old) == placement_sha256(self.new):
             return report
         self.progress("MEASURE")
-        before = self._measure(self._latest(self.window))
+        before = self._measure_before()
         predicted = self.new.rank_load_LR(before["rows_LE"])
         report["balance"] |= {"before": before["balance"], "predicted": balance_of(predicted).mean_over_max}
         report["staging_bytes"] = int(staging.max())
@@ -281,6 +281,15 @@ class Apply:
             elif time.monotonic() - moved > 10:
                 raise ApplyError(f"serving has stood still at step {least} for 10 s")
             time.sleep(0.05)
+
+    def _measure_before(self) -> dict[str, Any]:
+        """Return what was counted over the last window; over the next one where the last saw another change."""
+        try:
+            return self._measure(self._latest(self.window))
+        except ApplyError:
+            if self.ranks.failure:
+                raise
+            return self._measure(self._next(self.window))
 
     def _measure(self, first: int) -> dict[str, Any]:
         """Return what the ranks counted over the window of steps from `first` on."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 ACTIONS = ("kill", "stop", "raise", "flip")
 _armed: dict[str, tuple[str, int]] = {}
@@ -33,6 +34,7 @@ def hit(name: str) -> bool:
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(0.5)  # the thread that asks may run on for a moment before all of them stand
     elif action == "raise":
         raise RuntimeError(f"failpoint {name}")
     return action == "flip"
