@@ -1,7 +1,7 @@
 """How fast weights move: a migration's staging beside plain `batch_isend_irecv` of the same bytes between the same pairs, in turns in the same processes.
 
-Four ranks joined by gloo on loopback. Staging is timed from the call to its return: it makes its own process group, copies and cuts the
-streams, and checks every expert by its digest; the plain exchange sends ready tensors into ready tensors over a group that has been used
+Four ranks joined by gloo on loopback. Staging is timed from when its own process group is connected, which is shown apart, to its return: it copies
+within ranks, cuts the streams and checks every expert by its digest; the plain exchange sends ready tensors into ready tensors over a group that has been used
 before. A round is as long as its slowest rank. Every pair of rounds gives one ratio; figures are medians, with the smallest and the largest.
 
     python benchmarks/bench_migration.py               # the ratio on this machine
@@ -68,12 +68,17 @@ def measure(rank: int, size: int, group: Any, spec: ModelSpec, folder: str) -> d
 
     known = {(entry["row"], entry["slot"]): bytes.fromhex(entry["digest"]) for entry in live_digests(held)}
     seconds: dict[str, list[float]] = {"plain": [], "stage": [], "cpu plain": [], "cpu stage": []}
+    connecting: list[float] = []
     for turn in range(TURNS + 1):
         for name in ("plain", "stage") if turn % 2 else ("stage", "plain"):
-            migration = Migration(held, old, new, rank=rank)
+            migration, apart = Migration(held, old, new, rank=rank), dist.PrefixStore(f"p2p/{turn}", store)
+            if name == "stage":
+                begin = time.perf_counter()
+                migration.connect(apart, "127.0.0.1")
+                connecting.append(time.perf_counter() - begin)
             dist.barrier()
             begin, spent = time.perf_counter(), time.process_time()
-            plain() if name == "plain" else migration.stage(dist.PrefixStore(f"p2p/{turn}", store), "127.0.0.1", known=known)
+            plain() if name == "plain" else migration.stage(apart, "127.0.0.1", known=known)
             spent = time.process_time() - spent
             dist.barrier()
             if turn:  # the first of both is the warm-up
@@ -81,7 +86,7 @@ def measure(rank: int, size: int, group: Any, spec: ModelSpec, folder: str) -> d
                 seconds[f"cpu {name}"].append(spent)
             migration.close()
     dist.destroy_process_group()
-    return {"bytes": len(moves) * nbytes, **seconds}
+    return {"bytes": len(moves) * nbytes, "connecting": connecting, **seconds}
 
 
 def spread(values: np.ndarray, form: str = ".2f") -> str:
@@ -152,6 +157,7 @@ def main() -> None:
         cpu = [float(np.median(np.sum([answer[f"cpu {key}"] for answer in answers], axis=0))) / total * 1e9 for key in ("plain", "stage")]
         rates = f"{spread(total / plain / 1e9)} GB/s plain, {spread(total / stage / 1e9)} GB/s staged"
         print(f"{name}, {total / 1e6:.0f} MB: {rates}; ratio {spread(plain / stage)}; CPU ns/B {cpu[0]:.2f} and {cpu[1]:.2f}")
+        print(f"    connecting before: {spread(1e3 * np.max([answer['connecting'] for answer in answers], axis=0), '.0f')} ms")
 
 
 if __name__ == "__main__":

@@ -59,8 +59,7 @@ class Migration:
         known: digests of live experts by (layer, slot), which are then not made again. duty: share of the time that may be spent on this.
         """
         incoming, outgoing = self._streams(arrive=True), self._streams(arrive=False)
-        if any(move.source != move.target for move in self.moves):
-            self._group = gloo_group(store, rank=self.rank, size=self.old.num_ranks, timeout_s=P2P_TIMEOUT_S, host=host)
+        self.connect(store, host)
         failpoints.hit("stage.begin")
         for stream in outgoing.values():
             stream.digests[:] = np.frombuffer(b"".join(self._digest(move, known or {}) for move in stream.moves), np.uint8)
@@ -91,6 +90,11 @@ class Migration:
         self._spare.clear()
         self._maps = [SlotMap.of(self.new, row, 0) for row in self._layer_of]
         return {f"{row}:{slot}": value.hex() for (row, slot), value in self._digests.items()}
+
+    def connect(self, store: Any, host: str) -> None:
+        """Meet the other ranks on `store` in a group for this migration alone, if anything moves between ranks."""
+        if self._group is None and any(move.source != move.target for move in self.moves):
+            self._group = gloo_group(store, rank=self.rank, size=self.old.num_ranks, timeout_s=P2P_TIMEOUT_S, host=host)
 
     def _streams(self, *, arrive: bool) -> dict[int, _Stream]:
         """Return by rank what comes from it or goes to it."""
