@@ -3,9 +3,9 @@
 Every layer walks from the running placement by its best moves per moved slot (a reassigned slot costs one, a swap
 two), once with all moves and once with swaps only; a fresh placement, its ranks relabelled by assignment, is the
 far end. What budget goes to which layer is then decided exactly (a multiple-choice knapsack over the walks).
-Under another objective the walk is that of `repair_terms`. Moved slots are counted as positions whose expert differs from the running placement, after slots inside a rank
-are put in order. Options: `risk` (scores the answer; the walks lower the mean), `frontier` (True: also the placement per budget), `fits` (a
-callable: placement [L, S] → bool; of the placements along growing budgets, the last before one that does not fit is the answer).
+Under another objective the walk is that of `repair_terms`. Moved slots are counted as positions whose expert differs from the running placement,
+after slots inside a rank are put in order. Options: `risk` (scores the answer; the walks lower the mean), `frontier` (True: also the placement per
+budget), `fits` (a callable: placement [L, S] → bool; of the placements along growing budgets, the last before one that does not fit is the answer).
 """
 
 from __future__ import annotations

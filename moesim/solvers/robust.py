@@ -42,8 +42,8 @@ SHUFFLES = 1000
 """Orders tried where there are more than that."""
 MAX_FOLDS = 5
 """Most folds; the windows held out are the last ones."""
-TRIAL_SLOTS = 600
-"""Slots, over the layers looked at, of a trial plan."""
+TRIAL_SLOTS = {"forward": 1200, "leave-one-out": 600}
+"""Slots, over the layers looked at, of a trial plan; forward there are fewer windows to plan on and more ways to tell apart."""
 TRIAL_ROUNDS = 200
 TRIAL_DEEP = 2
 """Swap rounds, and rounds of dearer moves per layer, of a trial plan."""
@@ -230,7 +230,7 @@ def folds(windows: int, scheme: str) -> list[tuple[list[int], int]]:
 def cross_validate(problem: PlacementProblem, load_KLE: np.ndarray, modes: list[str], scheme: str, deadline: Deadline) -> tuple[np.ndarray, np.ndarray, bool]:
     """Score every mode on held-out windows: imbalance [F, M], weight of every fold [F], and whether time ran out first."""
     weight = problem.weight_K
-    layers = np.unique(np.linspace(0, problem.num_layers - 1, max(1, min(problem.num_layers, TRIAL_SLOTS // problem.num_slots))).round().astype(np.int64))
+    layers = np.unique(np.linspace(0, problem.num_layers - 1, max(1, min(problem.num_layers, TRIAL_SLOTS[scheme] // problem.num_slots))).round().astype(np.int64))
     load = load_KLE[:, layers]
     rows: list[list[float]] = []
     weights: list[float] = []

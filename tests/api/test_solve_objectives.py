@@ -176,7 +176,7 @@ def test_what_cannot_be_names_the_requirement_and_what_would_do(arguments: dict[
         ({"slots": [9] * 7}, "one for each of the 8 ranks"),
         ({"speeds": [1.0] * 7}, "device_speed"),
         ({"frontier": True}, "--frontier needs --from"),
-        ({"objective": "traffic", "redundant": 8}, "one slot per expert"),
+        ({"objective": "hops", "redundant": 8}, "one slot per expert"),
         ({"objective": "activated", "batch": 0}, "batch"),
         ({"time_limit_s": float("nan")}, "time_limit"),
     ],
