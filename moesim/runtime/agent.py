@@ -290,8 +290,6 @@ class Agent:
         self._probes.clear()
         self._store.set(f"status/{rank}", json.dumps(self.status()))
 
-    # --- commands -----------------------------------------------------------------------------------
-
     def status(self) -> dict[str, Any]:
         """Return where this rank is; published a few times a second."""
         place = {"rank": self.rank, "pid": os.getpid(), "host": socket.gethostname(), "time": time.monotonic()}
