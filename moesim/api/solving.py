@@ -209,7 +209,8 @@ def solve(
     others = {} if old is None else {"running": old}
     if isinstance(result, ObjectiveResult) and result.objective != "balance":
         # what the other objective is worth: the balanced plan of the same slots
-        balanced = run_solver(replace(problem, objective=BALANCE), "greedy", seed=seed, deadline=limit).slot_to_expert_LS
+        free = replace(problem, objective=BALANCE, previous=None, move_budget_slots=None)
+        balanced = run_solver(free, "greedy", seed=seed, deadline=limit).slot_to_expert_LS
         report["cost"]["balanced"] = recount(problem, balanced.tolist())
         others["balanced"] = replace(plan, slot_to_expert_LS=balanced, share_LS=None)
     # the simulated devices are equal: unequal speeds have no prediction

@@ -189,8 +189,11 @@ def test_what_does_not_go_together_is_refused_with_the_reason(arguments: dict[st
 def test_a_running_plan_fixes_slots_and_objective(running: api.Solution) -> None:
     with pytest.raises(InputError, match="must be 8"):
         api.solve(DRIFTED, **FLAME, previous=running.plan, redundant=16, predict=False)
-    with pytest.raises(InputError, match="does not plan for activated"):
-        api.solve(DRIFTED, **FLAME, previous=running.plan, objective="activated", batch=64, move_budget_bytes=1e9, predict=False)
+    with pytest.raises(InputError, match="does not plan for hops|one slot per expert"):
+        api.solve(DRIFTED, **FLAME, previous=running.plan, objective="hops", move_budget_bytes=1e9, predict=False)
+    repaired = api.solve(DRIFTED, **FLAME, previous=running.plan, objective="activated", batch=64, move_budget_bytes=1e8, predict=False).report
+    assert repaired["solver"] == "repair" and 0 < repaired["moved"]["bytes"] <= 1e8
+    assert repaired["cost"]["bound"] <= repaired["cost"]["value"]
     with pytest.raises(InputError, match="not both"):
         api.solve(DRIFTED, **FLAME, previous=running.plan, move_budget_bytes=1e9, move_budget_s=1.0, predict=False)
 
