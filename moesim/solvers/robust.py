@@ -230,7 +230,8 @@ def folds(windows: int, scheme: str) -> list[tuple[list[int], int]]:
 def cross_validate(problem: PlacementProblem, load_KLE: np.ndarray, modes: list[str], scheme: str, deadline: Deadline) -> tuple[np.ndarray, np.ndarray, bool]:
     """Score every mode on held-out windows: imbalance [F, M], weight of every fold [F], and whether time ran out first."""
     weight = problem.weight_K
-    layers = np.unique(np.linspace(0, problem.num_layers - 1, max(1, min(problem.num_layers, TRIAL_SLOTS[scheme] // problem.num_slots))).round().astype(np.int64))
+    looked_at = max(1, min(problem.num_layers, TRIAL_SLOTS[scheme] // problem.num_slots))
+    layers = np.unique(np.linspace(0, problem.num_layers - 1, looked_at).round().astype(np.int64))
     load = load_KLE[:, layers]
     rows: list[list[float]] = []
     weights: list[float] = []
