@@ -51,7 +51,7 @@ def train(steps: int, *, attached: bool = True, pace_s: float = 0.0) -> list[flo
     experts = {id(parameter) for name, parameter in model.named_parameters() if ".experts." in name}
     dense = [parameter for parameter in model.parameters() if id(parameter) not in experts]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    agent = moesim.runtime.Agent.attach(model, optimizer, name="own-loop", window=4) if attached else None  # <-
+    agent = moesim.runtime.attach(model, optimizer, name="own-loop", window=4) if attached else None  # <-
     if agent is not None and dist.get_rank() == 0:
         print(json.dumps({"control": agent.control}), flush=True)
     losses = []

@@ -227,9 +227,7 @@ class Runner:
     def _build(self, point: Point, model: MoEModel, layout: Layout, longest: int) -> Deployment:
         backend = point.backend if point.backend in ENGINES else "vllm"
         chosen = {name: value for name, value in engine_settings()[backend].items() if name != OVERLAP}
-        serving = ServingSettings(
-            **{**chosen, "max_model_len": longest, "pp": layout.pp, "expert_tp": layout.moe_tp if model.moe_layer_ids else 1}
-        )
+        serving = ServingSettings(**{**chosen, "max_model_len": longest, "pp": layout.pp, "expert_tp": layout.moe_tp if model.moe_layer_ids else 1})
         if model.moe_layer_ids and layout.moe_tp * layout.moe_ep != layout.tp * layout.dp:
             rule = f"must be tp × attention dp = {layout.tp * layout.dp}"
             raise InputError(describe(point.id, "moe_tp × moe_ep", layout.moe_tp * layout.moe_ep, rule))

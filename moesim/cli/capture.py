@@ -39,7 +39,8 @@ def capture(
     """Run MODEL on text or random ids and record routing, phases, stage times; prints what recording costs."""
     from moesim.cli.output import emit_json, note
     from moesim.errors import InputError, describe
-    from moesim.runtime.capture_run import Job, run
+    from moesim.runtime.capture_ranks import run
+    from moesim.runtime.capture_run import Job
 
     for name, value, allowed in (("--scale", scale, ("auto", "tiny", "full")), ("--dtype", dtype, ("float32", "bfloat16"))):
         if value not in allowed:

@@ -3,7 +3,7 @@
 `client` and `control` talk to a deployment and need no torch; `launch` starts one (`templates` elsewhere), with `coordinator`,
 `apply`, `deployment` and `journal` in the launcher and `worker`, `agent`, `migration`, `serving` and `capture` in the ranks. A rank's
 part of the model is `mesh`, `model`, `expert_parallel`, `tensor_parallel` and `pipeline`; `checkpoint` and `training` work on parts.
-A loop of your own joins by `spread` and `Agent.attach` (`attach`, with the coordinator in `companion`).
+A loop of your own joins by `spread` and `attach` (`own_loop`, with the coordinator in `companion`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moesim.runtime.agent import Agent
-    from moesim.runtime.attach import spread
+    from moesim.runtime.own_loop import attach, spread
 
-__all__ = ["Agent", "spread"]
+__all__ = ["Agent", "attach", "spread"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,8 +23,8 @@ def __getattr__(name: str) -> Any:
         from moesim.runtime.agent import Agent
 
         return Agent
-    if name == "spread":
-        from moesim.runtime.attach import spread
+    if name in ("attach", "spread"):
+        from moesim.runtime import own_loop
 
-        return spread
+        return getattr(own_loop, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

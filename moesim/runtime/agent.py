@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -29,9 +29,6 @@ from moesim.runtime.expert_parallel import ExpertParallelExperts, PeerLost
 from moesim.runtime.history import History
 from moesim.runtime.migration import Migration, live_digests
 from moesim.runtime.moves import local_tables, placement_sha256
-
-if TYPE_CHECKING:
-    from moesim.runtime.attach import Attached
 
 LEASE = 4
 """Steps that a rank may go on before it waits for a scheduled decision."""
@@ -90,13 +87,6 @@ class Agent:
     def _table(self) -> np.ndarray:
         """Return int32 [L, Q]: the expert of every slot of this rank, for the layers that it holds."""
         return local_tables(self.plan)[self._place][[layer.slot_map.layer for layer in self.layers]]
-
-    @classmethod
-    def attach(cls, model: Any, optimizer: Any = None, **options: Any) -> Attached:
-        """Make a model in a loop of your own a live deployment: see `attach.attach`."""
-        from moesim.runtime.attach import attach
-
-        return attach(model, optimizer, **options)
 
     def connect(self) -> Any:
         """Return a client of the coordinator's store; every thread has its own."""

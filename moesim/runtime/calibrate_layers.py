@@ -118,9 +118,7 @@ class Rehearsal:
             self._routed[key] = even_ids(tokens, self._spec.top_k, active=self._active, local=local, ranks=self._size, rank=self._rank)
         return self._routed[key]
 
-    def _book(
-        self, found: dict[tuple[Any, ...], list[float]], rows: np.ndarray, *, phase: str, batch: int, tokens: int, context: int
-    ) -> None:
+    def _book(self, found: dict[tuple[Any, ...], list[float]], rows: np.ndarray, *, phase: str, batch: int, tokens: int, context: int) -> None:
         spec, pairs = self._spec, tokens * self._spec.top_k
         sizes = {"phase": phase, "batch_size": batch, "num_tokens": tokens, "context": context}
         for layer, code, duration in zip(rows["layer"].tolist(), rows["stage"].tolist(), (rows["dur_ns"] * 1e-9).tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""`moesim capture` over several processes: the experts are spread over them, each serves passes of its own and records to a folder of its own.
+"""`moesim capture`, in this process or over several: then the experts are spread over them, each serves passes of its own and records to its own folder.
 
 The ranks are forked here, or torchrun, srun or the like has started them (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT tell). When all are done the first one
 joins the folders, `TARGET.ranks/rank-N`, to the trace and removes them. If one is lost the others end, and their folders stay: readable up to the loss.
@@ -30,6 +30,19 @@ TIMEOUT_S = 20.0
 DONE_S = 120.0
 """Longest that one rank's end may come after another's."""
 LOOPBACK = "127.0.0.1"
+
+
+def run(job: Job, on_progress: Callable[[str], None] = lambda text: None) -> dict[str, Any] | None:
+    """Record the job's passes to its target and return the report, schema moesim.capture/1; None in a rank that somebody else started, but the first.
+
+    Raises ModelError if the model cannot be built or loaded, InputError if text or target cannot be used, ApplyError if a rank is lost.
+    """
+    if (place := told(os.environ, job.ranks)) is not None:
+        return be_rank(job, *place, on_progress)
+    if job.ranks > 1:
+        return launch(job, on_progress)
+    with ended_in_order():
+        return record(job, load(job), job.target, on_progress=on_progress)
 
 
 def told(environment: Mapping[str, str], ranks: int) -> tuple[int, int] | None:

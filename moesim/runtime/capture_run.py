@@ -76,21 +76,6 @@ class Ready:
     """int64 [B, P] each."""
 
 
-def run(job: Job, on_progress: Callable[[str], None] = lambda text: None) -> dict[str, Any] | None:
-    """Record the job's passes to its target and return the report, schema moesim.capture/1; None in a rank that somebody else started, but the first.
-
-    Raises ModelError if the model cannot be built or loaded, InputError if text or target cannot be used, ApplyError if a rank is lost.
-    """
-    from moesim.runtime import capture_ranks
-
-    if (told := capture_ranks.told(os.environ, job.ranks)) is not None:
-        return capture_ranks.be_rank(job, *told, on_progress)
-    if job.ranks > 1:
-        return capture_ranks.launch(job, on_progress)
-    with ended_in_order():
-        return record(job, load(job), job.target, on_progress=on_progress)
-
-
 def load(job: Job) -> Ready:
     """Return the model and the passes of a job."""
     import torch

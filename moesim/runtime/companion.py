@@ -1,4 +1,4 @@
-"""The coordinator of a loop that somebody else runs: `python -m moesim.runtime.companion`, started by `attach` beside rank 0.
+"""The coordinator of a loop that somebody else runs: `python -m moesim.runtime.companion`, started by `own_loop.attach` beside rank 0.
 
 Settings come as one JSON line on stdin; answers are one line with the port of the ranks' store, and one with the control port once all
 ranks have joined. Another line ends it, or the end of stdin, as when rank 0 was killed. It never signals a rank: they are not its own.

@@ -86,9 +86,7 @@ def read_line(connection: socket.socket, deadline: float, buffer: bytearray) -> 
     return line
 
 
-def call(
-    address: str, op: str, *, on_progress: Callable[[str], None] | None = None, deadline_s: float = math.inf, **fields: Any
-) -> dict[str, Any]:
+def call(address: str, op: str, *, on_progress: Callable[[str], None] | None = None, deadline_s: float = math.inf, **fields: Any) -> dict[str, Any]:
     """Ask the deployment at `address` and return its answer; raise ApplyError with its reason if it refuses, Unreachable if it is silent.
 
     deadline_s: longest wait for the answer, however busy the deployment says that it is.

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from moesim.errors import ModelError, describe
 from moesim.runtime.digest import DIGEST_BYTES, digest
-
-if TYPE_CHECKING:
-    from moesim.runtime.expert_parallel import ExpertParallelExperts
+from moesim.runtime.slot_map import SlotMap
 
 PAD = 8
 SWAP_BYTES = 1 << 18
@@ -35,10 +33,22 @@ def bytes_of(tensor: torch.Tensor) -> np.ndarray:
     return np.asarray(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
 
 
+class Slotted(Protocol):
+    """A module with tensors that have a row per slot."""
+
+    slot_map: SlotMap
+    tensor_names: tuple[str, ...]
+
+    @property
+    def held_slots(self) -> int: ...
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+    def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+
 class ExpertRows:
     """What moves when an expert of this layer moves."""
 
-    def __init__(self, module: ExpertParallelExperts) -> None:
+    def __init__(self, module: Slotted) -> None:
         self._module = module
         self._optimizers: list[torch.optim.Optimizer] = []
         self._registered: dict[str, Callable[[], torch.Tensor]] = {}

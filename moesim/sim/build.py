@@ -193,9 +193,7 @@ class ProgramBuilder:
         ends = [(loads.slot_PLS * index + turn_S % chunks) // chunks for index in range(chunks + 1)]
         return tuple(self._chunk_times(after - before, copies, rows_PLR, is_prefill, traffic, micro) for before, after in zip(ends, ends[1:], strict=False))
 
-    def _chunk_times(
-        self, slot: np.ndarray, copies: Ports | None, rows_PLR: np.ndarray | None, is_prefill: bool, traffic: Traffic, micro: int
-    ) -> MoeTimes:
+    def _chunk_times(self, slot: np.ndarray, copies: Ports | None, rows_PLR: np.ndarray | None, is_prefill: bool, traffic: Traffic, micro: int) -> MoeTimes:
         if self._even:
             slot_PLRC = slot.reshape(*slot.shape[:2], *self._slot_RC.shape)
         else:

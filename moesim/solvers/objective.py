@@ -118,9 +118,7 @@ class Objective:
         rack_weight: float = 1.0,
     ) -> Objective:
         """Return the objective that `text` names; raise InputError if it is unknown or lacks its data."""
-        return cls(
-            weights=parse_weights(text), decode=decode, expert_seconds=expert_seconds, routes=routes, node_weight=node_weight, rack_weight=rack_weight
-        )
+        return cls(weights=parse_weights(text), decode=decode, expert_seconds=expert_seconds, routes=routes, node_weight=node_weight, rack_weight=rack_weight)
 
     @property
     def terms(self) -> tuple[str, ...]:

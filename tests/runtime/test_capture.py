@@ -16,7 +16,8 @@ from moesim import api  # noqa: E402
 from moesim.errors import InputError, ModelError, TraceError  # noqa: E402
 from moesim.runtime.capture import Capture, overhead  # noqa: E402
 from moesim.runtime.capture_join import join  # noqa: E402
-from moesim.runtime.capture_run import Job, run  # noqa: E402
+from moesim.runtime.capture_ranks import run  # noqa: E402
+from moesim.runtime.capture_run import Job  # noqa: E402
 from moesim.runtime.model import build, moe_layers, router_of  # noqa: E402
 from moesim.runtime.spec import read_spec  # noqa: E402
 from moesim.traces.manifest import STAGES  # noqa: E402

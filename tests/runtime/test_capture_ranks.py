@@ -21,7 +21,8 @@ from moesim.plan import Parallel, linear  # noqa: E402
 from moesim.runtime import capture_ranks  # noqa: E402
 from moesim.runtime.capture import Capture  # noqa: E402
 from moesim.runtime.capture_join import join  # noqa: E402
-from moesim.runtime.capture_run import Job, run  # noqa: E402
+from moesim.runtime.capture_ranks import run  # noqa: E402
+from moesim.runtime.capture_run import Job  # noqa: E402
 from moesim.runtime.mesh import Layout  # noqa: E402
 from moesim.runtime.mesh import join as join_mesh  # noqa: E402
 from moesim.runtime.model import build_part  # noqa: E402

@@ -82,7 +82,7 @@ def test_apply_works_against_a_loop_of_ones_own_and_changes_no_loss(tmp_path: Pa
 
 def test_what_cannot_move_is_refused() -> None:
     from moesim.errors import ModelError
-    from moesim.runtime.attach import _check_optimizer, _Spread
+    from moesim.runtime.own_loop import _check_optimizer, _Spread
     from tests.runtime.toys import Toy
 
     toy = Toy(linear(model="m", num_experts=8, moe_layer_ids=(0, 1), num_ranks=1), rank=0, group=None)

@@ -1,7 +1,7 @@
 """A training or serving loop of your own as a live deployment: three lines, and `moesim apply` works against it.
 
     moesim.runtime.spread(model)                                  # each rank keeps its share of the experts; before the optimizer is made
-    agent = moesim.runtime.Agent.attach(model, optimizer)         # starts the coordinator; agent.control is its HOST:PORT
+    agent = moesim.runtime.attach(model, optimizer)               # starts the coordinator; agent.control is its HOST:PORT
     while agent.at_step_boundary():                               # once before every step, on all ranks
         …                                                         # your step
     agent.close()
