@@ -1,18 +1,21 @@
 """Dispatch and combine: the link model on the bytes of every port, calibrated so that balanced traffic takes the measured time.
 
-    t_r = max(scale-up bytes / rate, scale-out bytes / rate) of rank r, out and in apart      n*_r = t_r / (t of one balanced token of the table)
+    t_r = ‖scale-up bytes / rate, scale-out bytes / rate‖ of rank r, out and in apart      n*_r = t_r / (t of one balanced token of the table)
     time_r = table(n*_r)
 
-n* is the number of balanced tokens that would load the rank's busiest port as much. Low-latency messages travel without SMs: of their time, kernels
-before and after take the SMs, and whatever computes meanwhile waits for those. The rates are the slopes of the tables at large sizes. Times are
-those of the transfer kernels; the notification that precedes high-throughput dispatch between nodes is a synchronisation and is left out. Without
-a table: latency + bytes / (bandwidth · declared efficiency).
+n* is the number of balanced tokens that would load the rank's ports as much. The norm is the larger of both in low latency; in high throughput, where
+the same SMs feed the NIC and forward over the scale-up link, so that the two overlap in part, the root of the sum of squares. Low-latency messages
+travel without SMs: of their time, kernels before and after take the SMs, and whatever computes meanwhile waits for those. The rates are the steepest
+of the tables at large sizes. A number of nodes that no table has takes the scale-out rate that any of them reaches in either direction, the curve
+of the table that reaches most at its largest size, and the least time between its neighbours'. Times are those of the transfer kernels; the
+notification that precedes high-throughput dispatch between nodes is a synchronisation and is left out. Without a table: latency + bytes /
+(bandwidth · declared efficiency).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import log2
+from math import log2, sqrt
 
 import numpy as np
 
@@ -76,8 +79,15 @@ class _Reference:
 
     @property
     def slope(self) -> float:
+        """Least seconds per token between the smallest size and the larger ones: some tables end in a congested network."""
         keys, seconds = self.curve.keys, self.curve.seconds
-        return float((seconds[-1] - seconds[-2]) / (keys[-1] - keys[-2]))
+        large = slice(max(len(keys) // 2, 1), None)
+        return float(((seconds[large] - seconds[0]) / (keys[large] - keys[0])).min())
+
+    @property
+    def last(self) -> float:
+        """Seconds per token at the largest size."""
+        return float(self.curve.seconds[-1] / self.curve.keys[-1])
 
 
 class ExchangeCost:
@@ -168,32 +178,43 @@ class ExchangeCost:
 
     def _from_tables(self, algorithm: str, stage: str, up: np.ndarray, out: np.ndarray, nodes: int, devices: int) -> Timing:
         references = self._reference(algorithm, stage)
+        reference, out_rate, later_s = self._of_nodes(algorithm, stage, nodes)
         up_rate = self._up_rate(references)
-        known = sorted(references)
-        high = next((count for count in known if count >= nodes), known[-1])
-        low = max((count for count in known if count <= nodes), default=high)
-        weight = 0.0 if low == high else log2(nodes / low) / log2(high / low)
-        seconds = np.zeros(up.shape)
+        known = reference.shape[3] == nodes
+        per_token = self._joined(algorithm, reference.up / up_rate, reference.out / out_rate) if known else reference.slope
+        # tables were measured without oversubscription
+        out_rate = min(out_rate, self._links.out_Bps(nodes))
+        tokens = self._joined(algorithm, up / up_rate, out / out_rate) / per_token
+        seconds = reference.curve.seconds_at(tokens) + later_s
         # One class per exchange: all its ranks wait for each other.
-        codes = np.zeros((*up.shape[:-1], 1), dtype=np.uint8)
-        for count, share in ((low, 1.0 - weight), (high, weight)):
-            if share == 0:
-                continue
-            reference = references[count]
-            out_rate = self._out_rate(reference)
-            per_token = max(reference.up / up_rate, reference.out / out_rate)
-            # tables were measured without oversubscription
-            out_rate = min(out_rate, self._links.out_Bps(nodes))
-            tokens = np.maximum(up / (up_rate * per_token), out / (out_rate * per_token))
-            seconds += share * reference.curve.seconds_at(tokens)
-            own = share == 1.0 and reference.shape == (self._model.hidden_size, self._model.top_k, self._model.num_experts, nodes, devices)
-            np.maximum(codes, self._classes(reference.curve, tokens) if own else np.uint8(Provenance.CALIBRATED), out=codes)
-            np.maximum(codes, np.uint8(reference.worst), out=codes)
-            if reference.worst > Provenance.CALIBRATED:
-                table = self._tables.label(f"deepep_{_TABLES[algorithm]}_1to8nodes")
-                self._policy.fall_back(f"exchange.{algorithm}", table, f"node_num={count}", reference.worst)
+        own = reference.shape == (self._model.hidden_size, self._model.top_k, self._model.num_experts, nodes, devices)
+        codes = self._classes(reference.curve, tokens) if own else np.full((*up.shape[:-1], 1), Provenance.CALIBRATED, dtype=np.uint8)
+        codes = np.maximum(codes, np.uint8(reference.worst))
+        if reference.worst > Provenance.CALIBRATED:
+            table = self._tables.label(f"deepep_{_TABLES[algorithm]}_1to8nodes")
+            self._policy.fall_back(f"exchange.{algorithm}", table, f"node_num={reference.shape[3]}", reference.worst)
         seconds[(up == 0) & (out == 0)] = 0.0
         return Timing(seconds=seconds, provenance=np.where(seconds > 0, codes, np.uint8(0)))
+
+    @staticmethod
+    def _joined(algorithm: str, up_s: np.ndarray | float, out_s: np.ndarray | float) -> np.ndarray:
+        return np.hypot(up_s, out_s) if algorithm == "normal" else np.maximum(up_s, out_s)
+
+    def _of_nodes(self, algorithm: str, stage: str, nodes: int) -> tuple[_Reference, float, float]:
+        """Return the table to read, the bytes/s of the scale-out port, and seconds to add: those of the number of nodes, else what its neighbours say."""
+        references = self._reference(algorithm, stage)
+        known = sorted(references)
+        if nodes in references:
+            return references[nodes], self._out_rate(algorithm, stage, nodes), 0.0
+        high = next((count for count in known if count >= nodes), known[-1])
+        low = max((count for count in known if count <= nodes), default=high)
+        between = [count for count in {low, high} if references[count].out > 0 or high == 1]
+        # A NIC carries both directions of an exchange alike.
+        reached = {count: max(self._out_rate(algorithm, one, count) for one in STAGES if count in self._reference(algorithm, one)) for count in between}
+        best = max(between, key=lambda count: (references[count].out / references[count].last, -count))
+        weight = 0.0 if low == high else log2(nodes / low) / log2(high / low)
+        least = (1.0 - weight) * references[low].curve.seconds[0] + weight * references[high].curve.seconds[0]
+        return references[best], max(reached.values()), float(least - references[best].curve.seconds[0])
 
     @staticmethod
     def _classes(curve: Curve, tokens: np.ndarray) -> np.ndarray:
@@ -213,11 +234,16 @@ class ExchangeCost:
         first = references[min(references)]
         return first.up / first.slope
 
-    def _out_rate(self, reference: _Reference) -> float:
-        """Return the bytes/s of the scale-out port that this number of nodes reaches, at most the link's bandwidth."""
+    def _out_rate(self, algorithm: str, stage: str, nodes: int) -> float:
+        """Return the bytes/s of the scale-out port that the table of this number of nodes reaches, at most the link's bandwidth."""
+        references = self._reference(algorithm, stage)
+        reference, link = references[nodes], self._links.out_Bps(1)
         if reference.out == 0:
-            return self._links.out_Bps(1)
-        return min(reference.out / reference.slope, self._links.out_Bps(1))
+            return link
+        seconds = reference.slope
+        if algorithm == "normal":
+            seconds = sqrt(max(seconds**2 - (reference.up / self._up_rate(references)) ** 2, 0.0))
+        return min(reference.out / seconds, link) if seconds > 0 else link
 
     def _reference(self, algorithm: str, stage: str) -> dict[int, _Reference]:
         key = (algorithm, stage)

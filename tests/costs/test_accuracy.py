@@ -89,6 +89,8 @@ def test_the_link_model_predicts_numbers_of_nodes_that_are_held_out() -> None:
     quantities = validate_kernels(None, load_cluster("h100-sxm-8x8"), only=("deepep", "eplb"))["quantities"]
     low = quantities["deepep_ll_1to8nodes_sglang0.5.6, link model"]
     assert low["n"] == 190 and low["median_abs_error"] <= 0.15
-    # The high-throughput table of 8 nodes reaches a third of what its neighbours reach: a miss that is shown, not hidden.
     normal = quantities["deepep_normal_1to8nodes_sglang0.5.6, link model"]
-    assert normal["median_abs_error"] <= 0.2 and normal["parts"]["combine"]["median_abs_error"] <= 0.15
+    assert normal["median_abs_error"] <= 0.1 and normal["parts"]["combine"]["median_abs_error"] <= 0.1
+    assert max(normal["parts"][f"{stage}, along {nodes} nodes"]["median_abs_error"] for stage in ("dispatch", "combine") for nodes in (1, 2, 4)) <= 0.15
+    # Dispatch over 8 nodes reaches a third of what combine does there and dispatch over 4: a miss that is shown, not hidden.
+    assert normal["parts"]["dispatch, along 8 nodes"]["mean_error"] < -0.3

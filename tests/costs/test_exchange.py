@@ -97,6 +97,26 @@ def test_traffic_to_remote_nodes_costs_more_than_inside(v3_costs: CostModel) -> 
     assert inside.bytes["inter_node"] == 0 and outside.bytes["intra_node"] == 0
 
 
+def test_both_ports_of_a_high_throughput_rank_join_as_a_root_of_squares(v3_costs: CostModel) -> None:
+    copy, node = np.zeros((16, 16)), np.zeros((16, 2))
+    copy[:8, :8], node[:8, 1] = 60000.0, 60000.0
+    inside, outside, both = (
+        v3_costs.exchange("normal", "dispatch", copy_RR=copies, node_RN=nodes).send_s[0]
+        for copies, nodes in ((copy, 0 * node), (0 * copy, node), (copy, node))
+    )
+    assert both == pytest.approx(np.hypot(inside, outside), rel=0.03) and both > 1.1 * max(inside, outside)
+
+
+def test_a_number_of_nodes_without_a_table_takes_the_neighbours_rate_and_the_least_time_between_theirs(v3_costs: CostModel, h100: Cluster) -> None:
+    two, three, four = (balanced(v3_costs, "normal", "combine", nodes, 1, limit=4).send_s[0] for nodes in (2, 3, 4))
+    assert two < three < four
+    # Large sizes: the three nodes' NIC carries 14336 bytes a copy at the port's rate, beside what is forwarded inside.
+    tokens = 100000.0
+    timed = balanced(v3_costs, "normal", "combine", 3, tokens)
+    out = timed.port_bytes["inter_out"][0]
+    assert 0.8 < out / h100.links["scale_out"].bandwidth_Bps / timed.send_s[0] <= 1.0
+
+
 def test_bytes_count_every_copy_once_and_balance(v3_costs: CostModel) -> None:
     timed = balanced(v3_costs, "normal", "dispatch", 4, 128, limit=4)
     for kind, name in (("intra", "intra_node"), ("inter", "inter_node")):
