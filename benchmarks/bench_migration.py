@@ -30,6 +30,7 @@ from moesim.runtime.migration import Migration, live_digests
 from moesim.runtime.model import build_distributed
 from moesim.runtime.moves import moves_between
 from moesim.runtime.spec import ModelSpec
+from moesim.runtime.staging import StagingMemory
 from tests.runtime.ranks import run_ranks
 
 RANKS = 4
@@ -69,9 +70,10 @@ def measure(rank: int, size: int, group: Any, spec: ModelSpec, folder: str) -> d
     known = {(entry["row"], entry["slot"]): bytes.fromhex(entry["digest"]) for entry in live_digests(held)}
     seconds: dict[str, list[float]] = {"plain": [], "stage": [], "cpu plain": [], "cpu stage": []}
     connecting: list[float] = []
+    memory = StagingMemory()
     for turn in range(TURNS + 1):
         for name in ("plain", "stage") if turn % 2 else ("stage", "plain"):
-            migration, apart = Migration(held, old, new, rank=rank), dist.PrefixStore(f"p2p/{turn}", store)
+            migration, apart = Migration(held, old, new, rank=rank, memory=memory), dist.PrefixStore(f"p2p/{turn}", store)
             if name == "stage":
                 begin = time.perf_counter()
                 migration.connect(apart, "127.0.0.1")

@@ -18,6 +18,8 @@ MAX_OPS = 32
 """Most sends and receives that one rank has in flight; hundreds at once have hung other systems."""
 CHUNK_BYTES = 4 << 20
 """Most bytes of one send."""
+JOINED_BYTES = 1 << 20
+"""Most bytes of small rows that are put together: few enough to be still in the cache when they are sent."""
 LARGE_BYTES = 1 << 18
 """Rows of this size are sent from where they are; smaller ones are put together first."""
 
@@ -94,7 +96,7 @@ def cut(sizes: Iterable[int]) -> list[tuple[int, int]]:
     result: list[tuple[int, int]] = []
     begin = end = 0
     for size in sizes:
-        if end > begin and (size >= LARGE_BYTES or end + size - begin > CHUNK_BYTES):
+        if end > begin and (size >= LARGE_BYTES or end + size - begin > JOINED_BYTES):
             result.append((begin, end))
             begin = end
         end += size
@@ -119,8 +121,37 @@ def in_turn(sent: Mapping[int, Sequence[tuple[int, int]]], received: Mapping[int
     return [chunk for _, _, chunk in sorted(ordered, key=lambda item: item[:2])]
 
 
+def chains(moves: Iterable[Move]) -> list[list[Move]]:
+    """Order the moves to one rank so that a chain of them needs one staging buffer: for the expert of its first.
+
+    Exchanged with the buffer in turn, every slot leaves in it what the next one gets. What only changes its slot on the rank is copied
+    to a buffer if its place keeps it, if another slot gets it too, or to open a circle.
+    """
+    by_target = {(move.layer, move.target_slot): move for move in moves}
+    follower: dict[tuple[int, int], tuple[int, int]] = {}
+    for key, move in by_target.items():
+        place = move.layer, move.source_slot
+        if move.source == move.target and place in by_target:
+            follower.setdefault(place, key)
+    opened = set(follower.values())
+    seen: set[tuple[int, int]] = set()
+    result: list[list[Move]] = []
+    for first in [*(place for place in by_target if place not in opened), *by_target]:
+        chain: list[Move] = []
+        at: tuple[int, int] | None = first
+        while at is not None and at not in seen:
+            seen.add(at)
+            chain.append(by_target[at])
+            at = follower.get(at)
+        result += [chain] if chain else []
+    return result
+
+
 def staging_bytes_R(pairs_RR: np.ndarray) -> np.ndarray:
-    """Return int64 [R]: bytes that every rank needs beside its live weights, if `pairs_RR` are the bytes between ranks: what arrives, and chunks to send."""
+    """Return int64 [R]: most bytes that every rank needs beside its live weights, if `pairs_RR` are the bytes between ranks.
+
+    What arrives, copies of what changes its slot on the rank (see `chains`: often fewer), and chunks to send.
+    """
     away = pairs_RR - np.diag(np.diag(pairs_RR))
     return np.asarray(pairs_RR.sum(0) + np.minimum(away.sum(1), MAX_OPS * CHUNK_BYTES))
 
