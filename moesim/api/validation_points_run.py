@@ -33,7 +33,7 @@ from moesim.traces.requests.document import Request, Requests
 REQUESTS_PER_CLIENT = 10
 SHORTEST = 0.8
 LENGTHS = ("drawn", "nominal")
-OVERLAP, OVERLAPPED = "overlap_since", "overlapped"
+OVERLAP, OVERLAPPED, KERNELS = "overlap_since", "overlapped", "expert_kernels"
 ROOMY = True
 """Whether blocks may be as long as requests; tests compare."""
 FOLDER = Path(__file__).parent / "points"
@@ -226,7 +226,8 @@ class Runner:
 
     def _build(self, point: Point, model: MoEModel, layout: Layout, longest: int) -> Deployment:
         backend = point.backend if point.backend in ENGINES else "vllm"
-        chosen = {name: value for name, value in engine_settings()[backend].items() if name != OVERLAP}
+        chosen = {name: value for name, value in engine_settings()[backend].items() if name not in (OVERLAP, KERNELS)}
+        kernel = engine_settings()[backend].get(KERNELS, {}).get(model.expert_dtype, "")
         serving = ServingSettings(**{**chosen, "max_model_len": longest, "pp": layout.pp, "expert_tp": layout.moe_tp if model.moe_layer_ids else 1})
         if model.moe_layer_ids and layout.moe_tp * layout.moe_ep != layout.tp * layout.dp:
             rule = f"must be tp × attention dp = {layout.tp * layout.dp}"
@@ -237,7 +238,10 @@ class Runner:
             trace = self._trace
             self._routing[model.name] = served_routing(model, self._seed) if trace is None else routing_of(trace, model, self._seed, self._map_layers)
         cluster = self._cluster(layout.gpus)
-        return deployment_of(cluster, model, settings, group=group, routing=self._routing[model.name], backend=backend, strict=self._strict, seed=self._seed)
+        routing, strict, seed = self._routing[model.name], self._strict, self._seed
+        return deployment_of(
+            cluster, model, settings, group=group, routing=routing, backend=backend, expert_kernel=kernel, strict=strict, seed=seed
+        )
 
     def _cluster(self, gpus: int) -> Cluster:
         """Return as many nodes of the type as a worker needs."""

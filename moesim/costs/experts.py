@@ -12,11 +12,12 @@ Shapes: R ranks, C slots of a rank (padded). A shape that no row has is scaled f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log2
 
 import numpy as np
 
+from moesim.costs.expert_kernels import with_fixed
 from moesim.costs.interpolation import Curve, Work, identity, tiles
 from moesim.costs.provenance import Policy, Provenance, Timing
 from moesim.costs.roofline import Roofline
@@ -231,11 +232,9 @@ def row_seconds(rows: Mapping[str, np.ndarray]) -> float:
 class ExpertCost:
     """Times of the routed experts of one model on one device."""
 
-    def __init__(self, model: MoEModel, tables: Tables, roofline: Roofline, policy: Policy) -> None:
-        self._model = model
-        self._tables = tables
-        self._roofline = roofline
-        self._policy = policy
+    def __init__(self, model: MoEModel, tables: Tables, roofline: Roofline, policy: Policy, kernel: str = "") -> None:
+        """kernel: part of the name of the kernels that an engine was told to run, where it was; rows of others are then left aside."""
+        self._model, self._tables, self._roofline, self._policy, self._kernel = model, tables, roofline, policy, kernel
         self._laws: dict[tuple[int, int, bool], ExpertLaw] = {}
 
     def law(self, expert_tp: int, slots: int = 0, *, sorts: bool = False) -> ExpertLaw:
@@ -335,31 +334,33 @@ class ExpertCost:
             return None
         shapes = np.stack([rows[name] for name in names], axis=1)
         known, first, inverse = np.unique(shapes, axis=0, return_index=True, return_inverse=True)
-        inverse = inverse.ravel()
         sources, source = np.unique(rows["kernel_source"].astype(str), return_inverse=True)
         usual = int(np.bincount(source.ravel(), minlength=len(sources)).argmax())
+        told = np.array([self._kernel in one for one in sources]) & bool(self._kernel)
         wanted = np.array([model.hidden_size, model.expert_ffn_size, model.num_experts, model.top_k, expert_tp])
-        width = known[:, 1] / known[:, 4]
         distance = (
             4 * np.abs(np.log2(known[:, 0] / wanted[0]))
-            + 4 * np.abs(np.log2(width / (wanted[1] / expert_tp)))
+            + 4 * np.abs(np.log2(known[:, 1] / known[:, 4] / (wanted[1] / expert_tp)))
             + np.abs(np.log2(known[:, 2] / wanted[2]))
             + np.abs(np.log2(known[:, 3] / wanted[3]))
             + 0.1 * (known[:, 4] != expert_tp)
         )
-        # Another kernel of the same dtype serves other kinds of experts (without gates); it is used for its own shapes only.
-        distance = distance + 16.0 * (source.ravel()[first] != usual) * (distance > 0)
+        # Another kernel of the same dtype serves other kinds of experts (without gates); it is used for its own shapes only, or where it is known to run.
+        ran = source.ravel()[first]
+        distance = distance + (64.0 * ~told[ran] if told.any() else 16.0 * (ran != usual) * (distance > 0))
         for index in np.argsort(distance, kind="stable").tolist():
-            mine = inverse == index
+            mine = inverse.ravel() == index
             hidden, ffn, experts, topk, split = (int(value) for value in known[index])
             item = Balanced.build(experts, rows["num_tokens"][mine] * float(topk), rows["latency_s"][mine])
             if self._reads_too_fast(item, hidden * ffn / split):
                 continue
             item = self._of_ranks(item, dict(zip(names, known[index].tolist(), strict=True)), dtype, model.num_experts / slots)
             exact = bool((known[index] == wanted).all()) and model.gated_ffn
-            matrices = 1.0 if model.gated_ffn else 2 / 3
             worst = max(rows.worst, Provenance.MEASURED if exact else Provenance.CALIBRATED)
-            return item, model.hidden_size * model.expert_ffn_size / expert_tp / (hidden * ffn / split) * matrices, worst
+            scale = model.hidden_size * model.expert_ffn_size / expert_tp / (hidden * ffn / split) * (1.0 if model.gated_ffn else 2 / 3)
+            if told[ran[index]]:
+                item = replace(item, seconds=with_fixed(item.seconds, scale, self._tables, dtype, self._kernel, experts, model.num_experts))
+            return item, scale, worst
         return None
 
     def _of_ranks(self, alone: Balanced, shape: dict[str, int], dtype: str, ranks: float) -> Balanced:
@@ -385,9 +386,8 @@ class ExpertCost:
 
     def _roofline_law(self, expert_tp: int) -> ExpertLaw:
         model = self._model
-        matrices = 3.0 if model.gated_ffn else 2.0
         width = model.expert_ffn_size / expert_tp
-        weights = matrices * model.hidden_size * width
+        weights = (3.0 if model.gated_ffn else 2.0) * model.hidden_size * width
         per_token = 2.0 * (2.0 * model.hidden_size + 3.0 * width)
         slots = max(model.num_experts, 1)
         tokens = np.concatenate([[1.0 / slots] if slots > 1 else [], [1.0], TILE * 2.0 ** np.arange(0, 11)])

@@ -33,11 +33,12 @@ ENGINES = ("sglang", "trtllm", "vllm")
 class CostModel:
     """Operator and collective times of `model` on `cluster`."""
 
-    def __init__(self, cluster: Cluster, model: MoEModel, *, strict: bool = False, backend: str = "sglang") -> None:
+    def __init__(self, cluster: Cluster, model: MoEModel, *, strict: bool = False, backend: str = "sglang", expert_kernel: str = "") -> None:
         """Prepare the costs; tables are read when an operator first needs them.
 
         strict: raise CostError, naming operator, table and missing key, instead of using a class worse than `TRACE`.
-        backend: the serving engine whose tables are preferred, one of `ENGINES`.
+        backend: the serving engine whose tables are preferred, one of `ENGINES`. expert_kernel: part of the name of the experts' kernels, where it is
+        known that others than the engine's usual ones ran.
         """
         if backend not in ENGINES:
             raise CostError(describe("costs", "backend", backend, f"must be one of {', '.join(ENGINES)}"))
@@ -52,7 +53,7 @@ class CostModel:
         self.links = LinkModel(cluster, tables, self._policy, backend)
         self._stages = StageCost(model, tables)
         self._attention = AttentionCost(model, tables, self.gemm, self.roofline, self._policy, self._linear)
-        self._experts = ExpertCost(model, tables, self.roofline, self._policy)
+        self._experts = ExpertCost(model, tables, self.roofline, self._policy, expert_kernel)
         self._exchange = ExchangeCost(model, cluster.devices_per_node, tables, self.links, self._policy, self.roofline.reached_Bps)
 
     @property
