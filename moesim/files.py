@@ -26,7 +26,7 @@ def read_bytes(path: Path, *, limit: int = MAX_TEXT_BYTES, error: type[InputErro
     """Return the content of a regular file of at most `limit` bytes, or raise `error` naming the file."""
     try:
         if not path.is_file():
-            rule = "is a folder, not a file" if path.is_dir() else "does not exist"
+            rule = "is a folder, not a file" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
             raise error(f"{path}: {rule}; check the path")
         size = path.stat().st_size
         if size > limit:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import ApplyError, InputError
-from moesim.files import canonical_json, sha256_hex
+from moesim.files import canonical_json, read_bytes, sha256_hex
 from moesim.plan import Plan
 
 KINDS = ("start", "prepare", "commit", "abort", "rollback", "done", "shrink")
+MAX_BYTES = 1 << 30
 
 
 class Journal:
@@ -28,7 +29,7 @@ class Journal:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             is_new = not path.exists()
-            self.records, good = _read(b"" if is_new else path.read_bytes())
+            self.records, good = _read(b"" if is_new else read_bytes(path, limit=MAX_BYTES))
             self._file = path.open("ab", buffering=0)  # a buffer would keep what could not be written, and write it later
             self._file.truncate(good)
             self._good = good
