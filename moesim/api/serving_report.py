@@ -8,7 +8,7 @@ import numpy as np
 
 from moesim.api.serving_deployment import Deployment
 from moesim.costs import footprint
-from moesim.costs.energy import cost
+from moesim.costs.energy import cost, energy
 from moesim.costs.provenance import Provenance
 from moesim.model import sizes
 from moesim.sim.serving.simulate import ServingRun
@@ -27,6 +27,7 @@ def serving_report(run: ServingRun, requests: Requests, deployment: Deployment, 
         ratio = mean / most
         balance = {"mean_over_max": float(mean.sum() / most.sum()), "layer_mean": float(ratio.mean()), "worst_layer": float(ratio.min())}
     tier = deployment.cluster.memory.name
+    powered = energy(deployment.cluster, simulated_s=simulated, state_s=_state_s(run, deployment), tokens=tokens)
     priced = cost(deployment.cluster, simulated_s=simulated, tokens=tokens, output_tokens=run.output_tokens)
     return {
         "schema": "moesim.replay/1",
@@ -66,8 +67,16 @@ def serving_report(run: ServingRun, requests: Requests, deployment: Deployment, 
         "utilisation": run.sums.busy_s / (simulated * run.instances) if simulated else 0.0,
         "routing": routing.report() if routing is not None else None,
         "provenance": provenance(run, deployment),
+        **({} if powered is None else {"energy": powered}),
         **({} if priced is None else {"cost": priced}),
     }
+
+
+def _state_s(run: ServingRun, deployment: Deployment) -> dict[str, float]:
+    """Return state (see `moesim.costs.energy`) → seconds in it, summed over devices; replicas that are not coupled step on devices of their own."""
+    group, sums = deployment.group, run.sums
+    ranks = group.ranks if deployment.curves.coupled else group.tp
+    return {"compute": sums.prompt_s * ranks, "memory": sums.decode_s * ranks, "communication": sums.exchange_s * ranks}
 
 
 def _peak_bytes(run: ServingRun, deployment: Deployment) -> float:

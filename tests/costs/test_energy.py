@@ -48,6 +48,41 @@ def test_a_served_workload_tells_output_apart() -> None:
     assert report["tokens"] > output
 
 
+SERVED = "synthetic:poisson:40,prompt=128,output=32,n=20"
+
+
+def served(workload: str = SERVED, cluster: Cluster | None = None, **settings: str) -> dict[str, Any]:
+    words = {name.replace("__", "."): value for name, value in settings.items()}
+    return api.serve(workload, trace="synthetic:balanced", model="flame-moe-290m", hardware=cluster or machine(), settings=words).report
+
+
+def test_serving_counts_the_states_of_its_steps() -> None:
+    """Joules are linear in the watts: one state's at a time give the seconds in it, over all devices."""
+    seconds = {}
+    for state in STATES:
+        report = served(cluster=machine(idle=0.0, states={**dict.fromkeys(STATES, 0.0), state: 1.0}))
+        seconds[state] = report["energy"]["joules"]
+    report = served()
+    idle = 100.0 * 8 * report["simulated_s"]
+    assert report["energy"]["joules"] == pytest.approx(idle + sum((STATES[state] - 100.0) * taken for state, taken in seconds.items()))
+    assert report["energy"]["joules_per_token"] == pytest.approx(report["energy"]["joules"] / report["tokens"])
+    assert all(taken > 0 for taken in seconds.values())
+    # Devices that step do one of the three; a step is nothing else without pipeline stages and host time.
+    steps = report["utilisation"] * report["simulated_s"] * 8
+    assert sum(seconds.values()) == pytest.approx(steps, rel=1e-9)
+    slower = served(cluster=machine(idle=0.0, states=dict.fromkeys(STATES, 1.0)), host_overhead_us="500")
+    assert slower["energy"]["joules"] == pytest.approx(8 * slower["simulated_s"] * slower["utilisation"] - 8 * 500e-6 * slower["steps"], rel=1e-6)
+
+
+def test_one_request_alone_computes_its_prompt_and_waits_for_memory_in_between() -> None:
+    # One prompt step, then 31 that decode: the states are the two kinds of steps.
+    one = "synthetic:poisson:1,prompt=128,output=32,n=1"
+    parts = [served(one, machine(idle=0.0, states={**dict.fromkeys(STATES, 0.0), state: 1.0}))["energy"]["joules"] for state in ("compute", "memory")]
+    requests = served(one)["requests"]
+    ttft, whole = requests["ttft_ms"]["mean"] * 1e-3, requests["latency_ms"]["mean"] * 1e-3
+    assert 0 < parts[0] <= 8 * ttft and 0.5 * 8 * (whole - ttft) < parts[1] <= 8 * (whole - ttft)
+
+
 def test_nothing_is_said_of_what_is_not_declared() -> None:
     assert energy(machine(idle=None), simulated_s=1.0, state_s={}, tokens=1) is None
     assert energy(machine(states=None), simulated_s=1.0, state_s={}, tokens=1) is None

@@ -160,15 +160,15 @@ class StepCurves:
         at = -(-tokens // self._width)
         return body, self._embed[at], self._head[-(-positions // self._width)]
 
-    def moe(self, total: int, busiest: int, prefill: bool) -> float:
-        """Return exchanges and routed experts of all MoE layers: total tokens of the group, tokens of its busiest replica."""
+    def moe(self, total: int, busiest: int, prefill: bool) -> tuple[float, float]:
+        """Return the seconds of exchanges and of routed experts, all MoE layers: total tokens of the group, tokens of its busiest replica."""
         if not self._moe:
-            return 0.0
+            return 0.0, 0.0
         exchange, experts = self._moe["prefill" if prefill else "decode"]
-        return exchange(busiest) + experts(total / self.group.dp)
+        return exchange(busiest), experts(total / self.group.dp)
 
-    def stages(self, works: list[Work]) -> tuple[list[float], float, float]:
-        """Return the seconds of a step on every pipeline stage, of handing over between two, and of MoE in all; `works`: one per replica of the group."""
+    def stages(self, works: list[Work]) -> tuple[list[float], float, tuple[float, float]]:
+        """Return the seconds of a step on every pipeline stage, of handing over between two, and what `moe` gives; `works`: one per replica of the group."""
         tokens = [self.tokens_of(work) for work in works]
         body = embed = head = 0.0
         prefill = False
@@ -178,13 +178,13 @@ class StepCurves:
             prefill = prefill or bool(work.chunks)
         busiest = max(tokens)
         moe = self.moe(sum(tokens), busiest, prefill)
-        times = [share * (body + moe) for share in self.share]
+        times = [share * (body + sum(moe)) for share in self.share]
         times[0] += embed
         times[-1] += head
         return times, self._hop[-(-busiest // self._width)] if self._hop else 0.0, moe
 
-    def decode_run(self, works: list[Work], grown_i: np.ndarray) -> tuple[np.ndarray, float]:
-        """Return the seconds [i] of steps that only decode, on one stage, when the mean contexts have grown by `grown_i`; and of MoE in each."""
+    def decode_run(self, works: list[Work], grown_i: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
+        """Return the seconds [i] of steps that only decode, on one stage, when the mean contexts have grown by `grown_i`; and what `moe` gives for each."""
         tokens = [self.tokens_of(work) for work in works]
         body_i = np.zeros(len(grown_i))
         ends = 0.0
@@ -199,4 +199,4 @@ class StepCurves:
             body_i = np.maximum(body_i, self.body(own) + core)
             ends = max(ends, self._embed[-(-own // self._width)] + self._head[-(-own // self._width)])
         moe = self.moe(sum(tokens), max(tokens), prefill=False)
-        return body_i + moe + ends, moe
+        return body_i + sum(moe) + ends, moe

@@ -52,6 +52,13 @@ class StepSums:
     steps: int = 0
     busy_s: float = 0.0
     moe_s: float = 0.0
+    """Exchanges and routed experts."""
+    prompt_s: float = 0.0
+    """In which a stage's devices work on steps that hold prompts, exchanges left out; summed over stages."""
+    decode_s: float = 0.0
+    """The same for steps that only decode, and for drafting."""
+    exchange_s: float = 0.0
+    """In which a stage's devices exchange tokens, summed over stages."""
     decodes: int = 0
     contexts: float = 0.0
     """Of decoding sequences."""
@@ -77,7 +84,8 @@ class Flight:
         """When it ends; an event at another time is void."""
         self.ends: np.ndarray | None = None
         """End of every step of several."""
-        self.moe_s = 0.0
+        self.moe_s = (0.0, 0.0)
+        """Of each of several: exchanges, routed experts."""
 
 
 class Instance:
@@ -104,7 +112,8 @@ class Instance:
                 continue
             times, hop, moe = self.curves.stages(works)
             pool, sums = self.pool, self.sums
-            at = now + pool.draft_s if pool.draft_s and any(work.decodes for work in works) else now
+            drafted = pool.draft_s if pool.draft_s and any(work.decodes for work in works) else 0.0
+            at = now + drafted
             swapped = max(work.swap_tokens for work in works)
             if swapped:
                 at += swapped * pool.swap_s_per_token
@@ -121,7 +130,7 @@ class Instance:
             self.until = at
             sums.steps += 1
             sums.busy_s += at - now
-            sums.moe_s += moe * pool.scale
+            self._book_work(sum(times) * pool.scale + drafted, moe, 1, any(work.chunks for work in works))
             for work in works:
                 sums.decodes += work.decodes
                 sums.contexts += work.contexts
@@ -132,6 +141,16 @@ class Instance:
                         sums.prompt_contexts += end
             return Flight(index, works), at
         return None
+
+    def _book_work(self, seconds: float, moe: tuple[float, float], steps: int, prompts: bool) -> None:
+        """Book `seconds` of devices in so many equal steps, and what one of them spends in MoE."""
+        sums, exchange = self.sums, moe[0] * self.pool.scale * steps
+        sums.moe_s += sum(moe) * self.pool.scale * steps
+        sums.exchange_s += exchange
+        if prompts:
+            sums.prompt_s += seconds - exchange
+        else:
+            sums.decode_s += seconds - exchange
 
     def _host_s(self, works: list[Work]) -> float:
         """Return the time of a step that no device work hides; every replica has a host process of its own."""
@@ -182,7 +201,7 @@ class Instance:
         kept, gain, sums = len(ends) - 1, self.replicas[0].settings.acceptance, self.sums
         sums.steps += kept
         sums.busy_s += float(ends[-1] - ends[0])
-        sums.moe_s += flight.moe_s * self.pool.scale * kept
+        self._book_work(float(ends[-1] - ends[0]) - self._host_s(flight.works) * kept, flight.moe_s, kept, False)
         for replica, work in zip(self.replicas, flight.works, strict=True):
             if work.decodes:
                 sums.decodes += work.decodes * kept

@@ -74,7 +74,7 @@ def test_skewed_routing_costs_more_than_even() -> None:
         assign = capped_LE(1.0 / np.arange(1.0, 129.0)[None] ** exponent, 8)
         steps = StepModel(model, cluster, CostModel(cluster, model, backend="vllm"), assign, linear_placement, draw_seed=1)
         curves = StepCurves(steps, group, pp=1, max_tokens=512, max_seqs=256, max_context=8192)
-        found.append(curves.stages([work([], 256, 2000.0)] * 8)[2])
+        found.append(sum(curves.stages([work([], 256, 2000.0)] * 8)[2]))
     assert found[0] < 0.9 * found[1] < 0.81 * found[2]
 
 

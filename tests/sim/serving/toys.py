@@ -35,12 +35,12 @@ class ToyCurves:
     def __post_init__(self) -> None:
         self.group = Group(1, self.dp, 1, 1, 0)
 
-    def stages(self, works: list[Work]) -> tuple[list[float], float, float]:
+    def stages(self, works: list[Work]) -> tuple[list[float], float, tuple[float, float]]:
         slowest = max(self.time_s(sum(chunk[0] for chunk in work.chunks), work.decodes) for work in works)
-        return [slowest / self.pp] * self.pp, 0.0, 0.0
+        return [slowest / self.pp] * self.pp, 0.0, (0.0, 0.0)
 
-    def decode_run(self, works: list[Work], grown_i: np.ndarray) -> tuple[np.ndarray, float]:
-        return np.array([self.stages(works)[0][0] for _ in grown_i]), 0.0
+    def decode_run(self, works: list[Work], grown_i: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
+        return np.array([self.stages(works)[0][0] for _ in grown_i]), (0.0, 0.0)
 
 
 def pool(
