@@ -28,8 +28,6 @@ from moesim.traces.requests.document import Request, Requests
 from moesim.traces.routing_trace import RoutingTrace
 from moesim.units import format_bytes
 
-BALANCED = "synthetic:balanced"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
@@ -42,6 +40,8 @@ class Routing:
     """Expected choices of every expert by one token; one row where all layers are alike."""
     drawn: bool = False
     """Whether the choices of a batch are drawn although all experts are equally popular: a small batch then leaves experts idle, as a router does."""
+    use: str = ""
+    """What reports say of it; empty: that loads are even, or drawn."""
 
     @property
     def is_even(self) -> bool:
@@ -55,7 +55,8 @@ class Routing:
 
     def report(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return {"source": self.source, "kind": self.kind, "synthetic": self.synthetic, "use": "even loads" if self.is_even else "loads drawn per batch"}
+        use = self.use or ("even loads" if self.is_even else "loads drawn per batch")
+        return {"source": self.source, "kind": self.kind, "synthetic": self.synthetic, "use": use}
 
 
 def routing_of(ref: str | RoutingTrace, model: MoEModel, seed: int = 0, map_layers: str | None = None) -> Routing | None:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from moesim.api.documents import cluster_of, model_of
-from moesim.api.serving_deployment import BALANCED, Deployment, deployment_of, group_with, routing_of
+from moesim.api.served_routing import served_routing
+from moesim.api.serving_deployment import Deployment, deployment_of, group_with, routing_of
 from moesim.api.serving_report import provenance
 from moesim.errors import InputError, MoesimError, describe
 from moesim.files import parse_json, read_bytes, read_json
@@ -32,8 +33,8 @@ SCHEMA = "moesim.validate/1"
 QUANTITIES = ("ttft", "tpot", "latency")
 PEERS = {"LLMServingSim, Qwen3-30B-A3B on RTX PRO 6000 (published)": {"ttft": -0.136, "tpot": -0.017}}
 """Published mean errors of another simulator on a run of this kind."""
-_STEP = 0.01
-"""Relative change of step times from which sensitivities are taken, both ways."""
+_STEP = 0.05
+"""Relative change of step times from which sensitivities are taken, both ways; smaller ones drown in which request meets which step."""
 _LIMIT = 1 << 28
 _USED = {
     "tensor_parallel_size": "attention_tp",
@@ -129,7 +130,7 @@ def validate_run(
     *,
     model: str | MoEModel | None = None,
     hardware: str | Cluster,
-    requests_trace: str | RoutingTrace = BALANCED,
+    requests_trace: str | RoutingTrace | None = None,
     settings: Mapping[str, str] | None = None,
     map_layers: str | None = None,
     strict: bool = False,
@@ -137,8 +138,8 @@ def validate_run(
 ) -> dict[str, Any]:
     """Simulate a recorded run and return the report of `moesim.validate/1`.
 
-    model: None takes the name in meta.json. requests_trace: routing of a MoE model. settings: override what meta.json says. Raises InputError if a document
-    breaks a rule.
+    model: None takes the name in meta.json. requests_trace: routing of a MoE model; None: as a served model's experts were popular. settings: override
+    what meta.json says. Raises InputError if a document breaks a rule.
     """
     began = time.perf_counter()
     recorded = run if isinstance(run, Run) else read_run(run)
@@ -192,7 +193,7 @@ def validate_run(
 
 
 def _deployment(
-    run: Run, model: MoEModel, cluster: Cluster, trace: str | RoutingTrace, overrides: Mapping[str, str], map_layers: str | None, strict: bool, seed: int
+    run: Run, model: MoEModel, cluster: Cluster, trace: str | RoutingTrace | None, overrides: Mapping[str, str], map_layers: str | None, strict: bool, seed: int
 ) -> Deployment:
     """Return what meta.json describes. Raises InputError for an argument that is no value of its setting."""
     place = f"{run.place / 'meta.json'}: engine_kwargs"
@@ -210,7 +211,7 @@ def _deployment(
     # Without expert parallelism vLLM splits every expert over all ranks.
     shards = 1 if run.engine.get("enable_expert_parallel") else tp * dp
     group = group_with(model, tp=tp, dp=dp, expert_tp=shards if model.moe_layer_ids else 1)
-    routing = routing_of(trace, model, seed, map_layers)
+    routing = served_routing(model, seed) if trace is None else routing_of(trace, model, seed, map_layers)
     return deployment_of(cluster, model, settings, group=group, routing=routing, strict=strict, seed=seed)
 
 

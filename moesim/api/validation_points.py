@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from moesim.api.error_summary import error_summary
+from moesim.api.served_routing import SOURCE, USE
 from moesim.api.validation_points_fit import fit_overheads as fitted
 from moesim.api.validation_points_read import Point, Points, Refused, read_points, shipped_points
-from moesim.api.validation_points_routing import SOURCE
 from moesim.api.validation_points_run import FOLDER, Overheads, Prediction, Runner, read_overheads
 from moesim.api.validation_points_scores import choice, error_floor, grouped, ranking, throughput
 from moesim.errors import InputError, MoesimError
@@ -233,7 +233,7 @@ def _report(
         "mode": "points",
         "source": Path(points.source).name,
         "hardware": runner.base.name,
-        "routing": {"source": trace or SOURCE, "use": "given" if trace else "assumed: experts as popular as in a server that was counted, choices drawn"},
+        "routing": {"source": trace or SOURCE, "use": "given" if trace else USE},
         **{name: error_summary([row["errors"][name] for row in rows if row["errors"][name] is not None]) for name in QUANTITIES},
         "groups": groups,
         "ranking": ranking(tpots),

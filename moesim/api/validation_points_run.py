@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from moesim.api.documents import cluster_of, model_of
+from moesim.api.served_routing import served_routing
 from moesim.api.serving_deployment import Deployment, Routing, deployment_of, group_with, routing_of
 from moesim.api.serving_report import provenance
 from moesim.api.validation_points_read import Layout, Point
-from moesim.api.validation_points_routing import served_routing
 from moesim.costs.model import ENGINES
 from moesim.errors import InputError, MoesimError, describe
 from moesim.files import read_json, read_yaml

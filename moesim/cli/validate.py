@@ -28,7 +28,9 @@ def validate(
         str | None, typer.Option("--points", help="CSV of measured end-to-end rows (gzip too), or `default`: the package's own of the hardware")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="model name, config.json or its folder; default: as meta.json says")] = None,
-    requests_trace: Annotated[str, typer.Option("--requests-trace", help="routing of the requests: name, folder, .zip or synthetic:…")] = "synthetic:balanced",
+    requests_trace: Annotated[
+        str | None, typer.Option("--requests-trace", help="routing: name, folder, .zip or synthetic:…; default: experts as popular as in a served model")
+    ] = None,
     settings: options.Set = None,
     map_layers: options.MapLayers = None,
     strict: options.Strict = False,
@@ -57,7 +59,7 @@ def validate(
             points,
             hardware=hardware,
             model=model,
-            requests_trace=None if requests_trace == "synthetic:balanced" else requests_trace,
+            requests_trace=requests_trace,
             map_layers=map_layers,
             strict=strict,
             seed=seed,

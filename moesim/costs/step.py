@@ -289,7 +289,7 @@ class StepModel:
             of_draw = of_draw.reshape(len(all_tokens), draws, len(loads.slot_LS), group.ep)
             each, busiest = of_draw.mean(axis=1), of_draw.max(axis=3).mean(axis=1)
         exchanged = np.full(busiest.shape, np.inf)
-        if group.ep > 1:
+        if group.ep > 1 and self._all2all != "gather":
             compute = np.repeat(each, group.expert_tp, axis=2) + shared[:, None, None]
             # The busiest rank of a draw is not always the same one.
             exchanged = self._exchange(group, phase, loads, all_tokens, slot_tokens, compute) + busiest - each.max(axis=2)

@@ -150,7 +150,7 @@ def two_ranks() -> tuple[Deployment, dict[str, Any]]:
 
 
 def test_a_run_of_the_simulator_itself_has_no_error(tmp_path: Path, two_ranks: tuple[Deployment, dict[str, Any]]) -> None:
-    report = validate_run(record(tmp_path / "run", *two_ranks), hardware="h100-sxm-2")
+    report = validate_run(record(tmp_path / "run", *two_ranks), hardware="h100-sxm-2", requests_trace="synthetic:balanced")
     assert report["schema"] == "moesim.validate/1" and report["deployment"] | {"kv_blocks": 0} == {
         "tp": 1,
         "dp": 2,
@@ -167,7 +167,7 @@ def test_a_run_of_the_simulator_itself_has_no_error(tmp_path: Path, two_ranks: t
 
 
 def test_the_sign_of_an_error_is_that_of_prediction_minus_measurement(tmp_path: Path, two_ranks: tuple[Deployment, dict[str, Any]]) -> None:
-    report = validate_run(record(tmp_path / "run", *two_ranks, delay=1.25), hardware="h100-sxm-2")
+    report = validate_run(record(tmp_path / "run", *two_ranks, delay=1.25), hardware="h100-sxm-2", requests_trace="synthetic:balanced")
     assert report["ttft"]["mean_error"] == pytest.approx(-0.2, abs=1e-3)
     assert report["latency"]["p99_error"] == pytest.approx(-0.2, abs=1e-3)
     assert report["tpot"]["median_abs_error"] == pytest.approx(0.2, abs=1e-3)

@@ -13,11 +13,11 @@ import pytest
 
 from moesim.api.documents import model_of
 from moesim.api.error_summary import error_summary
+from moesim.api.served_routing import served_routing
 from moesim.api.validation_points import calibrates, excluded, validate_points, without_copies
 from moesim.api.validation_points_fit import fit_overheads
 from moesim.api.validation_points_page import write_page
 from moesim.api.validation_points_read import Layout, Point, read_points, shipped_points, unfold
-from moesim.api.validation_points_routing import served_routing
 from moesim.api.validation_points_run import Overhead, Overheads, Runner, read_overheads
 from moesim.api.validation_points_scores import choice, error_floor, kendall, ranking, throughput
 from moesim.errors import InputError
