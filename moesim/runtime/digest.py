@@ -2,22 +2,25 @@
 
 Two lanes over 64-bit words w with fixed odd 64-bit keys k: Σ k·w and Σ k'·(w xor w>>32), per block of 32 KiB, the blocks
 chained by an odd multiplier. An odd key makes any change of one word visible in the first lane; the second breaks
-up pairs of changed top bits. Larger arrays are folded first, 1 MiB at a time: the sums of its columns as a table of 2,048
-words a row, and their xor as one of 2,053. Two words of 1 MiB never share a column in both tables, so one or two flipped
-bits always show. Not cryptographic: it finds damage and mix-ups, not attacks. About 10 GB/s on one core (numpy's own copy: 20).
+up pairs of changed top bits. Larger arrays are folded first: laid out in rows of 2,047, the sums of all rows and of all
+columns stand for them. Two words never share both, so one or two flipped bits always show, and swapped words do. Not
+cryptographic: it finds damage and mix-ups, not attacks. About 5 GB/s on one core of
+a machine whose own memory is read at 9 GB/s; data that is in the cache goes at twice that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 
 BLOCK_WORDS = 4096
-SEGMENT_WORDS = 1 << 17
-"""Words folded together; less than 2,048 · 2,053."""
-WIDTHS = (2048, 2053)
-FOLD_FROM = 16 * sum(WIDTHS)
+COLUMNS = 2047
+"""Odd, so that the sum of a row of equal words is zero only for zero."""
+SEGMENT_ROWS = 32
+"""Rows summed both ways while they are in the cache."""
+FOLD_FROM = 8 * COLUMNS
 """Words from which folding pays."""
 DIGEST_BYTES = 16
 _MASK = (1 << 64) - 1
@@ -38,37 +41,33 @@ def _finish(value: int) -> int:
     return value ^ (value >> 33)
 
 
-def _columns(words: np.ndarray, width: int, add: np.ufunc) -> np.ndarray:
-    """Return the columns' totals of `words` as a table of `width` columns, the last row cut short."""
-    whole = words.size // width * width
-    totals = add.reduce(words[:whole].reshape(-1, width), axis=0)
-    rest = words[whole:]
-    add(totals[: rest.size], rest, out=totals[: rest.size])
-    return totals
+def _fold(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the words of small parts, and of large ones the sums of all rows and, together, of all columns, and the words that do not fill a row."""
+    columns, result = np.zeros(COLUMNS, np.uint64), []
+    for words in parts:
+        if words.size < FOLD_FROM:
+            result.append(words)
+            continue
+        rows = words[: words.size // COLUMNS * COLUMNS].reshape(-1, COLUMNS)
+        sums = np.empty(len(rows), np.uint64)
+        for start in range(0, len(rows), SEGMENT_ROWS):
+            segment = rows[start : start + SEGMENT_ROWS]
+            np.add.reduce(segment, axis=1, out=sums[start : start + SEGMENT_ROWS])
+            columns += np.add.reduce(segment, axis=0)
+        result += [sums, words[rows.size :]]
+    return np.concatenate([columns, *result]) if len(result) > len(parts) else np.concatenate(result)
 
 
-def _fold(words: np.ndarray) -> np.ndarray:
-    """Return the two tables' columns of all segments, chained by a one-to-one mix."""
-    lanes = [np.zeros(width, np.uint64) for width in WIDTHS]
-    for start in range(0, words.size, SEGMENT_WORDS):
-        segment = words[start : start + SEGMENT_WORDS]
-        for lane, add, factor in zip(lanes, (np.add, np.bitwise_xor), _CHAIN, strict=True):
-            lane ^= lane >> np.uint64(32)
-            lane *= np.uint64(factor)
-            lane += _columns(segment, lane.size, add)
-    return np.concatenate(lanes)
-
-
-def digest(data: np.ndarray) -> bytes:
-    """Return 16 bytes that stand for the bytes of `data`, a contiguous array of any dtype."""
+def _words(data: np.ndarray) -> np.ndarray:
     raw = data.reshape(-1).view(np.uint8)
-    if raw.size % 8:
-        raw = np.concatenate([raw, np.zeros(8 - raw.size % 8, np.uint8)])
-    words = raw.view(np.uint64)
-    if words.size >= FOLD_FROM:
-        words = _fold(words)
+    return (np.concatenate([raw, np.zeros(8 - raw.size % 8, np.uint8)]) if raw.size % 8 else raw).view(np.uint64)
+
+
+def digest(*parts: np.ndarray) -> bytes:
+    """Return 16 bytes that stand for the bytes of `parts`, contiguous arrays of any dtype, whose sizes have to be the same whenever digests are compared."""
+    words, nbytes = _fold([_words(part) for part in parts]), sum(part.nbytes for part in parts)
     first, second = _keys()
-    lanes = [data.nbytes, data.nbytes ^ _MASK]
+    lanes = [nbytes, nbytes ^ _MASK]
     for start in range(0, words.size, BLOCK_WORDS):
         block = words[start : start + BLOCK_WORDS]
         sums = int(np.dot(block, first[: block.size])), int(np.dot(block ^ (block >> np.uint64(32)), second[: block.size]))

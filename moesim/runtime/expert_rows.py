@@ -2,7 +2,7 @@
 
 What belongs to an expert moves with it, whole or not at all: a tensor with an expert dimension that nobody registered is
 refused. The bytes of one expert are those of its rows in the order of their names, each padded to 8 bytes, so that every
-row can be read back at its own type; its digest is that of its rows' digests, and needs no copy. Q: slots held here.
+row can be read back at its own type; its digest is of its rows where they are, without padding. Q: slots held here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from moesim.errors import ModelError, describe
-from moesim.runtime.digest import DIGEST_BYTES, digest
+from moesim.runtime.digest import digest
 from moesim.runtime.slot_map import SlotMap
 
 PAD = 8
@@ -182,13 +182,8 @@ class Reader:
 
     def digest(self, local: int) -> bytes:
         """Return the digest of what local slot `local` holds."""
-        return _joined([digest(bytes_of(tensor.data[local])) for tensor, _, _ in self._layout])
+        return digest(*(bytes_of(tensor.data[local]) for tensor, _, _ in self._layout))
 
     def digest_of(self, data: np.ndarray) -> bytes:
         """Return the digest of the bytes of an expert."""
-        return _joined([digest(data[offset : offset + size]) for _, offset, size in self._layout])
-
-
-def _joined(digests: list[bytes]) -> bytes:
-    assert all(len(value) == DIGEST_BYTES for value in digests)
-    return digests[0] if len(digests) == 1 else digest(np.frombuffer(b"".join(digests), np.uint8))
+        return digest(*(data[offset : offset + size] for _, offset, size in self._layout))

@@ -55,8 +55,9 @@ class Migration:
         self._known: dict[tuple[int, int], bytes] = {}
         self._memory = memory or StagingMemory()
         self._group: Any = None
-        self._old_maps = [layer.slot_map for layer in layers]
-        self._maps: list[SlotMap] = []
+        self._old_maps, self._new_maps = [layer.slot_map for layer in layers], [SlotMap.of(new, row, 0) for row in self._layer_of]
+        self.is_staged = False
+        """Whether every expert has arrived and been checked."""
 
     def stage(self, store: Any, host: str, *, known: Mapping[tuple[int, int], bytes] | None = None, duty: float = 1.0) -> dict[str, str]:
         """Bring all experts into staging; return digest per "layer:slot". Raise ApplyError if one is damaged.
@@ -87,7 +88,7 @@ class Migration:
                     raise ApplyError(f"rank {self.rank}: {where} arrived damaged from rank {move.source}; nothing was installed")
                 self.staged[key], digests[key] = data, stream.told(index)
                 _rest(begin_s, duty)
-        self._maps = [SlotMap.of(self.new, row, 0) for row in self._layer_of]
+        self.is_staged = True
         return {f"{row}:{slot}": value.hex() for (row, slot), value in digests.items()}
 
     def connect(self, store: Any, host: str) -> None:
@@ -156,14 +157,9 @@ class Migration:
         if posted.spare is not None:
             self._memory.give(posted.spare)
 
-    @property
-    def is_staged(self) -> bool:
-        """Whether every expert has arrived and been checked."""
-        return bool(self._maps)
-
     def install(self, epoch: int) -> float:
         """Exchange the staged experts with those in place and dispatch by the new map; return the seconds it took."""
-        return self._write(self._maps, epoch, installed=True)
+        return self._write(self._new_maps, epoch, installed=True)
 
     def restore(self, epoch: int) -> float:
         """Exchange them back and dispatch by the old map again; return the seconds it took."""
@@ -191,7 +187,7 @@ class Migration:
         """Free the staging memory and the connections; return the memory for the next migration if nothing can still arrive in it."""
         self.aborted.set()
         self.staged, self._group = {}, None
-        return self._memory.trim() if self._maps else None
+        return self._memory.trim() if self.is_staged else None
 
 
 def _rest(begin_s: float, duty: float) -> None:

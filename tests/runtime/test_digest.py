@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moesim.runtime.digest import BLOCK_WORDS, DIGEST_BYTES, FOLD_FROM, SEGMENT_WORDS, WIDTHS, digest
+from moesim.runtime.digest import BLOCK_WORDS, COLUMNS, DIGEST_BYTES, FOLD_FROM, SEGMENT_ROWS, digest
+
+SEGMENT_WORDS = SEGMENT_ROWS * COLUMNS
 
 
 def random_bytes(size: int, seed: int = 0) -> np.ndarray:
@@ -46,7 +48,7 @@ def test_the_same_bit_flipped_in_two_words_is_detected(bit: int) -> None:
     assert len(seen) == 300
 
 
-@pytest.mark.parametrize("distance", [1, WIDTHS[0], WIDTHS[1], 4 * WIDTHS[0], SEGMENT_WORDS, SEGMENT_WORDS + WIDTHS[0]])
+@pytest.mark.parametrize("distance", [1, COLUMNS, COLUMNS + 1, 4 * COLUMNS, SEGMENT_WORDS, SEGMENT_WORDS + COLUMNS])
 @pytest.mark.parametrize("bit", [0, 31, 63])
 def test_two_flipped_or_swapped_words_of_a_large_array_are_detected_at_any_distance(bit: int, distance: int) -> None:
     words = random_bytes(8 * 2 * SEGMENT_WORDS).view(np.uint64)
@@ -65,7 +67,7 @@ def test_two_flipped_or_swapped_words_of_a_large_array_are_detected_at_any_dista
 def test_large_arrays_of_one_value_and_rotated_ones_are_told_apart() -> None:
     words = random_bytes(8 * 2 * SEGMENT_WORDS).view(np.uint64)
     constant = [np.full(2 * SEGMENT_WORDS, value, np.uint64) for value in (0, 1, 1 << 63)]
-    rolled = [np.roll(words, by) for by in (1, WIDTHS[0], WIDTHS[1], SEGMENT_WORDS)]
+    rolled = [np.roll(words, by) for by in (1, COLUMNS, COLUMNS + 1, SEGMENT_WORDS)]
     assert len({digest(array) for array in [words, words[:-1], *rolled, *constant]}) == 9
 
 
@@ -83,3 +85,14 @@ def test_the_digest_is_of_bytes_not_of_numbers() -> None:
     values = np.array([0.0, 1.5, -2.0], np.float32)
     assert digest(values) == digest(values.view(np.uint8)) == digest(values.reshape(3, 1))
     assert digest(values) != digest(np.array([-0.0, 1.5, -2.0], np.float32))
+
+
+def test_parts_stand_for_an_expert_together() -> None:
+    rows = [random_bytes(size, seed) for seed, size in enumerate((8 * FOLD_FROM, 8 * FOLD_FROM, 40, 8 * FOLD_FROM + 3, 5))]
+    seen = {digest(*rows), digest(rows[1], rows[0], *rows[2:])}
+    for row in rows:
+        for position in (0, row.size // 2, row.size - 1):
+            row[position] ^= 2
+            seen.add(digest(*rows))
+            row[position] ^= 2
+    assert len(seen) == 2 + 3 * len(rows)
