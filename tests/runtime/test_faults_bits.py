@@ -1,4 +1,4 @@
-"""One bit that flips on the way is found whichever it is, and nothing of the change is installed."""
+"""One bit that flips on the way or in staging is found whichever it is, and nothing of the change is installed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.dist
 FLIPS = 100
 
 
-def _attempts(rank: int, size: int, group: Any, folder: str) -> tuple[list[str], bool]:
+def _attempts(rank: int, size: int, group: Any, folder: str, point: str) -> tuple[list[str], bool]:
     import torch.distributed as dist
 
     old, new = plan_of(), plan_of(1)
@@ -35,8 +35,8 @@ def _attempts(rank: int, size: int, group: Any, folder: str) -> tuple[list[str],
     migration._flip = flip
     for attempt in range(FLIPS):
         change = Migration(layers, old, new, rank=rank)
-        if rank == 0:
-            failpoints.arm("stage.sent", "flip")
+        if rank == (0 if point == "stage.sent" else 1):
+            failpoints.arm(point, "flip")
         try:
             change.stage(dist.FileStore(f"{folder}/{attempt}", size), "127.0.0.1")
             found.append("")
@@ -46,9 +46,10 @@ def _attempts(rank: int, size: int, group: Any, folder: str) -> tuple[list[str],
     return found, live_digests(layers) == before
 
 
-def test_100_of_100_flipped_bits_are_found_and_none_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("point", ["stage.sent", "stage.staged"])
+def test_100_of_100_flipped_bits_are_found_and_none_is_installed(point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOESIM_TEST_FAILPOINTS", "1")
-    (sender, kept), (receiver, untouched) = run_ranks(2, _attempts, str(tmp_path), timeout_s=120)
+    (sender, kept), (receiver, untouched) = run_ranks(2, _attempts, str(tmp_path), point, timeout_s=120)
     assert sender == [""] * FLIPS, "what the sender receives is undamaged"
     assert len(receiver) == FLIPS and all("arrived damaged from rank 0; nothing was installed" in reason for reason in receiver)
     assert kept and untouched

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 from moesim.plan import Plan, linear
 from moesim.runtime.moves import (
     CHUNK_BYTES,
+    JOINED_BYTES,
     LARGE_BYTES,
     MAX_OPS,
+    chains,
     cut,
     in_turn,
     local_tables,
@@ -55,6 +59,38 @@ def test_executing_the_moves_gives_the_new_placement(experts: int, ranks: int, s
         assert (memory[rank][:, : table.shape[1]][used] == table[used]).all()
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 4), st.integers(0, 10**6), st.integers(0, 6), st.integers(0, 6))
+def test_exchanges_along_chains_give_the_new_placement_and_backwards_the_old_one(experts: int, ranks: int, seed: int, extra: int, extra_new: int) -> None:
+    old, new = plan_of(experts, ranks, seed, extra), plan_of(experts, ranks, seed + 1, extra_new)
+    for rank, (before, after) in enumerate(zip(local_tables(old), local_tables(new), strict=True)):
+        moves = [move for move in moves_between(old, new) if move.target == rank]
+        memory = np.full((3, max(before.shape[1], after.shape[1])), -1)
+        memory[:, : before.shape[1]] = before
+        start, found = memory.copy(), chains(moves)
+        assert sorted((move.layer, move.target_slot) for chain in found for move in chain) == sorted((move.layer, move.target_slot) for move in moves)
+        exchanges = [(move.layer, move.target_slot, number) for number, chain in enumerate(found) for move in chain]
+        buffers = [chain[0].expert for chain in found]
+        for layer, slot, number in exchanges:
+            memory[layer, slot], buffers[number] = buffers[number], memory[layer, slot]
+        used = after >= 0
+        assert (memory[:, : after.shape[1]][used] == after[used]).all()
+        for layer, slot, number in reversed(exchanges):
+            memory[layer, slot], buffers[number] = buffers[number], memory[layer, slot]
+        assert (memory == start).all() and buffers == [chain[0].expert for chain in found]
+        assert all(move.source == rank for chain in found for move in chain[1:])
+
+
+def test_only_what_arrives_a_circle_and_a_second_copy_need_a_buffer() -> None:
+    old = Plan(model="m", num_experts=6, moe_layer_ids=(0,), slot_to_expert_LS=np.array([[0, 1, 2, 3, 4, 5]]), slot_rank_S=np.array([0] * 5 + [1]), num_ranks=2)
+    new = replace(old, slot_to_expert_LS=np.array([[5, 0, 3, 2, 1, 4]]))  # 5 arrives, 0 and 1 shift, 2 and 3 change places
+    found = chains(move for move in moves_between(old, new) if move.target == 0)
+    assert [[move.expert for move in chain] for chain in found] == [[5, 0, 1], [3, 2]]
+    filled = Plan(model="m", num_experts=2, moe_layer_ids=(0,), slot_to_expert_LS=np.array([[0, 1, 1, 1]]), slot_rank_S=np.zeros(4), num_ranks=1)
+    again = replace(filled, slot_to_expert_LS=np.array([[1, 0, 0, 1]]))  # 0 goes to two slots and leaves its own
+    assert [[move.target_slot for move in chain] for chain in chains(moves_between(filled, again))] == [[2], [0, 1]]
+
+
 def test_the_same_placement_needs_no_moves() -> None:
     plan = plan_of(8, 4, 3, extra=4)
     assert moves_between(plan, plan) == []
@@ -92,6 +128,7 @@ def test_cuts_cover_a_stream_in_bounded_pieces_that_hold_one_large_row_or_small_
     assert [begin for begin, _ in pieces] == [0, *(end for _, end in pieces[:-1])][: len(pieces)]
     assert (pieces[-1][1] if pieces else 0) == sum(sizes)
     assert all(0 < end - begin <= CHUNK_BYTES for begin, end in pieces)
+    assert all(end - begin <= JOINED_BYTES for begin, end in pieces) or max(sizes) >= LARGE_BYTES
     offset = 0
     for size in sizes:
         if size >= LARGE_BYTES:
