@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moesim.costs.experts import Balanced, ExpertLaw
+from moesim.costs.expert_rows import Balanced
+from moesim.costs.experts import ExpertLaw
 from moesim.costs.holdout import codes_of
 from moesim.costs.provenance import Provenance
 from moesim.costs.tables import Tables

@@ -11,13 +11,15 @@ Shapes: R ranks, C slots of a rank (padded). A shape that no row has is scaled f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import log2
 
 import numpy as np
 
 from moesim.costs.expert_kernels import with_fixed
+from moesim.costs.expert_rows import Balanced, by_slots, grouped_rows, row_seconds
+from moesim.costs.expert_tiles import Load, OlderDevice, balanced_grid
+from moesim.costs.gemm import Gemm
 from moesim.costs.interpolation import Curve, Work, identity, tiles
 from moesim.costs.provenance import Policy, Provenance, Timing
 from moesim.costs.roofline import Roofline
@@ -28,28 +30,9 @@ TILE = 64.0
 MAX_TABLE = 1 << 16
 """Tokens per expert up to which `extra` is tabulated; longer ones are computed."""
 GROUPED = ("hidden_size", "inter_size", "slots", "active", "assignments", "latency_s")
-FULL = 0.98
-"""Share of the slots that have tokens from which rows of random routing count as balanced."""
-BUSY = 2.0
-"""Times the least time of a table from which its rows count as work, not launches."""
 SPLITS = 1.25
 """Largest time of the rows of a rank among many, at their most tokens, over its share of what one rank takes for all."""
 TILED: Work = tiles((np.inf, TILE))
-
-
-@dataclass(frozen=True, slots=True)
-class Balanced:
-    """Balanced rows of one number of slots: total assignments of the rank against time."""
-
-    slots: int
-    assignments: np.ndarray
-    seconds: np.ndarray
-
-    @classmethod
-    def build(cls, slots: int, assignments: np.ndarray, seconds: np.ndarray) -> Balanced:
-        """Sort the rows and average those of equal load."""
-        keys, index = np.unique(assignments, return_inverse=True)
-        return cls(slots, keys.astype(np.float64), np.bincount(index.ravel(), weights=seconds) / np.bincount(index.ravel()))
 
 
 class ExpertLaw:
@@ -200,35 +183,6 @@ class ExpertLaw:
         return anchor, on_key, inside
 
 
-def grouped_rows(rows: Mapping[str, np.ndarray], mine: np.ndarray) -> list[Balanced]:
-    """Return the rows of one expert shape in which (nearly) all slots have tokens, by number of slots."""
-    even = mine & (rows["active"] >= FULL * rows["slots"])
-    used = even if even.any() else mine
-    counts = np.unique(rows["slots"][used])
-    return [Balanced.build(int(count), rows["assignments"][at], rows["latency_s"][at]) for count in counts if (at := used & (rows["slots"] == count)).any()]
-
-
-def _by_slots(rows: Mapping[str, np.ndarray], seconds: np.ndarray) -> list[Balanced]:
-    """Return rows of uniform routing over expert-parallel ranks, `num_tokens` on all of them, by number of slots of the timed one."""
-    slots = rows["num_experts"] // rows["moe_ep_size"]
-    assignments = rows["num_tokens"] * rows["topk"] / rows["moe_ep_size"]
-    return [Balanced.build(int(count), assignments[slots == count], seconds[slots == count]) for count in np.unique(slots)]
-
-
-def row_seconds(rows: Mapping[str, np.ndarray]) -> float:
-    """Return the seconds per row of a table that times rank 0 on the rows of all `num_tokens` tokens, of which it has num_tokens · topk / ranks choices.
-
-    Least relative squares of seconds = first + per choice · choices + per row · rows over the rows that take twice the least time or more, which the
-    launches no longer rule. Tables of 4 to 256 ranks tell the two slopes apart.
-    """
-    seconds = rows["latency_s"]
-    busy = seconds >= BUSY * seconds.min()
-    terms = np.stack([np.ones(len(seconds)), rows["num_tokens"] * rows["topk"] / rows["moe_ep_size"], rows["num_tokens"]], axis=1)
-    if np.linalg.matrix_rank(terms[busy]) < terms.shape[1]:
-        return 0.0
-    return max(float(np.linalg.lstsq(terms[busy] / seconds[busy, None], np.ones(int(busy.sum())), rcond=None)[0][2]), 0.0)
-
-
 class ExpertCost:
     """Times of the routed experts of one model on one device."""
 
@@ -262,7 +216,7 @@ class ExpertCost:
                 if worst > Provenance.CALIBRATED:
                     self._policy.fall_back("experts", self._tables.label("wideep_moe_generation"), missing, worst)
                 return ExpertLaw(rows, scale=1.0, worst=worst)
-            found = self._nearest(dtype, expert_tp, slots)
+            found = self._older(dtype, expert_tp, slots) or self._nearest(dtype, expert_tp, slots)
             if found is not None:
                 item, scale, worst = found
                 if worst > Provenance.MEASURED:
@@ -310,19 +264,31 @@ class ExpertCost:
         worst = max(rows.worst, Provenance.CALIBRATED)
         if worst > Provenance.CALIBRATED:
             self._policy.fall_back("experts", self._tables.label("wideep_moe_context"), missing, worst)
-        return ExpertLaw(_by_slots(rows, without), scale=1.0, worst=worst, row_s=row_s)
+        return ExpertLaw(by_slots(rows, without), scale=1.0, worst=worst, row_s=row_s)
 
     def _expert_parallel_rows(self, dtype: str) -> tuple[list[Balanced], Provenance]:
         """Return the rows measured under expert parallelism: num_tokens counts all ranks, uniform routing."""
         if self._tables.prefers("moe") and not self._tables.prefers("wideep_moe_generation"):
             return [], Provenance.MEASURED  # another engine's kernels; the wanted one has its own one-rank rows
         rows = self._wide_rows("wideep_moe_generation", dtype)
-        return ([], Provenance.MEASURED) if rows is None else (_by_slots(rows, rows["latency_s"]), rows.worst)
+        return ([], Provenance.MEASURED) if rows is None else (by_slots(rows, rows["latency_s"]), rows.worst)
 
     def _wide_rows(self, kind: str, dtype: str) -> Rows | None:
         model = self._model
         where = {"moe_dtype": dtype, "hidden_size": model.hidden_size, "inter_size": model.expert_ffn_size, "moe_tp_size": 1, "distribution": "uniform"}
         return self._tables.rows(kind, "num_tokens", "topk", "num_experts", "moe_ep_size", "latency_s", where=where)
+
+    def _older(self, dtype: str, expert_tp: int, slots: int) -> tuple[Balanced, float, Provenance] | None:
+        """Return what default tiles take on a device of an older generation than its donor; `slots` of a rank."""
+        model = self._model
+        if dtype != "bfloat16" or not model.gated_ffn or self._tables.own("moe"):
+            return None
+        assignments = balanced_grid(slots, model.top_k)
+        tokens = assignments * model.num_experts / (slots * max(model.top_k, 1))
+        load = Load(hidden=model.hidden_size, width=model.expert_ffn_size / expert_tp, experts=slots, tokens=tokens, assignments=assignments)
+        product = Gemm(self._tables, self._roofline, self._policy)
+        seconds = OlderDevice(self._tables.cluster, self._tables, product).seconds(load)
+        return None if seconds is None else (Balanced.build(slots, assignments, seconds), 1.0, Provenance.EXTRAPOLATED)
 
     def _nearest(self, dtype: str, expert_tp: int, slots: int) -> tuple[Balanced, float, Provenance] | None:
         """Return balanced one-rank rows of the nearest shape, the factor to this model's shape, and the class."""

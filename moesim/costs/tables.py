@@ -53,6 +53,15 @@ class Tables:
                 self._stems[found[0]] = stem
 
     @property
+    def cluster(self) -> Cluster:
+        """The device whose tables these are."""
+        return self._cluster
+
+    def seen_by(self, engine: str) -> Tables:
+        """Return the same device's tables as another engine sees them."""
+        return Tables(self._cluster, engine)
+
+    @property
     def donor(self) -> Tables | None:
         """The tables of the device that `calibrated_from` names."""
         if self._donor is None and self._cluster.calibrated_from is not None:
