@@ -29,6 +29,7 @@ from moesim.runtime.expert_parallel import ExpertParallelExperts, PeerLost
 from moesim.runtime.history import History
 from moesim.runtime.migration import Migration, live_digests
 from moesim.runtime.moves import local_tables, placement_sha256
+from moesim.runtime.staging import StagingMemory
 
 LEASE = 4
 """Steps that a rank may go on before it waits for a scheduled decision."""
@@ -72,6 +73,8 @@ class Agent:
         self._lock = threading.Lock()
         self._promise: dict[str, Any] | None = None
         self._migration: Migration | None = None
+        self._memory: StagingMemory | None = None
+        """Staging buffers of the last migration."""
         self._finishing = False
         """Whether the staging buffers go as soon as what is promised has been done."""
         self._probes: deque[np.ndarray] = deque(maxlen=2)
@@ -310,7 +313,7 @@ class Agent:
         return {
             "fingerprint": self.fingerprint, "placement": placement_sha256(self.plan), "epoch": self.epoch, "step": self.step,
             "trains": self.trains, "slot_capacity": self.layers[0].slot_capacity, "expert_bytes": self.layers[0].expert_bytes,
-            "free_bytes": free_memory(), "copy_s": copy_s,
+            "free_bytes": free_memory() + (self._memory.kept_bytes if self._memory else 0), "copy_s": copy_s,
         }  # fmt: skip
 
     def _do_status(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
@@ -319,7 +322,8 @@ class Agent:
     def _do_digests(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
         table = live_digests(self.layers)
         self._known = {(entry["row"], entry["slot"]): bytes.fromhex(entry["digest"]) for entry in table}
-        return {"table": table}
+        state = {f"layer row {layer.slot_map.layer}: {name}": value for layer in self.layers for name, value in layer.rows.shared_state().items()}
+        return {"table": table, "state": state}
 
     def _do_window(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
         return {**self.history.window(command["first"], command["last"]), "expert_bytes": self.layers[0].expert_bytes}
@@ -328,7 +332,8 @@ class Agent:
         """Bring the experts of plan `plan/<apply>` into staging buffers."""
         self._drop_staged()  # of an apply that could not say that it had ended
         plan = Plan.from_content(json.loads(store.get(f"plan/{command['apply']}")), f"apply {command['apply']}")
-        migration = self._migration = Migration(self.layers, self.plan, plan, rank=self._place)
+        memory, self._memory = self._memory, None
+        migration = self._migration = Migration(self.layers, self.plan, plan, rank=self._place, memory=memory)
         begin = time.monotonic()
         apart = dist.PrefixStore(f"p2p/{command['apply']}/{self.rank // plan.num_ranks}", store)
         digests = migration.stage(apart, self._bind, known=self._known, duty=1.0 if self._held else STAGE_DUTY)
@@ -362,7 +367,7 @@ class Agent:
 
     def _drop_staged(self) -> None:
         if self._migration is not None:
-            self._migration.close()
+            self._memory = self._migration.close()
         self._migration, self._finishing = None, False
 
     def _do_metrics(self, command: dict[str, Any], store: Any) -> dict[str, Any]:

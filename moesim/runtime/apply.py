@@ -193,9 +193,16 @@ class Apply:
         return {**content, "sha256": sha256_hex(canonical_json(content))}
 
     def _digest_table(self, timeout_s: float) -> dict[tuple[int, int], str]:
-        """Return the digest of every (layer row, expert); raise ApplyError if its replicas differ."""
+        """Return the digest of every (layer row, expert); raise ApplyError if its replicas differ, or optimizers are not at the same step."""
         table: dict[tuple[int, int], str] = {}
-        for rank, answer in enumerate(self.ranks.ask("digests", timeout_s=timeout_s)):
+        answers = self.ranks.ask("digests", timeout_s=timeout_s)
+        for rank, answer in enumerate(answers):
+            first = rank // self.old.num_ranks * self.old.num_ranks  # of the same pipeline stage
+            other, state = answers[first]["state"], answer["state"]
+            for key in sorted(other.keys() | state.keys()):
+                if other.get(key) != state.get(key):
+                    values = f"is {state.get(key)} on rank {rank} and {other.get(key)} on rank {first}"
+                    raise ApplyError(f"{key} {values}; let every rank's optimizer take the same steps before experts move")
             for item in answer["table"]:
                 key = (item["row"], item["expert"])
                 if table.setdefault(key, item["digest"]) != item["digest"]:

@@ -103,6 +103,17 @@ class ExpertRows:
                     rule = f"must have the shape of its parameter, {tuple(tensor.shape)}, or be registered by name"
                     raise self._refusal(f"{key}.{name}", tuple(value.shape), rule, "register_state it if it has a row per slot")
 
+    def shared_state(self) -> dict[str, float]:
+        """Return by name the numbers that an optimizer keeps per tensor, like the count of steps: experts leave them behind, so ranks must agree."""
+        main = {name: getattr(self._module, name) for name in self._module.tensor_names} | {name: tensor() for name, tensor in self._registered.items()}
+        return {
+            f"{key}.{name}": float(value)
+            for key, tensor in main.items()
+            for optimizer in self._optimizers
+            for name, value in optimizer.state.get(tensor, {}).items()
+            if isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1 and value.shape != tensor.shape)
+        }
+
     def _refusal(self, name: str, value: object, rule: str, remedy: str = "") -> ModelError:
         return ModelError(describe(f"layer row {self._module.slot_map.layer}", name, value, rule, remedy))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the runtime needs torch")
+
+importlib.import_module("torch._dynamo")  # an optimizer's first step imports it: once here, not once in every rank
 
 from tests.runtime.ranks import run_ranks  # noqa: E402
 from tests.runtime.toys import Training, any_plan, joined, permuted  # noqa: E402
