@@ -151,8 +151,12 @@ def deployment_of(
     expert_kernel: str = "",
     strict: bool = False,
     seed: int = 0,
+    like: Deployment | None = None,
 ) -> Deployment:
-    """Build a deployment; expert_kernel: see `CostModel`. Raises PlanError if it does not fit the cluster or the model not into memory."""
+    """Build a deployment; expert_kernel: see `CostModel`; like: one that differs in degrees and limits only, whose step times are used further.
+
+    Raises PlanError if it does not fit the cluster or the model not into memory.
+    """
     chosen = settings.serving
     need = group.ranks * chosen.pp * (chosen.instances + chosen.prefill_instances)
     if need > cluster.num_ranks:
@@ -165,10 +169,10 @@ def deployment_of(
         placement = lambda load_LE, ranks, slots: table  # noqa: E731
         if routing is not None and len(routing.assign_LE) == 1:
             routing = replace(routing, assign_LE=np.repeat(routing.assign_LE, len(table), axis=0))
-    costs = CostModel(cluster, model, strict=strict, backend=backend, expert_kernel=expert_kernel)
+    costs = like.costs if like is not None else CostModel(cluster, model, strict=strict, backend=backend, expert_kernel=expert_kernel)
     assign = routing.assign_LE if routing is not None else np.zeros((0, 0))
     draw = None if routing is None or routing.is_even else seed
-    steps = StepModel(model, cluster, costs, assign, placement, draw_seed=draw, all2all=chosen.all2all)
+    steps = like.curves.steps if like is not None else StepModel(model, cluster, costs, assign, placement, draw_seed=draw, all2all=chosen.all2all)
     context = chosen.max_model_len or model.max_position
     blocks = chosen.num_gpu_blocks or kv_blocks(cluster, model, group, chosen)
     curves = StepCurves(

@@ -144,6 +144,8 @@ class Runner:
         self._models: dict[tuple[str, str], MoEModel] = {}
         self._routing: dict[str, Routing | None] = {}
         self._deployments: dict[object, Deployment | MoesimError] = {}
+        self._alike: dict[object, Deployment] = {}
+        """One deployment of those that differ in degrees and limits only: they share step times."""
         self._done: dict[object, Prediction | MoesimError] = {}
 
     def model_of(self, point: Point) -> MoEModel:
@@ -229,6 +231,9 @@ class Runner:
         chosen = {name: value for name, value in engine_settings()[backend].items() if name not in (OVERLAP, KERNELS)}
         kernel = engine_settings()[backend].get(KERNELS, {}).get(model.expert_dtype, "")
         serving = ServingSettings(**{**chosen, "max_model_len": longest, "pp": layout.pp, "expert_tp": layout.moe_tp if model.moe_layer_ids else 1})
+        if layout.dp == 1:
+            # All ranks of one attention replica hold all tokens anyway: engines sum the experts' results over them and exchange nothing.
+            serving = replace(serving, all2all="gather")
         if model.moe_layer_ids and layout.moe_tp * layout.moe_ep != layout.tp * layout.dp:
             rule = f"must be tp × attention dp = {layout.tp * layout.dp}"
             raise InputError(describe(point.id, "moe_tp × moe_ep", layout.moe_tp * layout.moe_ep, rule))
@@ -239,9 +244,12 @@ class Runner:
             self._routing[model.name] = served_routing(model, self._seed) if trace is None else routing_of(trace, model, self._seed, self._map_layers)
         cluster = self._cluster(layout.gpus)
         routing, strict, seed = self._routing[model.name], self._strict, self._seed
-        return deployment_of(
-            cluster, model, settings, group=group, routing=routing, backend=backend, expert_kernel=kernel, strict=strict, seed=seed
+        key = (model.name, point.weights, cluster.num_nodes, backend, serving.all2all)
+        like = self._alike.get(key)
+        self._alike[key] = deployment_of(
+            cluster, model, settings, group=group, routing=routing, backend=backend, expert_kernel=kernel, strict=strict, seed=seed, like=like
         )
+        return self._alike[key]
 
     def _cluster(self, gpus: int) -> Cluster:
         """Return as many nodes of the type as a worker needs."""

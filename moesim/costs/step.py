@@ -278,22 +278,32 @@ class StepModel:
         loads = self.loads(group)
         assert loads is not None
         slot_tokens = loads.slot_tokens(all_tokens)
-        if self._draw_seed is None:
-            each = np.asarray(self.costs.experts(slot_tokens, expert_tp=group.expert_tp).seconds)
-            busiest = each.max(axis=2)
-        else:
-            generator = np.random.Generator(np.random.PCG64(self._draw_seed))
-            draws = -(-DRAWS // len(loads.slot_LS))
-            drawn = loads.drawn_slot_tokens(np.ceil(all_tokens), generator, draws)
-            of_draw = np.asarray(self.costs.experts(drawn, expert_tp=group.expert_tp).seconds)
-            of_draw = of_draw.reshape(len(all_tokens), draws, len(loads.slot_LS), group.ep)
-            each, busiest = of_draw.mean(axis=1), of_draw.max(axis=3).mean(axis=1)
+        # Both phases load the experts alike.
+        rows: dict[float, tuple[np.ndarray, np.ndarray]] = self._once(("experts", group.ep, group.expert_tp, group.slots), dict)
+        fresh = [index for index, one in enumerate(all_tokens.tolist()) if one not in rows]
+        if fresh:
+            found = self._expert_times(group, loads, all_tokens[fresh], slot_tokens[fresh])
+            rows.update((float(all_tokens[index]), (found[0][at], found[1][at])) for at, index in enumerate(fresh))
+        each, busiest = (np.stack([rows[one][part] for one in all_tokens.tolist()]) for part in (0, 1))
         exchanged = np.full(busiest.shape, np.inf)
         if group.ep > 1 and self._all2all != "gather":
             compute = np.repeat(each, group.expert_tp, axis=2) + shared[:, None, None]
             # The busiest rank of a draw is not always the same one.
             exchanged = self._exchange(group, phase, loads, all_tokens, slot_tokens, compute) + busiest - each.max(axis=2)
         return np.stack([exchanged, busiest, each.mean(axis=2)])
+
+    def _expert_times(self, group: Group, loads: GroupLoads, all_tokens: np.ndarray, slot_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the times of routed experts: [n, L, X] of every rank, and [n, L] of the busiest one."""
+        if self._draw_seed is None:
+            each = np.asarray(self.costs.experts(slot_tokens, expert_tp=group.expert_tp).seconds)
+            return each, each.max(axis=2)
+        draws, layers = -(-DRAWS // len(loads.slot_LS)), len(loads.slot_LS)
+        whole = np.ceil(all_tokens)
+        # A generator per number of tokens: what is drawn for it does not depend on the numbers it is asked with.
+        generators = [np.random.Generator(np.random.PCG64([self._draw_seed, int(count)])) for count in whole]
+        drawn = np.concatenate([loads.drawn_slot_tokens(whole[[index]], one, draws) for index, one in enumerate(generators)])
+        of_draw = np.asarray(self.costs.experts(drawn, expert_tp=group.expert_tp).seconds).reshape(len(whole), draws, layers, group.ep)
+        return of_draw.mean(axis=1), of_draw.max(axis=3).mean(axis=1)
 
     def _gather(self, group: Group, all_tokens: np.ndarray) -> np.ndarray:
         """Return the time to have all tokens on all ranks and to sum the results."""
