@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NEEDS_MORE = ("RECORDER_DUMPS", "my-trace", "HOST:PORT", "serve-demo", "live-", "pip ", "make ")
+NEEDS_MORE = ("RECORDER_DUMPS", "CHECKPOINT", "CUT_OFF", "my-trace", "my-machine", "HOST:PORT", "serve-demo", "live-", "pip ", "make ")
 """Words of lines that stand for the user's own files or start something that runs on."""
 
 

@@ -109,8 +109,7 @@ def print_replay(report: dict[str, Any]) -> None:
         ("step time mean / p99", f"{step['mean']:.3f} / {step['p99']:.3f} ms"),
         *([("recorded step time mean", f"{recorded['recorded_step_ms']['mean']:.3f} ms")] if recorded is not None else []),
         ("throughput", f"{report['tokens_per_s']:,.{0 if report['tokens_per_s'] >= 100 else 2}f} tokens/s"),
-        *([("energy", f"{report['energy']['joules_per_token']:.4g} J/token")] if "energy" in report else []),
-        *([("cost", f"{report['cost']['per_million_tokens']:.4g} $ per million tokens")] if "cost" in report else []),
+        *_spent(report),
         ("balance (mean / max load)", f"{report['balance']['mean_over_max']:.3f}, worst layer {report['balance']['worst_layer']:.3f}"),
         ("remote ranks (nodes) per token and layer", f"{report['traffic']['distinct_remote_ranks']:.2f} ({report['traffic']['distinct_remote_nodes']:.2f})"),
         ("bytes local / node / network", " / ".join(format_bytes(report["bytes"][key]) for key in ("local", "intra_node", "inter_node"))),
@@ -170,6 +169,14 @@ def change_rows(change: dict[str, Any] | None) -> list[tuple[str, str]]:
     return rows
 
 
+def _spent(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows of energy and cost, where the hardware declares them."""
+    return [
+        *([("energy", f"{report['energy']['joules_per_token']:.4g} J/token")] if "energy" in report else []),
+        *([("cost", f"{report['cost']['per_million_tokens']:.4g} $ per million tokens")] if "cost" in report else []),
+    ]
+
+
 def print_serving(report: dict[str, Any]) -> None:
     """Print a replay that requests drive for people."""
     from moesim.cli.output import note, table
@@ -194,6 +201,7 @@ def print_serving(report: dict[str, Any]) -> None:
         ("KV blocks in use at most", f"{kv['peak_share']:.1%}; {peak}"),
         ("preemptions", f"{kv['preemptions']:,}"),
         ("prefix hits", f"{kv['prefix_hit_rate']:.1%} of prompt tokens"),
+        *_spent(report),
     ]
     table("", ["", "value"], facts)
     note("times are " + ", ".join(f"{name} {share:.1%}" for name, share in report["provenance"].items() if share > 0))

@@ -331,7 +331,7 @@ def test_a_file_that_is_no_trace_is_refused(tmp_path: Path) -> None:
         open_trace(str(tmp_path / "x"))
     with pytest.raises(TraceError, match="not finished"):
         open_trace(str(tmp_path))
-    with pytest.raises(TraceError, match="shipped: flame-moe-290m"):
+    with pytest.raises(TraceError, match="shipped: byte-moe, flame-moe-290m"):
         open_trace("no-such-trace")
 
 
