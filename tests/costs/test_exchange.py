@@ -101,8 +101,7 @@ def test_both_ports_of_a_high_throughput_rank_join_as_a_root_of_squares(v3_costs
     copy, node = np.zeros((16, 16)), np.zeros((16, 2))
     copy[:8, :8], node[:8, 1] = 60000.0, 60000.0
     inside, outside, both = (
-        v3_costs.exchange("normal", "dispatch", copy_RR=copies, node_RN=nodes).send_s[0]
-        for copies, nodes in ((copy, 0 * node), (0 * copy, node), (copy, node))
+        v3_costs.exchange("normal", "dispatch", copy_RR=copies, node_RN=nodes).send_s[0] for copies, nodes in ((copy, 0 * node), (0 * copy, node), (copy, node))
     )
     assert both == pytest.approx(np.hypot(inside, outside), rel=0.03) and both > 1.1 * max(inside, outside)
 
