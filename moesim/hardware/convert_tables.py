@@ -30,8 +30,8 @@ AIC_LICENCE = "Apache-2.0, (c) NVIDIA CORPORATION & AFFILIATES"
 REMARKS = {
     "moe_sglang0.5.14": "At moe_ep_size > 1 the balanced rows do not fall as 1/EP and are slower than the power_law rows: use moe_ep_size = 1 for cost models",
     "wideep_moe_generation_sglang0.5.10": "num_tokens is the total over all EP ranks",
-    "wideep_moe_context_sglang0.5.10": "num_tokens is the total over all EP ranks, all rows of the timed rank, which has num_tokens * topk / moe_ep_size "
-    "choices: so read, time is one line in choices and rows at every moe_ep_size",
+    "wideep_moe_context_sglang0.5.10": "num_tokens is the total over all EP ranks, all of them rows of the timed rank, which has "
+    "num_tokens * topk / moe_ep_size choices: so read, time is one line in choices and rows at every moe_ep_size",
     "mla_context_sglang0.5.14": "Some keys occur twice: two runs",
     "mla_generation_sglang0.5.14": "Some keys occur twice: two runs",
 }
