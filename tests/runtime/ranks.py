@@ -1,4 +1,7 @@
-"""Runs a function on n forked ranks joined by a gloo group on loopback, and returns what each of them returned."""
+"""Runs a function on n forked ranks joined by a gloo group on loopback, and returns what each of them returned.
+
+They are forked from a server that has imported torch and done nothing else: what other tests leave behind in this process, threads above all, is not theirs.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from tests.runtime.live import PRELOAD
 
 
 def _child(function: Callable[..., Any], rank: int, size: int, path: str, queue: Any, arguments: tuple[Any, ...]) -> None:
@@ -32,7 +37,8 @@ def _child(function: Callable[..., Any], rank: int, size: int, path: str, queue:
 
 def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60, raw: bool = False) -> list[Any]:
     """Call `function(rank, size, group, *arguments)` on every rank; raise the first failure unless `raw`."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
     queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [context.Process(target=_child, args=(function, rank, size, f"{folder}/store", queue, arguments)) for rank in range(size)]

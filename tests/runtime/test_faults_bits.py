@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ FLIPS = 100
 def _attempts(rank: int, size: int, group: Any, folder: str, point: str) -> tuple[list[str], bool]:
     import torch.distributed as dist
 
+    os.environ["MOESIM_TEST_FAILPOINTS"] = "1"
     old, new = plan_of(), plan_of(1)
     _, layers = build_distributed(SPEC, old, rank=rank, group=group)
     before, generator, found = live_digests(layers), np.random.Generator(np.random.PCG64(7)), []
@@ -47,8 +49,7 @@ def _attempts(rank: int, size: int, group: Any, folder: str, point: str) -> tupl
 
 
 @pytest.mark.parametrize("point", ["stage.sent", "stage.staged"])
-def test_100_of_100_flipped_bits_are_found_and_none_is_installed(point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOESIM_TEST_FAILPOINTS", "1")
+def test_100_of_100_flipped_bits_are_found_and_none_is_installed(point: str, tmp_path: Path) -> None:
     (sender, kept), (receiver, untouched) = run_ranks(2, _attempts, str(tmp_path), point, timeout_s=120)
     assert sender == [""] * FLIPS, "what the sender receives is undamaged"
     assert len(receiver) == FLIPS and all("arrived damaged from rank 0; nothing was installed" in reason for reason in receiver)

@@ -31,10 +31,10 @@ def load_example() -> Any:
     return module
 
 
-def train_alone(rank: int, size: int, group: Any, example: Any, folder: str, steps: int) -> Any:
+def train_alone(rank: int, size: int, group: Any, folder: str, steps: int) -> Any:
     store = torch.distributed.FileStore(f"{folder}/alone", size)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    return example.train(steps, attached=False)
+    return load_example().train(steps, attached=False)
 
 
 def plan(seed: int) -> Any:
@@ -75,7 +75,7 @@ def test_apply_works_against_a_loop_of_ones_own_and_changes_no_loss(tmp_path: Pa
     assert all(report["pause_ms"] >= report["stage_ms"] for report in reports), "ranks that train stand still while weights move"
     weights = 3 * 32 * 16 * 4
     assert reports[0]["moved"]["bytes"] == 3 * weights * reports[0]["moved"]["slots"], "weights and both moments move"
-    reference = run_ranks(RANKS, train_alone, load_example(), str(tmp_path), len(losses), timeout_s=300)
+    reference = run_ranks(RANKS, train_alone, str(tmp_path), len(losses), timeout_s=300)
     assert losses == reference[0]
     assert losses[-1] < losses[0] / 2
 
