@@ -79,10 +79,14 @@ class _Reference:
 
     @property
     def slope(self) -> float:
-        """Least seconds per token between the smallest size and the larger ones: some tables end in a congested network."""
+        """Least seconds per token between the smallest size and the larger ones: some tables end in a congested network.
+
+        That of the largest size alone where there is no other, or noise has it that larger sizes took no longer.
+        """
         keys, seconds = self.curve.keys, self.curve.seconds
         large = slice(max(len(keys) // 2, 1), None)
-        return float(((seconds[large] - seconds[0]) / (keys[large] - keys[0])).min())
+        least = float(((seconds[large] - seconds[0]) / (keys[large] - keys[0])).min(initial=np.inf))
+        return least if 0 < least < np.inf else self.last
 
     @property
     def last(self) -> float:

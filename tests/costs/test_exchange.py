@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from moesim.costs import ALGORITHMS, CostModel, ExchangeTiming, Provenance
+from moesim.costs.exchange import _Reference
+from moesim.costs.interpolation import Curve
 from moesim.costs.traffic import balanced_counts
 from moesim.errors import CostError
 from moesim.hardware import Cluster, load_cluster
@@ -195,3 +197,11 @@ def test_low_latency_kernels_take_part_of_the_exchange(v3_costs: CostModel) -> N
 def test_other_exchanges_have_no_kernels_that_leave(v3_costs: CostModel) -> None:
     timed = balanced(v3_costs, "normal", "dispatch", 2, 128, limit=4)
     assert timed.send_kernel_s is None and timed.receive_kernel_s is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [([2.0, 3.0, 5.0, 9.0], 1.0), ([2.0, 3.0, 2.0, 2.0], 0.25), ([4.0], 4.0)], ids=["rising", "flat by noise", "one size"]
+)
+def test_a_rate_is_read_from_any_table_of_times(seconds: list[float], expected: float) -> None:
+    curve = Curve(keys=np.array([1.0, 2.0, 4.0, 8.0][: len(seconds)]), seconds=np.array(seconds))
+    assert _Reference(curve=curve, up=1.0, out=0.0, shape=(1, 1, 1, 1, 1), worst=Provenance.MEASURED).slope == pytest.approx(expected)
