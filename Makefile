@@ -24,8 +24,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)            ## walk the loop once: replay, solve, serve, apply, compare
 	$(BIN)/moesim demo --out demo-out
 
-test: $(STAMP)            ## the tests, about six minutes on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+test: $(STAMP)            ## the tests, about nine minutes on two cores; a third worker, because live tests wait
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow and not gpu"
 
 test-all: $(STAMP)        ## the tests with new random examples, and the long grids
 	MOESIM_RANDOM_TESTS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

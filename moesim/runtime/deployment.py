@@ -235,16 +235,17 @@ class Deployment:
         """
         timeout_s = timeout_s or self.answer_s
         number = self._send("schedule", {"action": action, **fields})
-        key = f"decide/{number}"
+        key, step = f"decide/{number}", -1
         try:
             promises = self._collect("rep", number, "schedule", timeout_s, f"the promise to {action}")
             step = max(answer["limit"] for answer in promises)
             if before_decision is not None:
                 before_decision(step)
+            found = self.store.compare_set(key, "", str(step)).decode()
         except BaseException:
-            self.store.compare_set(key, "", "abort")
-            raise
-        found = self.store.compare_set(key, "", str(step)).decode()
+            found = self.store.compare_set(key, "", "abort").decode()
+            if found == "abort":  # else the decision got there, and only its answer was lost
+                raise
         if found != str(step):
             raise ApplyError(f"{action} was decided elsewhere: {found}")
         if decided is not None:

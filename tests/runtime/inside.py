@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from moesim.plan import Plan, linear
-from moesim.runtime.agent import Agent
+from moesim.runtime.agent import LEASE, Agent
 from moesim.runtime.control import ControlServer
 from moesim.runtime.coordinator import Coordinator
 from moesim.runtime.deployment import Deployment
@@ -97,10 +97,10 @@ class Inside:
             self.errors.append(error)
 
     def serves(self) -> bool:
-        """Return whether both ranks go on stepping in one epoch and give the answers that they gave at first."""
+        """Return whether both ranks go on stepping, for longer than an open decision lets them, in one epoch and give the answers that they gave at first."""
         before = [agent.step for agent in self.agents.values()]
         deadline = time.monotonic() + 20
-        while any(agent.step < old + 3 for agent, old in zip(self.agents.values(), before, strict=True)):
+        while any(agent.step < old + LEASE + 2 for agent, old in zip(self.agents.values(), before, strict=True)):
             if time.monotonic() > deadline or self.errors:
                 return False
             time.sleep(0.005)
