@@ -194,34 +194,33 @@ class _Impossible(Exception):
         self.reason = reason
 
 
-def _whole(row: Mapping[str, str], name: str, low: int, high: int) -> int | None:
-    """Return a whole number; None for an empty cell and for 0, which stands for "not known" in the degrees."""
+def _number(row: Mapping[str, str], name: str) -> float | None:
+    """Return the number in a cell; None if the cell is empty."""
     text = row.get(name, "")
     if not text or text.lower() in ("nan", "none"):
         return None
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
         raise _Impossible("a cell is no number", f"{name} = {text[:40]!r}") from None
-    if value == 0:
+
+
+def _whole(row: Mapping[str, str], name: str, low: int, high: int) -> int | None:
+    """Return a whole number; None for an empty cell and for 0, which stands for "not known" in the degrees."""
+    value = _number(row, name)
+    if value is None or value == 0:
         return None
-    if value != int(value) if isfinite(value) else True:
-        raise _Impossible("a cell is no number", f"{name} = {text[:40]!r} must be a whole number")
+    if not isfinite(value) or value != int(value):
+        raise _Impossible("a cell is no number", f"{name} = {row[name][:40]!r} must be a whole number")
     if not low <= value <= high:
-        raise _Impossible("a value is impossible", f"{name} = {text[:40]} must be in {low}..{high}")
+        raise _Impossible("a value is impossible", f"{name} = {row[name][:40]} must be in {low}..{high}")
     return int(value)
 
 
 def _time(row: Mapping[str, str], name: str | None) -> float | None:
-    text = row.get(name, "") if name else ""
-    if not text or text.lower() in ("nan", "none"):
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        raise _Impossible("a cell is no number", f"{name} = {text[:40]!r}") from None
-    if not isfinite(value) or value <= 0:
-        raise _Impossible("a value is impossible", f"{name} = {text[:40]} must be > 0 ms")
+    value = _number(row, name) if name else None
+    if name and value is not None and (not isfinite(value) or value <= 0):
+        raise _Impossible("a value is impossible", f"{name} = {row[name][:40]} must be > 0 ms")
     return value
 
 

@@ -8,11 +8,11 @@ long as a request: no sequence then waits for a block, which changes no time and
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -38,6 +38,8 @@ ROOMY = True
 """Whether blocks may be as long as requests; tests compare."""
 FOLDER = Path(__file__).parent / "points"
 _DATED = re.compile(r"^\d{4}_\d{2}_\d{2}_|_cfg\d+$")
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,15 +164,7 @@ class Runner:
     def predict(self, point: Point) -> Prediction:
         """Simulate a row. Raises MoesimError if it cannot be: it does not fit, or its degrees do not go together."""
         key = (point.inputs, self._nominal(point), self.overheads.of(point))
-        if key not in self._done:
-            try:
-                self._done[key] = self._predict(point)
-            except MoesimError as cause:
-                self._done[key] = cause
-        found = self._done[key]
-        if isinstance(found, MoesimError):
-            raise found
-        return found
+        return _once(self._done, key, lambda: self._predict(point))
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
@@ -216,15 +210,7 @@ class Runner:
     def _deployment(self, point: Point, model: MoEModel, layout: Layout) -> Deployment:
         longest = 1 << int(np.ceil(np.log2(point.prompt + point.output + 1)))
         key = (point.model, point.weights, point.backend, replace(layout, workers=None), longest)
-        if key not in self._deployments:
-            try:
-                self._deployments[key] = self._build(point, model, layout, longest)
-            except MoesimError as cause:
-                self._deployments[key] = cause
-        found = self._deployments[key]
-        if isinstance(found, MoesimError):
-            raise found
-        return found
+        return _once(self._deployments, key, lambda: self._build(point, model, layout, longest))
 
     def _build(self, point: Point, model: MoEModel, layout: Layout, longest: int) -> Deployment:
         backend = point.backend if point.backend in ENGINES else "vllm"
@@ -261,6 +247,19 @@ class Runner:
             except MoesimError:
                 raise InputError(describe(self.base.name, "nodes", self.base.num_nodes, f"must be {nodes} for {gpus} devices", "name a node type")) from None
         return self._clusters[nodes]
+
+
+def _once(known: dict[object, Result | MoesimError], key: object, make: Callable[[], Result]) -> Result:
+    """Return what `make` returns or raise what it raises, the first time and every time."""
+    if key not in known:
+        try:
+            known[key] = make()
+        except MoesimError as cause:
+            known[key] = cause
+    found = known[key]
+    if isinstance(found, MoesimError):
+        raise found
+    return found
 
 
 def _roomy(one: Deployment, clients: int, longest: int, chosen: ServingSettings, overhead: Overhead) -> Deployment:

@@ -163,8 +163,6 @@ def _record(
 
 def spread(model: Any, plan: Any, mesh: Any) -> Any:
     """Keep of a whole model's experts those of this rank's slots, and let the ranks exchange tokens; return it as this rank's part."""
-    import torch
-
     from moesim.runtime.expert_parallel import ExpertParallelExperts
     from moesim.runtime.model import Part, moe_layers
     from moesim.runtime.slot_map import SlotMap
@@ -172,14 +170,8 @@ def spread(model: Any, plan: Any, mesh: Any) -> Any:
     blocks = moe_layers(model)
     experts = []
     for row, block in enumerate(blocks.values()):
-        slots = SlotMap.of(plan, row, 0)
-        whole = {name: parameter.detach() for name, parameter in block.experts.named_parameters()}
-        mine = ExpertParallelExperts(block.experts, slots, rank=mesh.ep_rank, group=mesh.ep)
-        own = torch.from_numpy(slots.slot_to_expert_S[mine.first : mine.last].astype("int64"))
-        for name in mine.tensor_names:
-            mine.tensor(name).copy_(whole[name][own])
-        block.experts = mine
-        experts.append(mine)
+        block.experts = ExpertParallelExperts.dealt(block.experts, SlotMap.of(plan, row, 0), rank=mesh.ep_rank, group=mesh.ep)
+        experts.append(block.experts)
     inside = {id(parameter) for one in experts for parameter in one.parameters()}
     dense = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in inside}
     return Part(model=model, experts=experts, layers=range(model.config.num_hidden_layers), layer_ids=tuple(blocks), dense=dense, dealt={})

@@ -41,8 +41,8 @@ def counts_answer(answers: Sequence[dict[str, Any]], num_ranks: int) -> dict[str
 def window_of(request: dict[str, Any]) -> tuple[int, int]:
     """Return (first, last) of a request for counts; raise InputError if they are not the ends of a window of steps."""
     first, last = request.get("first"), request.get("last")
-    if any(not isinstance(value, int) or isinstance(value, bool) for value in (first, last)):
+    if not isinstance(first, int) or not isinstance(last, int) or isinstance(first, bool) or isinstance(last, bool):
         raise InputError(describe("counts", "first, last", [first, last], "must be two step numbers"))
-    if not 0 <= first < last <= MAX_STEP:  # type: ignore[operator]
+    if not 0 <= first < last <= MAX_STEP:
         raise InputError(describe("counts", "first, last", [first, last], "must be 0 <= first < last"))
-    return first, last  # type: ignore[return-value]
+    return first, last

@@ -101,6 +101,17 @@ class ExpertParallelExperts(nn.Module):
         """Who times the stages of this layer, and its index in the model; None: nobody."""
         self.use(slot_map)
 
+    @classmethod
+    def dealt(cls, whole: nn.Module, slot_map: SlotMap, *, rank: int, group: Any = None, slot_capacity: int | None = None) -> ExpertParallelExperts:
+        """Return this rank's slots of a whole layer with their weights; what is left of `whole` is its expert function."""
+        weights = {name: parameter.detach() for name, parameter in whole.named_parameters()}
+        mine = cls(whole, slot_map, rank=rank, group=group, slot_capacity=slot_capacity)
+        with torch.no_grad():
+            for local, expert in enumerate(slot_map.slot_to_expert_S[mine.first : mine.last].tolist()):
+                for name in mine.tensor_names if expert >= 0 else ():
+                    mine.tensor(name)[local] = weights[name][expert]
+        return mine
+
     # --- placement and weights --------------------------------------------------------------------
 
     def use(self, slot_map: SlotMap) -> None:

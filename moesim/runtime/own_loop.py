@@ -73,17 +73,10 @@ def spread(model: nn.Module, plan: Plan | None = None, *, group: Any = None, slo
     held = int(np.bincount(plan.slot_rank_S, minlength=ranks).max())
     capacity = slots_per_rank or max(held, 2 * -(-experts // ranks))
     layers: list[ExpertParallelExperts] = []
-    with torch.no_grad():
-        for row, block in enumerate(blocks.values()):
-            whole: Any = block.experts
-            weights = dict(whole.named_parameters())
-            spread_out = ExpertParallelExperts(whole, SlotMap.of(plan, row, 0), rank=rank, group=group, slot_capacity=capacity)
-            table = spread_out.slot_map.slot_to_expert_S[spread_out.first : spread_out.last].tolist()
-            for local, expert in enumerate(table):
-                for key in spread_out.tensor_names if expert >= 0 else ():
-                    spread_out.tensor(key)[local] = weights[key][expert]
-            block.experts = spread_out
-            layers.append(spread_out)
+    for row, block in enumerate(blocks.values()):
+        whole: Any = block.experts
+        layers.append(ExpertParallelExperts.dealt(whole, SlotMap.of(plan, row, 0), rank=rank, group=group, slot_capacity=capacity))
+        block.experts = layers[-1]
     object.__setattr__(model, "_moesim_spread", _Spread(plan, layers, group, rank))
     return plan
 

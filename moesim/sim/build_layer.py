@@ -179,10 +179,10 @@ class Layers:
         if time is None:
             return max(deps)
         site, send_s, recv_s = self.site, time.send_s[:, row], time.recv_s[:, row]
-        if self._leaves_sms(time):
+        if time.receive_kernel_s is not None and self._leaves_sms(time):
             # Messages travel from the first that the kernel issues; what follows on the SMs waits for the last.
             self._kernel(label, time, time.send_kernel_s, row, deps, layer)
-            send_s, recv_s = send_s - time.receive_kernel_s[:, row], recv_s - time.receive_kernel_s[:, row]  # type: ignore[index]
+            send_s, recv_s = send_s - time.receive_kernel_s[:, row], recv_s - time.receive_kernel_s[:, row]
         return site.program.collective(
             label,
             site.spread(send_s),

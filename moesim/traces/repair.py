@@ -92,8 +92,8 @@ def _unnamed(folder: Path, archive: FolderArchive, told: Manifest, first: int) -
     while (path := folder / f"tokens-{first:05d}.parquet").is_file():
         try:
             data = path.stat().st_size
-            with archive.open(path.name) as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            with path.open("rb") as raw:
+                digest = hashlib.file_digest(raw, "sha256").hexdigest()
             rows = int(pq.read_metadata(path).num_rows)
             shard = Shard(path=path.name, rows=rows, bytes=data, sha256=digest)
             with archive.open(path.name) as file:
