@@ -2,6 +2,7 @@
 
 A run is a folder with requests.jsonl (arrival_time in epoch seconds, queued_ts, first_token_ts and last_token_ts in monotonic seconds, input_toks,
 output_toks) and meta.json (degrees and limits under engine_kwargs). Only arrivals, lengths, degrees and limits enter the simulation; nothing is fitted.
+What meta.json leaves open is assumed, and the report says so.
 TTFT = first_token_ts - queued_ts, TPOT = (last_token_ts - first_token_ts) / (output_toks - 1), latency = last_token_ts - queued_ts; a request is queued
 when the scheduler sees it, at the end of the step in which it arrives. Errors are relative to the measurement, positive where the prediction is larger.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from moesim.api.documents import cluster_of, model_of
 from moesim.api.served_routing import served_routing
 from moesim.api.serving_deployment import Deployment, deployment_of, group_with, routing_of
 from moesim.api.serving_report import provenance
-from moesim.errors import InputError, MoesimError, describe
-from moesim.files import parse_json, read_bytes, read_json
+from moesim.api.validation_run_read import Run, read_run, shipped_runs
+from moesim.errors import InputError, describe
 from moesim.hardware.cluster import Cluster
 from moesim.model.moe_model import MoEModel
 from moesim.sim.serving.simulate import ServingRun
 from moesim.sim.settings import Settings
-from moesim.traces.requests.document import Request, Requests, check_request
+from moesim.traces.requests.document import Request, Requests
 from moesim.traces.routing_trace import RoutingTrace
 
 SCHEMA = "moesim.validate/1"
@@ -35,7 +36,6 @@ PEERS = {"LLMServingSim, Qwen3-30B-A3B on RTX PRO 6000 (published)": {"ttft": -0
 """Published mean errors of another simulator on a run of this kind."""
 _STEP = 0.05
 """Relative change of step times from which sensitivities are taken, both ways; smaller ones drown in which request meets which step."""
-_LIMIT = 1 << 28
 _USED = {
     "tensor_parallel_size": "attention_tp",
     "max_num_seqs": "serving.max_num_seqs",
@@ -49,80 +49,9 @@ _USED = {
     "enable_prefix_caching": "serving.prefix_cache",
 }
 """Argument of the engine → setting."""
-_OTHERS = ("all2all_backend", "model", "data_parallel_size", "enable_expert_parallel", "kv_cache_dtype")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """A recorded run."""
-
-    place: Path
-    engine: Mapping[str, Any]
-    """engine_kwargs of meta.json."""
-    blocks: int | None
-    """KV blocks of a replica, where meta.json says."""
-    requests: tuple[Request, ...]
-    """In order of arrival."""
-    measured: Mapping[str, tuple[float, float, float]]
-    """Request id → queued_ts, first_token_ts, last_token_ts."""
-    excluded: Mapping[str, int]
-    """Reason → rows that are not scored."""
-
-
-def shipped_runs() -> dict[str, Path]:
-    """Return the runs of the package by name."""
-    folder = Path(__file__).parent / "runs"
-    return {path.name: path for path in sorted(folder.iterdir()) if (path / "meta.json").is_file()}
-
-
-def read_run(ref: str | Path) -> Run:
-    """Read a run by the path of its folder or its shipped name. Raises InputError if a file is missing or breaks a rule."""
-    folder = Path(ref)
-    if not folder.is_dir():
-        shipped = shipped_runs()
-        if str(ref) not in shipped:
-            raise InputError(f"{ref}: is neither a folder with requests.jsonl and meta.json nor a shipped run; shipped: {', '.join(shipped)}")
-        folder = shipped[str(ref)]
-    meta = read_json(folder / "meta.json")
-    engine = meta.get("engine_kwargs") if isinstance(meta, dict) else None
-    if not isinstance(engine, dict):
-        raise InputError(f"{folder / 'meta.json'}: engine_kwargs is missing; it holds the degrees and limits of the engine")
-    cache = meta.get("kv_cache")
-    blocks = cache.get("num_gpu_blocks") if isinstance(cache, dict) else None
-    place = folder / "requests.jsonl"
-    rows, measured, excluded = [], {}, {"impossible row": 0, "no measured times": 0}
-    for number, line in enumerate(read_bytes(place, limit=_LIMIT).splitlines(), start=1):
-        if not line.strip():
-            continue
-        row = parse_json(line, f"{place}: line {number}")
-        if not isinstance(row, dict):
-            raise InputError(f"{place}: line {number}: must be a JSON object, one request")
-        try:
-            name, at, prompt, output = str(row.get("request_id", number)), float(row["arrival_time"]), row["input_toks"], row["output_toks"]
-            if type(prompt) is not int or type(output) is not int:
-                raise ValueError
-            check_request(f"{place}: line {number}", at, prompt, output)
-        except (KeyError, TypeError, ValueError, MoesimError):
-            excluded["impossible row"] += 1
-            continue
-        rows.append((at, name, prompt, output))
-        stamps = [row.get(key) for key in ("queued_ts", "first_token_ts", "last_token_ts")]
-        times = [float(one) for one in stamps if isinstance(one, int | float) and not isinstance(one, bool)]
-        if len(times) == 3 and times[0] < times[1] <= times[2]:
-            measured[name] = (times[0], times[1], times[2])
-        else:
-            excluded["no measured times"] += 1
-    if not measured:
-        raise InputError(f"{place}: no request has queued_ts, first_token_ts and last_token_ts; there is nothing to compare with")
-    if len({row[1] for row in rows}) != len(rows):
-        raise InputError(f"{place}: a request_id appears twice; every request needs its own")
-    rows.sort()
-    first = rows[0][0]
-    requests = tuple(Request(name, at - first, prompt, output) for at, name, prompt, output in rows)
-    known = blocks if isinstance(blocks, int) and blocks > 0 else None
-    return Run(
-        place=folder, engine=engine, blocks=known, requests=requests, measured=measured, excluded={key: count for key, count in excluded.items() if count}
-    )
+_OTHERS = ("all2all_backend", "model", "data_parallel_size", "enable_expert_parallel", "kv_cache_dtype", "quantization")
+_ASKED = ("tensor_parallel_size", "data_parallel_size", "enable_expert_parallel", "max_num_seqs", "max_num_batched_tokens")
+"""Arguments whose absence a reader of the report should know of."""
 
 
 def validate_run(
@@ -147,8 +76,7 @@ def validate_run(
     if model is None and not isinstance(name, str):
         raise InputError(f"{recorded.place / 'meta.json'}: engine_kwargs.model is missing; give --model")
     moe_model, cluster = model_of(model if model is not None else str(name)), cluster_of(hardware)
-    if str(recorded.engine.get("kv_cache_dtype", "auto")).startswith("fp8"):
-        moe_model = replace(moe_model, kv_dtype="fp8")
+    moe_model = _quantized(recorded, moe_model)
     deployment = _deployment(recorded, moe_model, cluster, requests_trace, settings or {}, map_layers, strict, seed)
     predicted, done = _simulate(recorded, deployment, 1.0)
     scored = [one for one in recorded.requests if one.id in recorded.measured and one.id in predicted]
@@ -168,6 +96,7 @@ def validate_run(
         "settings": {
             key: value for key, value in deployment.settings.report().items() if key.startswith("serving.") or key in ("attention_tp", "host_overhead_us")
         },
+        "assumed": _assumed(recorded, deployment),
         "ignored": sorted(key for key in recorded.engine if key not in _USED and key not in _OTHERS),
     }
     for quantity in QUANTITIES:
@@ -181,6 +110,7 @@ def validate_run(
         "rows_scored": len(scored),
         "rows_calibrated": 0,
         "rows_excluded": excluded,
+        "first_excluded": recorded.first_excluded or None,
         "error_floor": None,
         "routing": deployment.routing.report() if deployment.routing is not None else None,
         "provenance": provenance(done, deployment),
@@ -204,15 +134,37 @@ def _deployment(
     backend = str(run.engine.get("all2all_backend") or "allgather_reducescatter")
     items["serving.all2all"] = "gather" if backend in ("allgather_reducescatter", "naive") else "exchange"
     settings = Settings.parse({**items, **overrides})
-    dp = run.engine.get("data_parallel_size") or 1
-    if type(dp) is not int or not 1 <= dp <= 65536:
-        raise InputError(describe(place, "data_parallel_size", dp, "must be an integer in 1..65536"))
-    tp = settings.attention_tp
-    # Without expert parallelism vLLM splits every expert over all ranks.
-    shards = 1 if run.engine.get("enable_expert_parallel") else tp * dp
-    group = group_with(model, tp=tp, dp=dp, expert_tp=shards if model.moe_layer_ids else 1)
+    tp, dp = settings.attention_tp, run.dp
+    # With a flag vLLM spreads whole experts over all ranks; without, it splits every expert over them.
+    spread = run.engine.get("enable_expert_parallel") or 1
+    ep = tp * dp if spread is True else spread
+    if tp * dp % ep:
+        raise InputError(describe(place, "expert parallel size", ep, f"must divide the {tp * dp} ranks (tensor {tp} × data {dp})"))
+    group = group_with(model, tp=tp, dp=dp, expert_tp=tp * dp // ep if model.moe_layer_ids else 1)
     routing = served_routing(model, seed) if trace is None else routing_of(trace, model, seed, map_layers)
     return deployment_of(cluster, model, settings, group=group, routing=routing, strict=strict, seed=seed)
+
+
+def _quantized(run: Run, model: MoEModel) -> MoEModel:
+    """Return the model as the engine was told to quantize it. Raises InputError for weights of a type that the model's config does not have."""
+    if str(run.engine.get("kv_cache_dtype", "auto")).startswith("fp8"):
+        model = replace(model, kv_dtype="fp8")
+    asked = str(run.engine.get("quantization") or "")
+    if not asked or not model.dtype == model.weight_dtype == model.expert_dtype:
+        return model
+    if asked.startswith("fp8"):
+        return replace(model, weight_dtype="fp8", expert_dtype="fp8")
+    place = f"{run.place / 'meta.json'}: engine_kwargs"
+    raise InputError(describe(place, "quantization", asked, f"is not that of {model.name}", "give the config.json of the quantized checkpoint with --model"))
+
+
+def _assumed(run: Run, deployment: Deployment) -> dict[str, Any]:
+    """Return argument → value of what meta.json leaves open."""
+    settings = deployment.settings.report()
+    values = {name: settings[_USED[name]] if name in _USED else 1 if name == "data_parallel_size" else False for name in _ASKED}
+    if not deployment.model.moe_layer_ids:
+        del values["enable_expert_parallel"]
+    return {name: value for name, value in values.items() if run.engine.get(name) is None}
 
 
 def _simulate(run: Run, deployment: Deployment, scale: float) -> tuple[dict[str, tuple[float, float, float]], ServingRun]:
@@ -284,3 +236,6 @@ def _describe(deployment: Deployment) -> dict[str, int]:
         "pp": deployment.settings.serving.pp,
         "kv_blocks": deployment.blocks,
     }
+
+
+__all__ = ["Run", "read_run", "shipped_runs", "validate_run"]

@@ -129,6 +129,14 @@ def print_run(report: dict[str, Any]) -> None:
     note(f"{report['run']}: {report['model']} on {report['hardware']}, {report['rows_scored']} requests scored, none calibrated on")
     for reason, count in report["rows_excluded"].items():
         note(f"  excluded: {count} × {reason}")
+    if report["first_excluded"]:
+        note(f"  the first: {report['first_excluded']}")
+    made, settings = report["deployment"], report["settings"]
+    limits = f"{settings['serving.max_num_seqs']} sequences, {settings['serving.max_num_batched_tokens']:,} tokens a step, {made['kv_blocks']:,} KV blocks"
+    note("deployment: " + ", ".join(f"{name} {made[name]}" for name in ("tp", "dp", "ep", "expert_tp", "pp")) + f"; a replica: {limits}")
+    for title, found in (("assumed, as meta.json does not say", report["assumed"]), ("not simulated", report["ignored"])):
+        if found:
+            note(f"{title}: " + ", ".join(f"{name} {found[name]}" if isinstance(found, dict) else name for name in found))
     routing = report["routing"]
     if routing is not None:
         note(f"routing: {routing['source']} ({routing['use']})")
