@@ -127,13 +127,13 @@ def load(migrations: int) -> None:
         finally:
             live.close()
     print(
-        f"{migrations} migrations, {report['moved']['between_ranks'] / 1e6:.1f} MB between ranks in the last; {len(answers)} different answers of {RANKS} ranks"
+        f"{migrations} migrations, {report['moved']['between_ranks'] / 1e6:.1f} MB between ranks in the last; {len(answers)} different answers, of {RANKS} ranks' requests"
     )
     p99 = {name: float(np.percentile(values, 99)) for name, values in times.items()}
     print(f"step p99 {p99['before']:.1f} ms before ({len(times['before'])} steps), {p99['during']:.1f} ms during ({len(times['during'])}): ", end="")
     print(f"{p99['during'] / p99['before']:.2f} times; medians {np.median(times['before']):.1f} and {np.median(times['during']):.1f} ms")
     print(f"pause ms, p50 and p99: {np.percentile(pauses, [50, 99]).round(1).tolist()}, of which installing {np.percentile(parts, [50, 99]).round(1).tolist()}")
-    print(f"staging ms {spread(np.array(staged), '.0f')}; memory of all ranks {resident[0]:.0f} .. {resident[-1]:.0f} MB")
+    print(f"staging ms {spread(np.array(staged), '.0f')}; memory of all ranks after every tenth: {[round(value) for value in resident[9::10]]} MB")
 
 
 def main() -> None:

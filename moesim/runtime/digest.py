@@ -20,7 +20,7 @@ COLUMNS = 2047
 """Odd, so that the sum of a row of equal words is zero only for zero."""
 SEGMENT_ROWS = 32
 """Rows summed both ways while they are in the cache."""
-FOLD_FROM = 8 * COLUMNS
+FOLD_FROM = 2 * COLUMNS
 """Words from which folding pays."""
 DIGEST_BYTES = 16
 _MASK = (1 << 64) - 1

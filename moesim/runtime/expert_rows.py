@@ -147,40 +147,57 @@ class ExpertRows:
             tensor.grad = None
 
 
+class _Rows:
+    """One tensor [Q, ...] of a layer and where its row lies among the bytes of an expert."""
+
+    def __init__(self, tensor: torch.Tensor, offset: int, size: int) -> None:
+        self.tensor, self.offset, self.size = tensor, offset, size
+        self._address, self._view = 0, np.empty(0, np.uint8)
+
+    def row(self, local: int) -> np.ndarray:
+        """Return the bytes of local slot `local`: a view where they lie together in host memory, else a copy."""
+        tensor = self.tensor
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return bytes_of(tensor.data[local])
+        if tensor.data_ptr() != self._address:  # the layer has grown, or its owner has put other memory there
+            self._address, self._view = tensor.data_ptr(), bytes_of(tensor)
+        return self._view[local * self.size : (local + 1) * self.size]
+
+
 class Reader:
-    """The rows of one layer as they are laid out now, for as long as nothing is added to them."""
+    """The rows of one layer as they are laid out now, for as long as no tensor is added to them."""
 
     def __init__(self, rows: ExpertRows) -> None:
-        self._layout = rows.layout()
-        _, offset, size = self._layout[-1]
-        self.expert_bytes = offset + padded(size)
+        self._layout = [_Rows(*entry) for entry in rows.layout()]
+        last = self._layout[-1]
+        self.expert_bytes = last.offset + padded(last.size)
 
     def read(self, local: int, out: np.ndarray) -> None:
         """Copy the bytes of local slot `local` to `out`."""
-        for tensor, offset, size in self._layout:
-            out[offset : offset + size] = bytes_of(tensor.data[local])
-            out[offset + size : offset + padded(size)] = 0
+        for rows in self._layout:
+            out[rows.offset : rows.offset + rows.size] = rows.row(local)
+            out[rows.offset + rows.size : rows.offset + padded(rows.size)] = 0
 
     @property
     def row_bytes(self) -> list[int]:
         """Bytes of every row of an expert, padding included."""
-        return [padded(size) for _, _, size in self._layout]
+        return [padded(rows.size) for rows in self._layout]
 
     def span(self, local: int, begin: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the bytes of local slot `local` that lie within [begin, end) of its expert, and where each row's begin: views of host memory."""
-        for tensor, offset, size in self._layout:
-            first, last = max(begin, offset), min(end, offset + size)
+        for rows in self._layout:
+            first, last = max(begin, rows.offset), min(end, rows.offset + rows.size)
             if first < last:
-                yield first, bytes_of(tensor.data[local])[first - offset : last - offset]
+                yield first, rows.row(local)[first - rows.offset : last - rows.offset]
 
     def swap(self, local: int, data: np.ndarray) -> None:
         """Exchange the bytes of local slot `local`, in place, with those in `data`."""
         spare = np.empty(SWAP_BYTES, np.uint8)
-        for tensor, offset, size in self._layout:
-            row, fresh = tensor.data[local], data[offset : offset + size]
+        for rows in self._layout:
+            row, fresh = rows.tensor.data[local], data[rows.offset : rows.offset + rows.size]
             if row.device.type == "cpu" and row.is_contiguous():
                 live = bytes_of(row)
-                for begin in range(0, size, SWAP_BYTES):
+                for begin in range(0, rows.size, SWAP_BYTES):
                     old, new = live[begin : begin + SWAP_BYTES], fresh[begin : begin + SWAP_BYTES]
                     kept = spare[: old.size]
                     kept[:] = old
@@ -193,8 +210,8 @@ class Reader:
 
     def digest(self, local: int) -> bytes:
         """Return the digest of what local slot `local` holds."""
-        return digest(*(bytes_of(tensor.data[local]) for tensor, _, _ in self._layout))
+        return digest(*(rows.row(local) for rows in self._layout))
 
     def digest_of(self, data: np.ndarray) -> bytes:
         """Return the digest of the bytes of an expert."""
-        return digest(*(data[offset : offset + size] for _, offset, size in self._layout))
+        return digest(*(data[rows.offset : rows.offset + rows.size] for rows in self._layout))

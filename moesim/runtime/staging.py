@@ -54,7 +54,6 @@ class StagingMemory:
 
     def trim(self) -> StagingMemory:
         """Give back what is not worth keeping until the next migration."""
-        self._spare.clear()
         if self._block.size > KEPT_BYTES:
             self._block = np.empty(0, np.uint8)
         return self
