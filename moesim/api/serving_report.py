@@ -9,8 +9,10 @@ import numpy as np
 from moesim.api.serving_deployment import Deployment
 from moesim.costs import footprint
 from moesim.costs.energy import cost, energy
+from moesim.costs.group import nodes_of
 from moesim.costs.provenance import Provenance
 from moesim.model import sizes
+from moesim.model.moe_model import DTYPE_BYTES
 from moesim.sim.serving.simulate import ServingRun
 from moesim.traces.requests.document import Requests
 
@@ -99,6 +101,7 @@ def provenance(run: ServingRun, deployment: Deployment) -> dict[str, float]:
     slots = max(sums.steps * (group.dp if deployment.curves.coupled else 1), 1)
     decodes, new, chunks = sums.decodes / slots, sums.prompt_tokens / slots, sums.chunks / slots
     tokens = np.array([decodes * deployment.curves.verify + new])
+    hidden = tokens * model.hidden_size * DTYPE_BYTES[model.dtype]
     moe, layers = len(model.moe_layer_ids), model.num_layers
     parts = [(layers, costs.attention_projections(tokens, group.tp)), (1, costs.head(np.array([decodes + chunks]), group.tp))]
     if sums.decodes:
@@ -115,8 +118,27 @@ def provenance(run: ServingRun, deployment: Deployment) -> dict[str, float]:
     if loads is not None:
         parts.append((moe, costs.gate(tokens)))
         parts.append((moe, costs.experts(loads.slot_tokens(tokens * group.dp)[0, 0, :1], expert_tp=group.expert_tp)))
+    if group.tp > 1:
+        parts.append((2 * layers - moe, costs.all_reduce(hidden, group.tp, nodes=nodes_of(group.tp, deployment.cluster))))
     shares = dict.fromkeys((one.name.lower() for one in Provenance), 0.0)
+    if sums.exchange_s:
+        shares[_exchange_class(deployment, tokens * group.dp).name.lower()] += sums.exchange_s / max(sums.steps, 1)
     for count, timed in parts:
         shares[Provenance(int(np.asarray(timed.provenance).max())).name.lower()] += count * float(np.asarray(timed.seconds).sum())
     total = sum(shares.values())
     return {name: value / total if total else 0.0 for name, value in shares.items()}
+
+
+def _exchange_class(deployment: Deployment, tokens: np.ndarray) -> Provenance:
+    """Return the class of how tokens reach their experts and come back: all gather all, or all-to-all kernels."""
+    costs, group = deployment.costs, deployment.group
+    hidden = tokens * deployment.model.hidden_size * DTYPE_BYTES[deployment.model.dtype]
+    nodes = nodes_of(group.ranks, deployment.cluster)
+    loads = deployment.curves.steps.loads(group)
+    if deployment.settings.serving.all2all == "gather" or loads is None or group.ep == 1:
+        timed = costs.all_reduce if group.dp == 1 else costs.all_gather
+        codes = timed(hidden, group.ranks, nodes=nodes).provenance
+    else:
+        copies = loads.ports("low_latency", tokens / group.ranks)
+        codes = costs.exchange("low_latency", "dispatch", copies=copies).provenance
+    return Provenance(int(np.asarray(codes).max()))

@@ -106,3 +106,10 @@ def test_quantized_weights_are_read_faster(tmp_path: Path) -> None:
 def test_an_expert_degree_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expert parallel size = 3 must divide the 2 ranks"):
         validate_run(run(tmp_path / "run", {"model": MODEL, "dp": 2, "ep": 3}), hardware="rtx-pro-6000-2")
+
+
+def test_exchanges_have_a_class_too(tmp_path: Path) -> None:
+    """No table has a collective of two such cards: what two replicas wait for each other is roofline, as the fallbacks say."""
+    report = validate_run(run(tmp_path / "run", {"model": MODEL, "dp": 2, "ep": 2, "max_num_seqs": 8}), hardware="rtx-pro-6000-2")
+    assert "all_gather" in report["fallbacks"] and 0.01 < report["provenance"]["roofline"] < 0.5
+    assert sum(report["provenance"].values()) == pytest.approx(1.0)
