@@ -23,10 +23,12 @@ class PassShape:
     """float64: sequences that they belong to."""
     prefill_context_PR: np.ndarray
     """float64: mean KV length of these sequences at the end of the pass."""
+    decode_tokens_PR: np.ndarray
+    """float64: tokens that decode."""
     decode_seqs_PR: np.ndarray
-    """float64: sequences that decode, one token each."""
+    """float64: sequences that they belong to: as many, fewer where drafts are verified."""
     decode_context_PR: np.ndarray
-    """float64: mean KV length of the decoding sequences, the new token included."""
+    """float64: mean KV length of the decoding sequences, the new tokens included."""
 
     @property
     def num_passes(self) -> int:
@@ -36,7 +38,7 @@ class PassShape:
     @property
     def tokens_PR(self) -> np.ndarray:
         """float64 [P, R]: all tokens of a rank."""
-        return self.prefill_tokens_PR + self.decode_seqs_PR
+        return self.prefill_tokens_PR + self.decode_tokens_PR
 
     @property
     def is_prefill_P(self) -> np.ndarray:
@@ -62,6 +64,7 @@ class PassShape:
             prefill_tokens_PR=total(self.prefill_tokens_PR),
             prefill_seqs_PR=prefill,
             prefill_context_PR=total(self.prefill_seqs_PR * self.prefill_context_PR) / np.maximum(prefill, 1),
+            decode_tokens_PR=total(self.decode_tokens_PR),
             decode_seqs_PR=decode,
             decode_context_PR=total(self.decode_seqs_PR * self.decode_context_PR) / np.maximum(decode, 1),
         )
@@ -110,13 +113,7 @@ def pass_shape(*, rank_T: np.ndarray, phase_T: np.ndarray, request_T: np.ndarray
         context = np.bincount(rank[first], weights=last_position + 1, minlength=num_ranks)
         result[f"{name}_seqs_PR"] = seqs[None]
         result[f"{name}_context_PR"] = (context / np.maximum(seqs, 1))[None]
-    return PassShape(
-        prefill_tokens_PR=result["prefill_tokens_PR"],
-        prefill_seqs_PR=result["prefill_seqs_PR"],
-        prefill_context_PR=result["prefill_context_PR"],
-        decode_seqs_PR=result["decode_tokens_PR"],
-        decode_context_PR=result["decode_context_PR"],
-    )
+    return PassShape(**result)
 
 
 def micro_batch_T(rank_T: np.ndarray, parts: int) -> np.ndarray:

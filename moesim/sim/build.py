@@ -122,9 +122,9 @@ class ProgramBuilder:
             prefill = self.costs.attention(
                 phase="prefill", sequences=shape.prefill_seqs_PR, new_tokens=shape.prefill_tokens_PR, context=shape.prefill_context_PR, tp=self.tp
             )
-        if prefill is None or (shape.decode_seqs_PR > 0).any():
+        if prefill is None or (shape.decode_tokens_PR > 0).any():
             decode = self.costs.attention(
-                phase="decode", sequences=shape.decode_seqs_PR, new_tokens=shape.decode_seqs_PR, context=shape.decode_context_PR, tp=self.tp
+                phase="decode", sequences=shape.decode_seqs_PR, new_tokens=shape.decode_tokens_PR, context=shape.decode_context_PR, tp=self.tp
             )
         if prefill is None or decode is None:
             return prefill or decode  # type: ignore[return-value]
@@ -140,7 +140,7 @@ class ProgramBuilder:
     def _core_share(self, shape: PassShape) -> np.ndarray:
         """Return float [P, R]: the share of scores and values in the FLOPs of the attention block."""
         mean = (shape.prefill_tokens_PR / np.maximum(shape.prefill_seqs_PR, 1.0) - 1.0) / 2.0
-        before = shape.prefill_tokens_PR * np.maximum(shape.prefill_context_PR - mean, 0.0) + shape.decode_seqs_PR * shape.decode_context_PR
+        before = shape.prefill_tokens_PR * np.maximum(shape.prefill_context_PR - mean, 0.0) + shape.decode_tokens_PR * shape.decode_context_PR
         core = sizes.attention_flops(self.model, 1.0, self.tp) * before
         return core / np.maximum(core + sizes.projection_flops(self.model, self.tp) * shape.tokens_PR, 1.0)
 
@@ -158,7 +158,7 @@ class ProgramBuilder:
             before = costs.attention_before_scores(group.tokens_PR, tp=self.tp)
             before = Timing(seconds=np.minimum(before.seconds, attention.seconds), provenance=before.provenance)
         gate_of = {count: self._slowed(costs.gate(tokens_PR, count), is_prefill) for count in set(model.expert_counts_L)}
-        head_tokens = tokens_PR if wanted.train else group.prefill_seqs_PR + group.decode_seqs_PR
+        head_tokens = tokens_PR if wanted.train else group.prefill_seqs_PR + group.decode_tokens_PR
         return BatchTimes(
             tokens_PR=tokens_PR,
             embedding=costs.embedding(tokens_PR),

@@ -196,6 +196,7 @@ def _shape(shape: PassShape, deal_RR: np.ndarray) -> PassShape:
         prefill_tokens_PR=shape.prefill_tokens_PR @ share_RR,
         prefill_seqs_PR=prefill,
         prefill_context_PR=context(shape.prefill_seqs_PR, shape.prefill_context_PR, prefill),
+        decode_tokens_PR=shape.decode_tokens_PR @ share_RR,
         decode_seqs_PR=decode,
         decode_context_PR=context(shape.decode_seqs_PR, shape.decode_context_PR, decode),
     )

@@ -21,14 +21,17 @@ def test_counts_match_a_loop_over_tokens(seed: int, tokens: int, ranks: int) -> 
     position = rng.integers(0, 100, tokens)
     shape = pass_shape(rank_T=rank, phase_T=phase, request_T=request, position_T=position, num_ranks=ranks)
     for r in range(ranks):
-        last: dict[int, int] = {}
-        for t in range(tokens):
-            if rank[t] == r and phase[t] == PREFILL:
-                last[int(request[t])] = max(last.get(int(request[t]), 0), int(position[t]) + 1)
-        assert shape.prefill_tokens_PR[0, r] == ((rank == r) & (phase == PREFILL)).sum()
-        assert shape.prefill_seqs_PR[0, r] == len(last)
-        assert shape.prefill_context_PR[0, r] == pytest.approx(sum(last.values()) / max(len(last), 1))
-        assert shape.decode_seqs_PR[0, r] == ((rank == r) & (phase == DECODE)).sum()
+        entries = 0
+        for name, code in (("prefill", PREFILL), ("decode", DECODE)):
+            last: dict[int, int] = {}
+            for t in range(tokens):
+                if rank[t] == r and phase[t] == code:
+                    last[int(request[t])] = max(last.get(int(request[t]), 0), int(position[t]) + 1)
+            assert getattr(shape, f"{name}_tokens_PR")[0, r] == ((rank == r) & (phase == code)).sum()
+            assert getattr(shape, f"{name}_seqs_PR")[0, r] == len(last)
+            assert getattr(shape, f"{name}_context_PR")[0, r] == pytest.approx(sum(last.values()) / max(len(last), 1))
+            entries += sum(last.values())
+        assert shape.kv_entries_PR[0, r] == pytest.approx(entries), "drafts of a request share its cache"
     assert shape.tokens_PR.sum() == tokens
 
 

@@ -248,7 +248,7 @@ def test_resharding_conserves_tokens_sequences_and_context(seed: int) -> None:
     assert (np.diff(new.rank_T.astype(int)) >= 0).all() and alive[new.rank_T].all()
     assert sorted(map(bytes, new.experts_TLK.reshape(len(new.rank_T), -1))) == sorted(map(bytes, old.experts_TLK.reshape(len(old.rank_T), -1)))
     np.testing.assert_allclose(dealt.shape.tokens_PR[0], np.bincount(new.rank_T, minlength=4), rtol=1e-12)
-    for name in ("prefill_tokens_PR", "prefill_seqs_PR", "decode_seqs_PR"):
+    for name in ("prefill_tokens_PR", "prefill_seqs_PR", "decode_tokens_PR", "decode_seqs_PR"):
         assert getattr(new.shape, name).sum() == pytest.approx(getattr(old.shape, name).sum())
     assert new.shape.kv_entries_PR.sum() == pytest.approx(old.shape.kv_entries_PR.sum())
     mine = old.rank_T[:, None] == np.flatnonzero(alive)

@@ -121,7 +121,8 @@ def cluster_of(devices: int) -> Cluster:
 def shape_of(ranks: int, tokens: int = TOKENS) -> PassShape:
     """One-token contexts, so that the attention's core has next to no FLOPs."""
     full, none = np.full((1, ranks), float(tokens)), np.zeros((1, ranks))
-    return PassShape(prefill_tokens_PR=full, prefill_seqs_PR=full, prefill_context_PR=none, decode_seqs_PR=none, decode_context_PR=none)
+    decode = dict.fromkeys(("decode_tokens_PR", "decode_seqs_PR", "decode_context_PR"), none)
+    return PassShape(prefill_tokens_PR=full, prefill_seqs_PR=full, prefill_context_PR=none, **decode)
 
 
 def loads_of(compiler: LoadCompiler, model: MoEModel, tokens: int = TOKENS, seed: int = 0) -> StepLoads:

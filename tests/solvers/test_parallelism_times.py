@@ -39,6 +39,7 @@ def simulated(name: str, hardware: str, tp: int, phase: str, sequences: int) -> 
         prefill_tokens_PR=full if phase == "prefill" else zero,
         prefill_seqs_PR=seqs if phase == "prefill" else zero,
         prefill_context_PR=context,
+        decode_tokens_PR=zero if phase == "prefill" else seqs,
         decode_seqs_PR=zero if phase == "prefill" else seqs,
         decode_context_PR=context,
     )
