@@ -126,9 +126,8 @@ def load(migrations: int) -> None:
             answers = {digest for rank in client.metrics(live.control)["rank_metrics"] for _, digest in rank["wave_digests"]}
         finally:
             live.close()
-    print(
-        f"{migrations} migrations, {report['moved']['between_ranks'] / 1e6:.1f} MB between ranks in the last; {len(answers)} different answers, of {RANKS} ranks' requests"
-    )
+    moved_mb = report["moved"]["between_ranks"] / 1e6
+    print(f"{migrations} migrations, {moved_mb:.1f} MB between ranks in the last; {len(answers)} different answers, to {RANKS} different requests")
     p99 = {name: float(np.percentile(values, 99)) for name, values in times.items()}
     print(f"step p99 {p99['before']:.1f} ms before ({len(times['before'])} steps), {p99['during']:.1f} ms during ({len(times['during'])}): ", end="")
     print(f"{p99['during'] / p99['before']:.2f} times; medians {np.median(times['before']):.1f} and {np.median(times['during']):.1f} ms")
