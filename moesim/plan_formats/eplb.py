@@ -11,6 +11,7 @@ import io
 import json
 import math
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,7 @@ def _read_archive(path: Path) -> dict[str, Any]:
                 result[info.filename.removesuffix(".npy")] = _read_member(member, path, info.filename)
     except (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError, RuntimeError) as cause:
         raise PlanError(f"{path}: is not a readable .npz archive ({cause}); write it again with numpy.savez") from None
-    except Exception as cause:
-        # zlib.error derives from Exception alone
-        if isinstance(cause, PlanError):
-            raise
+    except zlib.error as cause:
         raise PlanError(f"{path}: is damaged ({cause}); write it again with numpy.savez") from None
     return result
 

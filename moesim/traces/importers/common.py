@@ -12,6 +12,7 @@ import io
 import itertools
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -309,10 +310,8 @@ def text_lines(path: Path) -> Iterator[str]:
                     yield text
     except (OSError, EOFError, UnicodeDecodeError, ValueError) as cause:
         raise TraceError(f"{path}: is not a readable CSV ({cause}); check the file") from None
-    except Exception as cause:
-        if type(cause).__module__ == "zlib":
-            raise TraceError(f"{path}: is a damaged .gz ({cause}); copy it again") from None
-        raise
+    except zlib.error as cause:
+        raise TraceError(f"{path}: is a damaged .gz ({cause}); copy it again") from None
 
 
 def numeric_table(lines: Iterator[str], columns: int, place: str) -> np.ndarray:
@@ -381,8 +380,6 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                 result[info.filename.removesuffix(".npy")] = parse_npy(data, f"{path}[{info.filename}]")
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as cause:
         raise TraceError(f"{path}: is not a readable .npz ({cause}); check the file") from None
-    except Exception as cause:
-        if type(cause).__module__ == "zlib":
-            raise TraceError(f"{path}: is a damaged .npz ({cause}); copy it again") from None
-        raise
+    except zlib.error as cause:
+        raise TraceError(f"{path}: is a damaged .npz ({cause}); copy it again") from None
     return result
