@@ -101,7 +101,10 @@ class ProgramBuilder:
         row_of = {layer: row for row, layer in enumerate(model.moe_layer_ids)}
         layers = [Layers(sites[0], times, self.settings, row_of) for times in batches]
         lag = FIFTHS_LAG if any(times.before_scores is not None for times in batches) else 0
-        side_by_side([each.forward(range(model.num_layers), [], embed=True, head=model.num_layers) for each in layers], lag)
+        ends = side_by_side([each.forward(range(model.num_layers), [], embed=True, head=None) for each in layers], lag)
+        # Micro-batches hide exchanges, and the head has none: it runs once, on all of the pass.
+        head = self._head(np.sum([self._head_tokens(shape.grouped(self.tp)) for shape, _ in parts], axis=0), is_prefill)
+        sites[0].timed("head", head, [op for end in ends for op in end], model.num_layers)
         return program, traffic
 
     def _stage_of_rows(self, micro: int) -> np.ndarray:
@@ -158,7 +161,6 @@ class ProgramBuilder:
             before = costs.attention_before_scores(group.tokens_PR, tp=self.tp)
             before = Timing(seconds=np.minimum(before.seconds, attention.seconds), provenance=before.provenance)
         gate_of = {count: self._slowed(costs.gate(tokens_PR, count), is_prefill) for count in set(model.expert_counts_L)}
-        head_tokens = tokens_PR if wanted.train else group.prefill_seqs_PR + group.decode_tokens_PR
         return BatchTimes(
             tokens_PR=tokens_PR,
             embedding=costs.embedding(tokens_PR),
@@ -169,10 +171,19 @@ class ProgramBuilder:
             dense=self._slowed(costs.dense_ffn(group.tokens_PR, tp=self.tp), is_prefill),
             gate_L=tuple(gate_of[count] for count in model.expert_counts_L),
             shared=self._slowed(costs.shared_experts(tokens_PR), is_prefill) if model.num_shared_experts else None,
-            head=self._slowed(costs.head(head_tokens, tp=self.tp), is_prefill),
+            head=self._head(tokens_PR if wanted.train else self._head_tokens(group), is_prefill),
             moe=moe,
             moe_backward=backward,
         )
+
+    @staticmethod
+    def _head_tokens(shape: PassShape) -> np.ndarray:
+        return shape.prefill_seqs_PR + shape.decode_tokens_PR
+
+    def _head(self, tokens_PR: np.ndarray, is_prefill: bool) -> Timing:
+        """Return the time of final norm and head and, where tokens are generated, of sampling the next ones."""
+        parts = [self.costs.head(tokens_PR, tp=self.tp)] + ([] if self.settings.pipeline.train else [self.costs.sampling(tokens_PR)])
+        return self._slowed(total(*parts), is_prefill)
 
     def _slowed(self, time: Timing, is_prefill: bool) -> Timing:
         """Return the time at the clock that the device sustains, on the SMs that exchanges leave for good."""

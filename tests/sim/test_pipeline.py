@@ -85,6 +85,9 @@ class Costs:
     def head(self, tokens: np.ndarray, tp: int = 1) -> Timing:
         return self._all(tokens, 0.0)
 
+    def sampling(self, sequences: np.ndarray) -> Timing:
+        return self._all(sequences, 0.0)
+
     def p2p(self, nbytes: np.ndarray, *, nodes: int) -> Timing:
         self.asked.append(("p2p", nbytes, nodes))
         return self._all(nbytes, self.message_s)
