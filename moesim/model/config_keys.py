@@ -33,9 +33,11 @@ class Keys:
         hint = f"did you mean {names[0]!r} where it says {near[0]!r}?" if near else "add it" + (f" ({why})" if why else "")
         return ModelError(f"{self.place}: {' or '.join(names)}: is missing; {hint}")
 
-    def whole(self, *names: str, low: int, high: int, default: int | None = None, required: bool = True) -> int | None:
-        """Return the whole number under the first of `names` that is there, in low..high."""
+    def whole(self, *names: str, low: int, high: int, default: int | None = None, required: bool = True, layers: int = 0) -> int | None:
+        """Return the whole number under the first of `names` that is there, in low..high; layers: a list may say it once for each of so many."""
         name, value = self.get(*names)
+        if layers and isinstance(value, list) and len(value) == layers and all(item == value[0] for item in value):
+            value = value[0]
         if value is None:
             if default is None and required:
                 raise self.missing(names)
@@ -46,9 +48,9 @@ class Keys:
             raise ModelError(describe(self.place, name, value, f"must be in {low}..{high}"))
         return value
 
-    def need(self, *names: str, low: int, high: int, default: int | None = None) -> int:
+    def need(self, *names: str, low: int, high: int, default: int | None = None, layers: int = 0) -> int:
         """Return a whole number that must be there, or its default."""
-        value = self.whole(*names, low=low, high=high, default=default)
+        value = self.whole(*names, low=low, high=high, default=default, layers=layers)
         assert value is not None
         return value
 

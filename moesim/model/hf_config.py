@@ -25,13 +25,16 @@ MAX_CONFIG_BYTES = 4 * 2**20
 EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts", "num_routed_experts")
 TOP_K = ("num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts", "num_selected_experts")
 EXPERT_FFN = ("moe_intermediate_size", "expert_ffn_hidden_size", "expert_intermediate_size")
-SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
 SHARED_FFN = ("shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim")
 NESTED = ("text_config", "llm_config", "language_config")
-GATES = ("softmax", "sigmoid", "sqrtsoftplus")
+PARTS = ("attn_config", "ffn_config")
+"""Objects into which some families put the keys of a part of every layer."""
+GATES = {"softmax": "softmax", "sigmoid": "sigmoid", "sqrtsoftplus": "sqrtsoftplus", "noaux_tc": "sigmoid"}
+"""What configs call the gate's activation → what it is."""
 PLAIN_ACTIVATIONS = frozenset({"relu", "relu2", "gelu_new", "gelu_fast"})
 """Activations of FFNs that have two matrices; the others come with a gate."""
-_SUFFIX = re.compile(r"-(?:instruct|base|chat|hf|it|v0\.1|0924|0125|2507|0324|0528|bf16|thinking)$")
+_SUFFIX = re.compile(r"-(?:instruct|base|chat|hf|it|pt|v0\.1|0924|0125|2507|0324|0528|bf16|thinking)$")
 
 
 def library_names() -> tuple[str, ...]:
@@ -68,13 +71,13 @@ def resolve_name(text: str) -> str:
     """Return the library name that `text` (a name, an alias or a hub id like `Qwen/Qwen3-30B-A3B`) stands for."""
     lowered = text.strip().lower().rsplit("/", 1)[-1].replace("_", "-")
     names, known = library_names(), aliases()
-    # One suffix at a time, so that the longest known name wins. A precision that changes sizes (…-fp8) is never dropped.
-    candidate = lowered
+    # One suffix at a time, so that the longest known name wins. A precision that changes sizes (…-fp8) is never dropped; it stays behind what is.
+    candidate, precise = (lowered[: -len("-fp8")], "-fp8") if lowered.endswith("-fp8") else (lowered, "")
     while True:
-        if candidate in names:
-            return candidate
-        if candidate in known:
-            return known[candidate]
+        if candidate + precise in names:
+            return candidate + precise
+        if candidate + precise in known:
+            return known[candidate + precise]
         shorter = _SUFFIX.sub("", candidate)
         if shorter == candidate:
             break
@@ -89,8 +92,12 @@ def parse_config(node: Any, name: str, place: str) -> MoEModel:
     if not isinstance(node, dict):
         raise ModelError(f"{place}: must be a JSON object, as in a Hugging Face config.json")
     inner = next((key for key in NESTED if isinstance(node.get(key), dict)), None)
-    keys = Keys(node[inner] if inner else node, node if inner else {}, place)
-    layers = keys.need("num_hidden_layers", "num_layers", "n_layer", low=1, high=2000)
+    text = node[inner] if inner else node
+    for part in PARTS:
+        if isinstance(text.get(part), dict):
+            text = {**text[part], **text}
+    keys = Keys(text, node if inner else {}, place)
+    layers = keys.need("num_hidden_layers", "num_layers", "n_layer", "n_layers", low=1, high=2000)
     _refuse_foreign_layers(keys, layers)
     hidden = keys.need("hidden_size", "n_embd", "d_model", low=1, high=1_000_000)
     experts, moe_layers, counts = _counts(keys, layers)
@@ -110,7 +117,7 @@ def parse_config(node: Any, name: str, place: str) -> MoEModel:
         "gate_activation": "softmax",
     }
     if experts:
-        facts.update(_experts(keys, counts or (experts,), family))
+        facts.update(_experts(keys, counts or (experts,), family, layers))
     dense = 0
     if len(moe_layers) < layers:
         dense = keys.need(*(("intermediate_size_mlp",) if family.startswith("llama4") else ("intermediate_size", "ffn_hidden_size")), low=1, high=10_000_000)
@@ -131,7 +138,7 @@ def parse_config(node: Any, name: str, place: str) -> MoEModel:
         weight_block=types.weight_block,
         gated_ffn=activation not in PLAIN_ACTIVATIONS,
         tie_embeddings=keys.flag("tie_word_embeddings", default=family.startswith("gemma")),
-        max_position=keys.need("max_position_embeddings", "seq_length", "max_sequence_length", "n_positions", low=1, high=10**9),
+        max_position=keys.need("max_position_embeddings", "seq_length", "max_sequence_length", "max_seq_len", "n_positions", low=1, high=10**9),
         architecture=architecture[:200],
         source=place,
         **facts,
@@ -178,7 +185,7 @@ def _moe_layers(keys: Keys, layers: int) -> tuple[int, ...]:
     else:
         every = keys.need("moe_layer_freq", low=1, high=layers, default=1)
         ids &= set(range(0, layers, every))
-    ids -= set(range(keys.need("first_k_dense_replace", low=0, high=layers, default=0)))
+    ids -= set(range(keys.need("first_k_dense_replace", "moe_layer_num_skipped", low=0, high=layers, default=0)))
     step = keys.need("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval", low=1, high=layers, default=1)
     ids &= {layer for layer in range(layers) if (layer + 1) % step == 0}
     ids -= set(keys.whole_list("mlp_only_layers", low=0, high=layers - 1) or [])
@@ -193,15 +200,18 @@ def _moe_layers(keys: Keys, layers: int) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def _experts(keys: Keys, counts: tuple[int, ...], family: str) -> dict[str, Any]:
+def _experts(keys: Keys, counts: tuple[int, ...], family: str, layers: int) -> dict[str, Any]:
     experts = min(counts)  # what holds in the smallest layer holds in all
-    top_k = keys.need(*TOP_K, low=1, high=experts)
+    top_k = keys.need(*TOP_K, low=1, high=experts, layers=layers)
     # Without a size of their own, experts have the only FFN size there is (Mixtral, gpt-oss, OLMoE).
-    ffn = keys.need(*EXPERT_FFN, "intermediate_size", low=1, high=10_000_000)
+    ffn = keys.need(*EXPERT_FFN, "intermediate_size", "ffn_hidden_size", low=1, high=10_000_000, layers=layers)
     shared_ffn = keys.whole(*SHARED_FFN, low=0, high=10_000_000, required=False)
-    shared = keys.whole(*SHARED, low=0, high=1024, required=False)
+    shared = keys.whole(*SHARED, low=0, high=1024, required=False, layers=layers)
     if family.startswith("llama4") and shared is None:
         shared = 1
+    if keys.flag("residual_moe", default=False):
+        # A dense FFN beside the experts is what a shared expert is.
+        shared, shared_ffn = 1, keys.need("intermediate_size", low=1, high=10_000_000)
     if shared is None:
         shared = 1 if shared_ffn else 0
     if shared == 0 or shared_ffn == 0:
@@ -226,12 +236,12 @@ def _experts(keys: Keys, counts: tuple[int, ...], family: str) -> dict[str, Any]
         "shared_ffn_size": shared_ffn,
         "num_groups": groups,
         "top_k_groups": chosen,
-        "gate_activation": gate,
+        "gate_activation": GATES[str(gate)],
     }
 
 
 def _attention(keys: Keys, layers: int, hidden: int) -> Attention:
-    heads = keys.need("num_attention_heads", "n_head", low=1, high=65_536)
+    heads = keys.need("num_attention_heads", "n_head", "n_heads", low=1, high=65_536)
     latent = keys.whole("kv_lora_rank", low=1, high=1_000_000, required=False)
     if latent is not None:
         nope = keys.need("qk_nope_head_dim", low=1, high=65_536)
@@ -249,7 +259,7 @@ def _attention(keys: Keys, layers: int, hidden: int) -> Attention:
     for key in ("q_lora_rank", "o_lora_rank"):
         if keys.get(key)[1]:
             raise ModelError(describe(keys.place, key, keys.get(key)[1], "needs kv_lora_rank: the sizes of low-rank attention other than MLA are unknown"))
-    kv_heads = keys.need("num_key_value_heads", "num_kv_heads", low=1, high=65_536, default=heads)
+    kv_heads = keys.need("num_key_value_heads", "num_kv_heads", "kv_n_heads", low=1, high=65_536, default=heads)
     if heads % kv_heads:
         raise ModelError(describe(keys.place, "num_key_value_heads", kv_heads, f"must divide num_attention_heads ({heads})"))
     dim = keys.whole("head_dim", low=1, high=65_536, required=False)
@@ -296,6 +306,8 @@ def _refuse_foreign_layers(keys: Keys, layers: int) -> None:
         "layers_block_type",
         "zero_expert_num",
         "mamba_d_state",
+        "use_cla",
+        "parallel_attn_mlp_res",
     )
     for key in foreign:
         value = keys.get(key)[1]

@@ -62,6 +62,16 @@ def test_top_k_is_read_under_any_familys_key(key: str) -> None:
     assert parse(**{"num_experts_per_tok": ..., key: 3}).top_k == 3
 
 
+def test_a_list_of_one_value_for_all_layers_is_that_value() -> None:
+    assert parse(moe_topk=[4] * 8, num_experts_per_tok=..., num_shared_expert=[1] * 8, moe_intermediate_size=[32] * 8) == parse(n_shared_experts=1)
+
+
+def test_keys_of_a_part_may_be_an_object_of_their_own() -> None:
+    removed = dict.fromkeys(("num_experts", "num_experts_per_tok", "num_key_value_heads", "num_attention_heads", "num_hidden_layers", "intermediate_size"), ...)
+    parts = {"ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 16, "moe_top_k": 4, "model_type": ""}, "attn_config": {"kv_n_heads": 2}}
+    assert parse(**removed, **parts, n_heads=8, n_layers=8, moe_intermediate_size=...) == parse()
+
+
 def test_keys_that_count_the_same_thing_must_agree() -> None:
     assert parse(num_local_experts=16).num_experts == 16
     assert "must agree" in refusal(num_local_experts=8)
@@ -111,6 +121,7 @@ def test_a_model_whose_rule_leaves_no_expert_layer_is_dense() -> None:
         ({"shared_expert_intermediate_size": 0}, 0, 0),
         ({"n_shared_experts": 2, "shared_expert_intermediate_size": 80}, 2, 80),
         ({"model_type": "llama4_text", "intermediate_size_mlp": 512}, 1, 32),
+        ({"residual_moe": True}, 1, 256),
     ],
 )
 def test_shared_experts(changes: dict[str, Any], shared: int, size: int) -> None:
@@ -256,6 +267,8 @@ def test_absurd_sizes_are_refused(key: str, value: Any) -> None:
         ({"attn_type_list": [1, 0]}, "attn_type_list"),
         ({"tie_word_embeddings": "no"}, "true or false"),
         ({"model_type": 5}, "short text"),
+        ({"use_cla": True}, "use_cla"),
+        ({"moe_topk": [4, 4, 2, 4, 4, 4, 4, 4], "num_experts_per_tok": ...}, "must be a whole number"),
     ],
 )
 def test_contradictions_and_foreign_layers_are_refused(changes: dict[str, Any], words: str) -> None:
@@ -339,6 +352,11 @@ def test_any_config_parses_or_is_refused(changes: dict[str, Any]) -> None:
         ("moonshotai/Kimi-K2-Instruct", "kimi-k2"),
         ("MiniMaxAI/MiniMax-M2.5", "minimax-m2.5"),
         ("qwen3_30b_a3b", "qwen3-30b-a3b"),
+        ("Qwen/Qwen3-30B-A3B-Instruct-2507-FP8", "qwen3-30b-a3b-fp8"),
+        ("Qwen/Qwen3-Coder-30B-A3B-Instruct-FP8", "qwen3-30b-a3b-fp8"),
+        ("baidu/ERNIE-4.5-21B-A3B-PT", "ernie-4.5-21b-a3b"),
+        ("databricks/dbrx-instruct", "dbrx"),
+        ("meta-llama/Llama-4-Scout-17B-16E-Instruct", "llama-4-scout-17b-16e"),
     ],
 )
 def test_names_aliases_and_hub_ids_find_their_model(ref: str, name: str) -> None:

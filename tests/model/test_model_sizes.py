@@ -34,6 +34,18 @@ PUBLISHED = {
     "llama-3.1-8b": (8.03, 8.03, True),
     "llama-3.1-70b": (70.6, 70.6, True),
     "qwen3-32b": (32.8, 32.8, True),
+    "glm-4.5": (355, 32, False),
+    "glm-4.5-air": (106, 12, False),
+    "qwen2-57b-a14b": (57.4, 14, True),
+    "phi-3.5-moe": (41.9, 6.6, True),
+    "dbrx": (132, 36, True),
+    "ernie-4.5-300b-a47b": (300, 47, False),
+    "ernie-4.5-21b-a3b": (21.8, 3, False),
+    "granite-3.1-3b-a800m": (3.3, 0.8, False),
+    "hunyuan-a13b": (80, 13, False),
+    "llama-4-scout-17b-16e": (108, 17, True),  # the published 109 with its vision encoder
+    "llama-4-maverick-17b-128e": (400, 17, True),
+    "deepseek-moe-16b": (16.4, 2.8, True),
 }
 
 
