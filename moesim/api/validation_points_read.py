@@ -235,8 +235,10 @@ def _point(name: str, row: Mapping[str, str], columns: Mapping[str, str]) -> Poi
     if prompt is None or output is None:
         raise _Impossible("a value is missing", "prompt and output lengths are needed")
     ttft, tpot = _time(row, columns.get("ttft")), _time(row, columns.get("tpot"))
+    if output == 1:
+        tpot = None  # no token follows the first
     if ttft is None and tpot is None:
-        raise _Impossible("no measured times", "neither TTFT nor TPOT")
+        raise _Impossible("no measured times", "neither TTFT nor TPOT of more than one token")
     split = text("mode") == "disagg" or (not row.get("tp_size") and bool(row.get("decode_tp_size")))
     prefix = "decode_" if split else ""
     batch = _whole(row, f"{prefix}batch_size", 1, MAX_CLIENTS)

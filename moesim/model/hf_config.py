@@ -293,7 +293,10 @@ def _sliding(keys: Keys, layers: int) -> tuple[int | None, tuple[int, ...]]:
         sliding = tuple(layer for layer in range(layers) if layer >= first and (pattern is None or (layer + 1) % pattern))
     else:
         sliding = ()
-    return (window, sliding) if sliding else (None, ())
+    # A window that no sequence outgrows is none.
+    context = keys.whole("max_position_embeddings", low=1, high=10**9, required=False)
+    narrow = window is not None and (context is None or window < context)
+    return (window, sliding) if sliding and narrow else (None, ())
 
 
 def _refuse_foreign_layers(keys: Keys, layers: int) -> None:

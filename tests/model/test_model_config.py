@@ -155,6 +155,7 @@ def test_sliding_windows() -> None:
     assert parse(sliding_window=128, sliding_window_pattern=4).attention.sliding_layer_ids == (0, 1, 2, 4, 5, 6)
     assert parse(sliding_window=128, max_window_layers=6).attention.sliding_layer_ids == (6, 7)
     assert parse(sliding_window=128, layer_types=["full_attention"] * 8).attention.sliding_window is None
+    assert parse(sliding_window=4096).attention == parse().attention, "no sequence outgrows a window as long as the context"
     assert "must have one per layer (8)" in refusal(sliding_window=128, layer_types=alternate[:-1])
     assert "sliding_window: is missing" in refusal(layer_types=alternate)
 
