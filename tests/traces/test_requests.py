@@ -81,6 +81,23 @@ def test_a_recorded_run_is_a_request_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "lines",
+    [
+        ("TIMESTAMP,ContextTokens,GeneratedTokens", "2024-05-10 00:00:00+00:00,9,0", "2024-05-10 00:00:01+00:00,9,3"),
+        ("arrived_at,num_prefill_tokens,num_decode_tokens", "0,9,0", "1,9,3"),
+        ("Timestamp,Request tokens,Response tokens", "0,9,0", "1,9,3"),
+        ('{"timestamp": 0, "input_length": 9, "output_length": 0}', '{"timestamp": 1000, "input_length": 9, "output_length": 3}'),
+        ('{"arrival_time_ns": 0, "input_toks": 9, "output_toks": 0}', '{"arrival_time_ns": 1000000000, "input_toks": 9, "output_toks": 3}'),
+        ('{"arrival_time": 5, "input_toks": 9, "output_toks": 0}', '{"arrival_time": 6, "input_toks": 9, "output_toks": 3}'),
+    ],
+)
+def test_a_request_that_was_cut_off_is_left_out_and_counted(tmp_path: Path, lines: tuple[str, ...]) -> None:
+    requests = open_requests(write(tmp_path, "cut.txt", *lines))
+    assert [(one.arrival_s, one.prompt_tokens, one.output_tokens) for one in requests] == [(1.0, 9, 3)]
+    assert requests.excluded == {"no answer (0 tokens)": 1}
+
+
+@pytest.mark.parametrize(
     ("lines", "message"),
     [
         (("TIMESTAMP,ContextTokens", "x,1"), "are of no known request format .azure lacks GeneratedTokens"),
@@ -88,7 +105,7 @@ def test_a_recorded_run_is_a_request_trace(tmp_path: Path) -> None:
         (("arrived_at,num_prefill_tokens,num_decode_tokens", "1,2"), "line 2: cells = 2 must be 3"),
         (("arrived_at,num_prefill_tokens,num_decode_tokens", "1,2,3", "0.5,2,3"), "request 2 .3.: arrival = 0.5 s must be >= the arrival before it"),
         (("arrived_at,num_prefill_tokens,num_decode_tokens", "1,-2,3"), "line 2: prompt tokens = -2 must be in 1"),
-        (("arrived_at,num_prefill_tokens,num_decode_tokens", "1,2,0"), "line 2: output tokens = 0"),
+        (("arrived_at,num_prefill_tokens,num_decode_tokens", "1,2,-1"), "line 2: output tokens = -1"),
         (("arrived_at,num_prefill_tokens,num_decode_tokens", "1,2.5,3"), "num_prefill_tokens = 2.5 must be a whole number"),
         (("arrived_at,num_prefill_tokens,num_decode_tokens", "nan,2,3"), "arrival = nan must be a number of seconds"),
         (("TIMESTAMP,ContextTokens,GeneratedTokens", "yesterday,1,1"), "TIMESTAMP = 'yesterday' must be a time stamp"),

@@ -1,7 +1,8 @@
 """From one row of a file to one request, format by format.
 
-Azure: CSV of time stamps (UTC); Vidur: CSV in seconds; BurstGPT: CSV in seconds, rows without an answer are left out; Mooncake: JSON lines in ms with
+Azure: CSV of time stamps (UTC); Vidur and BurstGPT: CSV in seconds; Mooncake: JSON lines in ms with
 ids of 512-token blocks; LLMServingSim: JSON lines in ns, with token ids (hashed by blocks of 16) and sessions; `run`: what a benchmark recorded.
+Rows of any format without an answer are left out and counted.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from moesim.traces.requests.document import MAX_CHAIN, Request, check_request
 
 Row = Mapping[str, Any]
 MOONCAKE_BLOCK = 512
+NO_ANSWER = "no answer (0 tokens)"
 TOKEN_BLOCK = 16
 """Tokens per block where ids are made from token ids: the default of serving engines."""
 
@@ -59,7 +61,12 @@ def _request(place: str, name: str, arrival_s: float, prompt: int, output: int, 
     return Request(name, arrival_s, prompt, output, **more)
 
 
-def _azure(place: str, name: str, row: Row, memory: dict[str, float]) -> Request:
+def _answered(place: str, name: str, arrival_s: float, prompt: int, output: int, **more: Any) -> Request | str:
+    """Return the request; of one that was cut off before its first token, why it is left out."""
+    return NO_ANSWER if output == 0 else _request(place, name, arrival_s, prompt, output, **more)
+
+
+def _azure(place: str, name: str, row: Row, memory: dict[str, float]) -> Request | str:
     text = str(row["TIMESTAMP"]).strip()
     try:
         stamp = datetime.fromisoformat(text)
@@ -69,22 +76,22 @@ def _azure(place: str, name: str, row: Row, memory: dict[str, float]) -> Request
     first = memory.setdefault("first", at)
     if at < first:
         raise TraceError(describe(place, "TIMESTAMP", text, "must not be before the first row's", "sort by time"))
-    return _request(place, name, at - first, _whole(place, row, "ContextTokens"), _whole(place, row, "GeneratedTokens"))
+    return _answered(place, name, at - first, _whole(place, row, "ContextTokens"), _whole(place, row, "GeneratedTokens"))
 
 
-def _vidur(place: str, name: str, row: Row, memory: dict[str, float]) -> Request:
-    return _request(place, name, _number(place, row, "arrived_at"), _whole(place, row, "num_prefill_tokens"), _whole(place, row, "num_decode_tokens"))
+def _vidur(place: str, name: str, row: Row, memory: dict[str, float]) -> Request | str:
+    return _answered(place, name, _number(place, row, "arrived_at"), _whole(place, row, "num_prefill_tokens"), _whole(place, row, "num_decode_tokens"))
 
 
 def _burstgpt(place: str, name: str, row: Row, memory: dict[str, float]) -> Request | str:
     prompt, output = _whole(place, row, "Request tokens"), _whole(place, row, "Response tokens")
     arrival = _number(place, row, "Timestamp")
-    if prompt == 0 or output == 0:
-        return "no answer (0 tokens)"
-    return _request(place, name, arrival, prompt, output)
+    if prompt == 0:
+        return NO_ANSWER
+    return _answered(place, name, arrival, prompt, output)
 
 
-def _mooncake(place: str, name: str, row: Row, memory: dict[str, float]) -> Request:
+def _mooncake(place: str, name: str, row: Row, memory: dict[str, float]) -> Request | str:
     prompt = _whole(place, row, "input_length")
     ids = row.get("hash_ids") or []
     if not isinstance(ids, list) or any(type(one) is not int for one in ids):
@@ -93,7 +100,7 @@ def _mooncake(place: str, name: str, row: Row, memory: dict[str, float]) -> Requ
         raise TraceError(describe(place, "hash_ids", f"{len(ids)} ids", f"must be at most one per {MOONCAKE_BLOCK} of the {prompt} prompt tokens"))
     # The last block is shared only if it is full.
     blocks = tuple(ids[: prompt // MOONCAKE_BLOCK])
-    return _request(place, name, _number(place, row, "timestamp") * 1e-3, prompt, _whole(place, row, "output_length"), blocks=blocks)
+    return _answered(place, name, _number(place, row, "timestamp") * 1e-3, prompt, _whole(place, row, "output_length"), blocks=blocks)
 
 
 def _token_blocks(place: str, row: Row, prompt: int) -> tuple[int, ...]:
@@ -112,12 +119,12 @@ def _token_blocks(place: str, row: Row, prompt: int) -> tuple[int, ...]:
 _SUB_KEYS = {"input_toks", "output_toks", "tool_duration_ns", "input_tok_ids", "output_tok_ids"}
 
 
-def _llmservingsim(place: str, name: str, row: Row, memory: dict[str, float]) -> Request:
+def _llmservingsim(place: str, name: str, row: Row, memory: dict[str, float]) -> Request | str:
     arrival = _number(place, row, "arrival_time_ns") * 1e-9
     chain = row.get("sub_requests")
     if chain is None:
         prompt = _whole(place, row, "input_toks")
-        return _request(place, name, arrival, prompt, _whole(place, row, "output_toks"), blocks=_token_blocks(place, row, prompt))
+        return _answered(place, name, arrival, prompt, _whole(place, row, "output_toks"), blocks=_token_blocks(place, row, prompt))
     if not isinstance(chain, list) or not 1 <= len(chain) <= MAX_CHAIN or not all(isinstance(one, dict) for one in chain):
         raise TraceError(describe(place, "sub_requests", chain, f"must be a list of 1..{MAX_CHAIN} objects"))
     label, after = str(row.get("session_id", name))[:200], None
@@ -137,12 +144,12 @@ def _llmservingsim(place: str, name: str, row: Row, memory: dict[str, float]) ->
     return after
 
 
-def _run(place: str, name: str, row: Row, memory: dict[str, float]) -> Request:
+def _run(place: str, name: str, row: Row, memory: dict[str, float]) -> Request | str:
     at = _number(place, row, "arrival_time")
     first = memory.setdefault("first", at)
     if at < first:
         raise TraceError(describe(place, "arrival_time", at, "must not be before the first row's", "sort by arrival"))
-    return _request(place, str(row.get("request_id", name))[:200], at - first, _whole(place, row, "input_toks"), _whole(place, row, "output_toks"))
+    return _answered(place, str(row.get("request_id", name))[:200], at - first, _whole(place, row, "input_toks"), _whole(place, row, "output_toks"))
 
 
 CSV_FORMATS = (
