@@ -98,9 +98,9 @@ def test_an_idle_replica_takes_part_in_vain() -> None:
         one.decodes, one.contexts = decodes, 500.0 * decodes
         return one
 
-    (alone,), _, moe_alone = curves.stages([work(16), work(0)])
-    (both,), _, moe_both = curves.stages([work(16), work(16)])
-    (halves,), _, moe_halves = curves.stages([work(8), work(8)])
-    assert alone < both and moe_alone < moe_both
-    assert moe_alone >= moe_halves, "the busiest replica's rows are what the exchange waits for"
-    assert alone > halves, "attention of sixteen is not halved by a replica that idles"
+    alone = curves.step([work(16), work(0)])
+    both = curves.step([work(16), work(16)])
+    halves = curves.step([work(8), work(8)])
+    assert alone.stages < both.stages and (alone.exchange, alone.experts) < (both.exchange, both.experts)
+    assert (alone.exchange, alone.experts) >= (halves.exchange, halves.experts), "the busiest replica's rows are what the exchange waits for"
+    assert alone.stages > halves.stages, "attention of sixteen is not halved by a replica that idles"

@@ -11,6 +11,8 @@ Shapes: t tokens of a replica, n sequences, c context. Seconds.
 from __future__ import annotations
 
 from bisect import bisect_right
+from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -36,7 +38,8 @@ class Line:
     __slots__ = ("keys", "values", "last")
 
     def __init__(self, keys: np.ndarray, values: np.ndarray) -> None:
-        self.keys, self.values = keys.tolist(), values.tolist()
+        self.keys: list[float] = keys.tolist()
+        self.values: list[float] = values.tolist()
         self.last = len(self.keys) - 2
 
     def __call__(self, x: float) -> float:
@@ -47,6 +50,24 @@ class Line:
         at = min(at, self.last)
         share = (x - keys[at]) / (keys[at + 1] - keys[at])
         return values[at] + share * (values[at + 1] - values[at])
+
+
+@dataclass(slots=True, kw_only=True)
+class StepTime:
+    """What a step of an instance takes, s."""
+
+    stages: list[float]
+    """On every pipeline stage."""
+    hop: float
+    """Handing over between two."""
+    exchange: float
+    """Exchanges of all MoE layers."""
+    experts: float
+    """Routed experts of all MoE layers."""
+    growth: float = 0.0
+    """What a token more of all mean contexts adds on one stage, if nothing else changes."""
+    room: float = inf
+    """For how many such tokens that holds."""
 
 
 class StepCurves:
@@ -76,14 +97,15 @@ class StepCurves:
         self._max_rows = max_seqs // self._row_width + 1
         self._contexts = octaves(1, max(max_context, 2), 8)
         self._context_keys: list[float] = self._contexts.tolist()
-        self._rows: list[tuple[list[float], np.ndarray]] = []
-        self._max_context = max_context
-        self._chunks: dict[int, tuple[list[float], list[float], list[list[float]]]] = {}
+        self._rows: list[list[float]] = []
+        self._chunks: dict[int, list[list[float]]] = {}
         self._news = octaves(1, max(max_tokens, 2), 4)
+        self._news_keys: list[float] = self._news.tolist()
         self._prefixes = np.concatenate([[0.0], octaves(16, max(max_context, 32), 4)])
+        self._prefix_keys: list[float] = self._prefixes.tolist()
         self._moe = {phase: self._moe_lines(phase, max_tokens) for phase in ("prefill", "decode")} if moe else {}
 
-    def _row(self, sequences: int) -> tuple[list[float], np.ndarray]:
+    def _row(self, sequences: int) -> list[float]:
         """Return the scores of so many decoding sequences at every context; rows are made when they are first needed, up to a power of two."""
         at = -(-sequences // self._row_width) - 1
         if at >= len(self._rows) and len(self._rows) < self._max_rows:
@@ -91,7 +113,7 @@ class StepCurves:
             seqs = np.arange(first + 1, last + 1, dtype=np.float64) * self._row_width
             batch, context = np.broadcast_arrays(seqs[:, None], self._contexts[None, :])
             timed = self.steps.costs.attention_core(phase="decode", sequences=batch, new_tokens=batch, context=context, tp=self.group.tp)
-            self._rows += [(row.tolist(), row) for row in self._layers * np.asarray(timed.seconds)]
+            self._rows += (self._layers * np.asarray(timed.seconds)).tolist()
         return self._rows[min(at, len(self._rows) - 1)]
 
     def _moe_lines(self, phase: str, max_tokens: int) -> tuple[Line, Line]:
@@ -112,21 +134,21 @@ class StepCurves:
         """Return what follows from the tokens of a replica, all layers."""
         return self._body[-(-tokens // self._width)]
 
-    def decode_core(self, sequences: int, context_sum: float) -> float:
-        """Return the scores of decoding sequences, all layers."""
-        row = self._row(sequences)[0]
-        context, keys = context_sum / sequences, self._context_keys
-        at = min(max(bisect_right(keys, context) - 1, 0), len(keys) - 2)
-        return row[at] + (context - keys[at]) / (keys[at + 1] - keys[at]) * (row[at + 1] - row[at])
+    def decode_core(self, sequences: int, context: float) -> tuple[float, float, float]:
+        """Return the scores of decoding sequences of a mean context, all layers; what a token of context adds, and for how many tokens it adds that."""
+        row, keys = self._row(sequences), self._context_keys
+        at = bisect_right(keys, context) - 1
+        last = len(keys) - 2
+        room = keys[at + 1] - context if at < last else inf
+        at = min(max(at, 0), last)
+        slope = (row[at + 1] - row[at]) / (keys[at + 1] - keys[at])
+        return row[at] + (context - keys[at]) * slope, slope, room
 
-    def prefill_core(self, chunks: list[tuple[int, int]]) -> float:
-        """Return the scores of prompt chunks (new tokens, KV length at the end), all layers."""
-        count = len(chunks)
-        new = sum(chunk[0] for chunk in chunks)
-        pairs = sum(chunk[0] * (chunk[1] - 0.5 * chunk[0]) for chunk in chunks)
+    def prefill_core(self, count: int, new: int, pairs: float) -> float:
+        """Return the scores of so many prompt chunks with `new` tokens and `pairs` pairs of tokens in all, all layers."""
         each = new / count
         prefix = max(pairs / new - 0.5 * each, 0.0)
-        news, prefixes, rows = self._table(count)
+        news, prefixes, rows = self._news_keys, self._prefix_keys, self._table(count)
         i = min(max(bisect_right(news, each) - 1, 0), len(news) - 2)
         j = min(bisect_right(prefixes, prefix) - 1, len(prefixes) - 2)
         down, across = (each - news[i]) / (news[i + 1] - news[i]), (prefix - prefixes[j]) / (prefixes[j + 1] - prefixes[j])
@@ -134,31 +156,14 @@ class StepCurves:
         first = low[j] + across * (low[j + 1] - low[j])
         return first + down * (high[j] + across * (high[j + 1] - high[j]) - first)
 
-    def _table(self, count: int) -> tuple[list[float], list[float], list[list[float]]]:
+    def _table(self, count: int) -> list[list[float]]:
         if count not in self._chunks:
             new, prefix = np.broadcast_arrays(self._news[:, None], self._prefixes[None, :])
             timed = self.steps.costs.attention_core(
                 phase="prefill", sequences=np.full(new.shape, float(count)), new_tokens=new * count, context=new + prefix, tp=self.group.tp
             )
-            self._chunks[count] = (self._news.tolist(), self._prefixes.tolist(), (self._layers * np.asarray(timed.seconds)).tolist())
+            self._chunks[count] = (self._layers * np.asarray(timed.seconds)).tolist()
         return self._chunks[count]
-
-    def tokens_of(self, work: Work) -> int:
-        """Return the new tokens of a batch."""
-        return work.decodes * self.verify + sum(chunk[0] for chunk in work.chunks)
-
-    def replica(self, work: Work, tokens: int) -> tuple[float, float, float]:
-        """Return the seconds of a replica's batch outside of MoE coupling: all layers, embedding, head."""
-        if not tokens:
-            return 0.0, 0.0, 0.0
-        body = self.body(tokens)
-        if work.decodes:
-            body += self.decode_core(work.decodes, work.contexts)
-        if work.chunks:
-            body += self.prefill_core([chunk[:2] for chunk in work.chunks])
-        positions = work.decodes * self.verify + len(work.chunks)
-        at = -(-tokens // self._width)
-        return body, self._embed[at], self._head[-(-positions // self._width)]
 
     def moe(self, total: int, busiest: int, prefill: bool) -> tuple[float, float]:
         """Return the seconds of exchanges and of routed experts, all MoE layers: total tokens of the group, tokens of its busiest replica."""
@@ -167,36 +172,49 @@ class StepCurves:
         exchange, experts = self._moe["prefill" if prefill else "decode"]
         return exchange(busiest), experts(total / self.group.dp)
 
-    def stages(self, works: list[Work]) -> tuple[list[float], float, tuple[float, float]]:
-        """Return the seconds of a step on every pipeline stage, of handing over between two, and what `moe` gives; `works`: one per replica of the group."""
-        tokens = [self.tokens_of(work) for work in works]
-        body = embed = head = 0.0
-        prefill = False
-        for work, own in zip(works, tokens, strict=True):
-            one, first, last = self.replica(work, own)
-            body, embed, head = max(body, one), max(embed, first), max(head, last)
-            prefill = prefill or bool(work.chunks)
-        busiest = max(tokens)
-        moe = self.moe(sum(tokens), busiest, prefill)
-        times = [share * (body + sum(moe)) for share in self.share]
-        times[0] += embed
-        times[-1] += head
-        return times, self._hop[-(-busiest // self._width)] if self._hop else 0.0, moe
-
-    def decode_run(self, works: list[Work], grown_i: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
-        """Return the seconds [i] of steps that only decode, on one stage, when the mean contexts have grown by `grown_i`; and what `moe` gives for each."""
-        tokens = [self.tokens_of(work) for work in works]
-        body_i = np.zeros(len(grown_i))
-        ends = 0.0
-        for work, own in zip(works, tokens, strict=True):
-            if not own:
+    def step(self, works: list[Work]) -> StepTime:
+        """Return the time of a step; `works`: one per replica of the group."""
+        embed = head = 0.0
+        total = busiest = 0
+        room, prefill = inf, False
+        bodies: list[tuple[float, float]] = []
+        for work in works:
+            positions = tokens = work.decodes * self.verify
+            if work.chunks:
+                prefill = True
+                positions += len(work.chunks)
+                new, pairs = 0, 0.0
+                for size, end, _ in work.chunks:
+                    new += size
+                    pairs += size * (end - 0.5 * size)
+                tokens += new
+            if not tokens:
                 continue
-            row, keys = self._row(work.decodes)[1], self._contexts
-            context = work.contexts / work.decodes + grown_i
-            core = np.interp(context, keys, row)
-            if context[-1] > keys[-1]:
-                core += np.maximum(context - keys[-1], 0.0) * ((row[-1] - row[-2]) / (keys[-1] - keys[-2]))
-            body_i = np.maximum(body_i, self.body(own) + core)
-            ends = max(ends, self._embed[-(-own // self._width)] + self._head[-(-own // self._width)])
-        moe = self.moe(sum(tokens), max(tokens), prefill=False)
-        return body_i + sum(moe) + ends, moe
+            at = -(-tokens // self._width)
+            body, slope = self._body[at], 0.0
+            if work.decodes:
+                core, slope, most = self.decode_core(work.decodes, work.contexts / work.decodes)
+                body += core
+                room = min(room, most)
+            if work.chunks:
+                body += self.prefill_core(len(work.chunks), new, pairs)
+            bodies.append((body, slope))
+            embed, head = max(embed, self._embed[at]), max(head, self._head[-(-positions // self._width)])
+            total += tokens
+            busiest = max(busiest, tokens)
+        body, growth = max(bodies)
+        for other, slope in bodies:
+            if slope > growth:  # it takes over one day
+                room = min(room, (body - other) / (slope - growth))
+        exchange, experts = self.moe(total, busiest, prefill)
+        stages = [share * (body + (exchange + experts)) for share in self.share]
+        stages[0] += embed
+        stages[-1] += head
+        return StepTime(
+            stages=stages,
+            hop=self._hop[-(-busiest // self._width)] if self._hop else 0.0,
+            exchange=exchange,
+            experts=experts,
+            growth=growth,
+            room=room,
+        )

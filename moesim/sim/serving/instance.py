@@ -7,16 +7,12 @@ after another. A batch is formed when the first stage is free.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
-import numpy as np
-
-from moesim.sim.serving.curves import StepCurves
+from moesim.sim.serving.curves import StepCurves, StepTime
 from moesim.sim.serving.replica import Replica, Sequence, Work
 from moesim.sim.serving.settings import ServingSettings
-
-MIN_LEAP, MAX_LEAP = 2, 1 << 10
-"""Steps that are worth an array, and those that one array holds at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,18 +70,29 @@ class StepSums:
 
 
 class Flight:
-    """A step that runs, or several of which nothing but their contexts differs."""
+    """A step that runs, and those planned after it: they differ in their contexts only, and in their times by the same from one to the next."""
 
-    __slots__ = ("lane", "works", "until", "ends", "moe_s")
+    __slots__ = ("lane", "works", "time", "host_s", "start_s", "device_s", "first_s", "more", "next_s", "growth_s", "until")
 
-    def __init__(self, lane: int, works: list[Work]) -> None:
-        self.lane, self.works = lane, works
+    def __init__(self, lane: int, works: list[Work], time: StepTime, host_s: float, start_s: float) -> None:
+        self.lane, self.works, self.time = lane, works, time
+        self.host_s, self.start_s = host_s, start_s
+        self.device_s = 0.0
+        """In which devices work on the first step, summed over stages."""
+        self.first_s = 0.0
+        """When the first step ends."""
+        self.more = 0
+        """Steps after the first."""
+        self.next_s = 0.0
+        """How long the second takes."""
+        self.growth_s = 0.0
+        """How much longer than the one before it every later one takes."""
         self.until = 0.0
-        """When it ends; an event at another time is void."""
-        self.ends: np.ndarray | None = None
-        """End of every step of several."""
-        self.moe_s = (0.0, 0.0)
-        """Of each of several: exchanges, routed experts."""
+        """When the last one ends; an event at another time is void."""
+
+    def end_s(self, step: int) -> float:
+        """Return when a step ends; 0: the first."""
+        return self.first_s + step * (self.next_s + 0.5 * (step - 1) * self.growth_s)
 
 
 class Instance:
@@ -101,127 +108,116 @@ class Instance:
         self.until = 0.0
         """End of the latest step; a request that arrives before is seen then."""
         self.flight: Flight | None = None
-        """The steps in flight, if they are several."""
+        """The latest step, if others are planned after it."""
         self.sums = StepSums()
+        self._gain, self._sequence_s = settings.acceptance, settings.sequence_us * 1e-6
 
-    def start(self, now: float) -> tuple[Flight, float] | None:
-        """Form a batch and run it; return it with its end, or None if nothing can run now."""
+    def start(self, now: float) -> Flight | None:
+        """Form a batch and run it; return its step, or None if nothing can run now."""
         for index in self.idle:
             works = [replica.schedule(replica.lanes[index]) for replica in self.replicas]
-            if not any(work.chunks or work.decodes for work in works):
+            sequences = decodes = swapped = 0
+            for work in works:
+                sequences = max(sequences, work.decodes + len(work.chunks))
+                decodes = max(decodes, work.decodes)
+                swapped = max(swapped, work.swap_tokens)
+            if not sequences:
                 continue
-            times, hop, moe = self.curves.stages(works)
-            pool, sums = self.pool, self.sums
-            drafted = pool.draft_s if pool.draft_s and any(work.decodes for work in works) else 0.0
-            at = now + drafted
-            swapped = max(work.swap_tokens for work in works)
-            if swapped:
-                at += swapped * pool.swap_s_per_token
-            for stage, seconds in enumerate(times):
+            pool, time = self.pool, self.curves.step(works)
+            # Every replica has a host process of its own.
+            flight = Flight(index, works, time, pool.host_s + self._sequence_s * sequences, now)
+            at = now + swapped * pool.swap_s_per_token
+            if decodes:
+                at += pool.draft_s
+                flight.device_s = pool.draft_s
+            for stage, seconds in enumerate(time.stages):
                 at = max(at, self.free_s[stage]) + seconds * pool.scale
+                flight.device_s += seconds * pool.scale
                 if not stage:
-                    at += self._host_s(works)
+                    at += flight.host_s
                 self.free_s[stage] = at
-                at += hop
+                at += time.hop
             self.idle.remove(index)
             for replica in self.replicas:
                 replica.lanes[index].flying = True
-            at -= hop
-            self.until = at
-            sums.steps += 1
-            sums.busy_s += at - now
-            self._book_work(sum(times) * pool.scale + drafted, moe, 1, any(work.chunks for work in works))
-            for work in works:
-                sums.decodes += work.decodes
-                sums.contexts += work.contexts
-                if work.chunks:
-                    sums.chunks += len(work.chunks)
-                    for size, end, _ in work.chunks:
-                        sums.prompt_tokens += size
-                        sums.prompt_contexts += end
-            return Flight(index, works), at
+            self.until = flight.first_s = flight.until = at - time.hop
+            return flight
         return None
 
-    def _book_work(self, seconds: float, moe: tuple[float, float], steps: int, prompts: bool) -> None:
-        """Book `seconds` of devices in so many equal steps, and what one of them spends in MoE."""
-        sums, exchange = self.sums, moe[0] * self.pool.scale * steps
-        sums.moe_s += sum(moe) * self.pool.scale * steps
-        sums.exchange_s += exchange
-        if prompts:
-            sums.prompt_s += seconds - exchange
-        else:
-            sums.decode_s += seconds - exchange
+    def leap(self, flight: Flight) -> None:
+        """Plan the steps after a step as long as only contexts grow, and step times evenly with them: at most up to the one with which a sequence ends.
 
-    def _host_s(self, works: list[Work]) -> float:
-        """Return the time of a step that no device work hides; every replica has a host process of its own."""
-        each_us = self.replicas[0].settings.sequence_us
-        return self.pool.host_s + (each_us * 1e-6 * max(work.decodes + len(work.chunks) for work in works) if each_us else 0.0)
-
-    def leap(self, flight: Flight, end: float) -> float:
-        """Plan the steps after the one in flight, which ends at `end`, up to the one with which a sequence ends; return the end of the last.
-
-        Exact up to rounding: no sequence ends or is admitted meanwhile and blocks are free, so of all that a step's time depends on only the contexts
-        grow. What comes meanwhile cuts the plan short; `finish` books what is left of it.
+        Exact up to rounding: no sequence ends or is admitted meanwhile and blocks are free. What comes meanwhile cuts the plan short.
         """
-        flight.until = end
         if len(self.free_s) > 1 or not all(work.settled for work in flight.works):
-            return end
-        active = [(replica, replica.lanes[0], work) for replica, work in zip(self.replicas, flight.works, strict=True) if work.decodes]
-        count = min(min(lane.ends) - lane.steps for _, lane, _ in active) if active else 0
-        if count >= MIN_LEAP:
-            count = min(count, MAX_LEAP, *(replica.supplied(lane) for replica, lane, _ in active))
-        if count < MIN_LEAP:
-            return end
-        grown = np.arange(1, count + 1) * self.replicas[0].settings.acceptance
-        seconds, flight.moe_s = self.curves.decode_run(flight.works, grown)
-        flight.ends = np.cumsum(np.concatenate([[end], seconds * self.pool.scale + (self._host_s(flight.works) + self.pool.draft_s)]))
-        self.flight = flight
-        return self._until(flight)
+            return
+        gain, pool, time = self._gain, self.pool, flight.time
+        count = time.room / gain
+        for replica, work in zip(self.replicas, flight.works, strict=True):
+            if work.decodes:
+                lane = replica.lanes[0]
+                count = min(count, min(lane.ends) - lane.steps)
+                if count >= 1:
+                    count = min(count, replica.supplied(lane))
+        if count >= 1:
+            flight.growth_s = time.growth * gain * pool.scale
+            flight.next_s = flight.device_s + flight.host_s + flight.growth_s
+            self.flight = flight
+            self._plan(flight, int(count))
 
     def cut(self, now: float) -> bool:
         """Keep of a plan the steps that have begun before `now`; return whether it ends earlier than it did."""
         flight = self.flight
-        if flight is None or flight.ends is None:
+        if flight is None or not flight.more or flight.end_s(flight.more - 1) < now:
             return False
         # A step begins when the one before it ends.
-        kept = 1 + int(np.searchsorted(flight.ends[:-1], now, side="left"))
-        if kept == len(flight.ends):
-            return False
-        flight.ends = flight.ends[:kept]
-        self._until(flight)
+        self._plan(flight, bisect_left(range(flight.more), now, key=flight.end_s))
         return True
 
-    def _until(self, flight: Flight) -> float:
-        assert flight.ends is not None
-        self.free_s[0] = self.until = flight.until = float(flight.ends[-1])
-        return flight.until
-
-    def _book(self, flight: Flight, ends: np.ndarray) -> None:
-        """Book the steps of a plan but its first, which `start` has booked, and its last, which `finish` does."""
-        kept, gain, sums = len(ends) - 1, self.replicas[0].settings.acceptance, self.sums
-        sums.steps += kept
-        sums.busy_s += float(ends[-1] - ends[0])
-        self._book_work(float(ends[-1] - ends[0]) - self._host_s(flight.works) * kept, flight.moe_s, kept, False)
-        for replica, work in zip(self.replicas, flight.works, strict=True):
-            if work.decodes:
-                sums.decodes += work.decodes * kept
-                sums.contexts += work.contexts * kept + work.decodes * gain * (kept * (kept + 1) / 2)
-                replica.advance(replica.lanes[0], kept)
+    def _plan(self, flight: Flight, more: int) -> None:
+        flight.more = more
+        self.free_s[0] = self.until = flight.until = flight.end_s(more)
 
     def finish(self, flight: Flight) -> tuple[list[tuple[Replica, Sequence]], list[tuple[Replica, Sequence]]]:
-        """End a step: return the sequences that have gained a token by their prompt, and those that have ended by decoding."""
-        if flight.ends is not None:
-            self._book(flight, flight.ends)
-            self.flight = None
+        """End a flight: return the sequences that have gained a token by their prompt, and those that have ended by decoding."""
+        self._book(flight)
+        self.flight = None
         first, done = [], []
         for replica, work in zip(self.replicas, flight.works, strict=True):
             lane = replica.lanes[flight.lane]
             if work.decodes:
+                if flight.more:
+                    replica.advance(lane, flight.more)
                 done += [(replica, one) for one in replica.stepped(lane)]
-            first += [(replica, one) for one in work.finished_prompts]
+            if work.finished_prompts:
+                first += [(replica, one) for one in work.finished_prompts]
             lane.flying = False
             for sequence in lane.joining:
                 replica.decode(lane, sequence)
             lane.joining.clear()
         self.idle.append(flight.lane)
         return first, done
+
+    def _book(self, flight: Flight) -> None:
+        sums, time, more = self.sums, flight.time, flight.more
+        steps, scale = 1 + more, self.pool.scale
+        exchange = time.exchange * scale * steps
+        seconds = flight.device_s + (flight.until - flight.first_s - flight.host_s * more) - exchange
+        sums.steps += steps
+        sums.busy_s += flight.until - flight.start_s
+        sums.moe_s += exchange + time.experts * scale * steps
+        sums.exchange_s += exchange
+        prompts = False
+        for work in flight.works:
+            if work.decodes:
+                sums.decodes += work.decodes * steps
+                sums.contexts += work.contexts * steps + work.decodes * self._gain * (0.5 * more * steps)
+            for size, end, _ in work.chunks:
+                prompts = True
+                sums.chunks += 1
+                sums.prompt_tokens += size
+                sums.prompt_contexts += end
+        if prompts:
+            sums.prompt_s += seconds
+        else:
+            sums.decode_s += seconds

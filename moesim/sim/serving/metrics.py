@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from math import frexp
 
 import numpy as np
 
@@ -11,6 +10,8 @@ EXACT = 1 << 18
 """Values that are kept; their percentiles are exact."""
 _BINS = 512
 """Bins per octave."""
+_ZERO = -(1 << 40)
+"""Bin of 0."""
 PERCENTILES = (50, 95, 99)
 
 
@@ -22,6 +23,9 @@ class Sample:
         self.total = 0.0
         self._limit = exact
         self._values = array("d")
+        self._runs: list[tuple[float, float, int]] = []
+        """First value, growth and number of values that grow evenly."""
+        self._kept = 0
         self._bins: dict[int, int] = {}
 
     def add(self, value: float) -> None:
@@ -29,22 +33,31 @@ class Sample:
         self.count += 1
         self.total += value
         self._values.append(value)
-        if len(self._values) >= self._limit:
+        self._kept += 1
+        if self._kept >= self._limit:
             self._empty()
 
-    def extend(self, values: np.ndarray) -> None:
-        """Take many values at once."""
-        self.count += len(values)
-        self.total += float(values.sum())
-        self._values.frombytes(np.asarray(values, dtype=np.float64).tobytes())
-        if len(self._values) >= self._limit:
+    def extend(self, first: float, growth: float, count: int) -> None:
+        """Take so many values, each larger by `growth` than the one before."""
+        self.count += count
+        self.total += count * (first + 0.5 * (count - 1) * growth)
+        self._runs.append((first, growth, count))
+        self._kept += count
+        if self._kept >= self._limit:
             self._empty()
+
+    def _unbinned(self) -> np.ndarray:
+        """Return the values that are kept."""
+        first, growth, count = np.array(self._runs).reshape(-1, 3).T
+        counts = count.astype(np.int64)
+        place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.concatenate([self._values, np.repeat(first, counts) + place * np.repeat(growth, counts)])
 
     def _empty(self) -> None:
-        for one in self._values:
-            key = _bin(one)
-            self._bins[key] = self._bins.get(key, 0) + 1
-        self._values = array("d")
+        keys, counts = np.unique(_bins(self._unbinned()), return_counts=True)
+        for key, count in zip(keys.tolist(), counts.tolist(), strict=True):
+            self._bins[key] = self._bins.get(key, 0) + count
+        self._values, self._runs, self._kept = array("d"), [], 0
 
     @property
     def mean(self) -> float:
@@ -55,12 +68,11 @@ class Sample:
         """Return percentiles (0..100): exact and linear between neighbours as long as all values are kept, else the middle of a bin."""
         if not self.count:
             return [0.0 for _ in shares]
-        values = np.frombuffer(self._values, dtype=np.float64) if len(self._values) else np.zeros(0)
         if not self._bins:
-            return [float(one) for one in np.percentile(values, shares)]
+            return [float(one) for one in np.percentile(self._unbinned(), shares)]
         bins = dict(self._bins)
-        for one in values.tolist():
-            bins[_bin(one)] = bins.get(_bin(one), 0) + 1
+        for key in _bins(self._unbinned()).tolist():
+            bins[key] = bins.get(key, 0) + 1
         keys = sorted(bins)
         reached = np.cumsum([bins[key] for key in keys])
         return [_middle(keys[int(np.searchsorted(reached, share / 100 * (self.count - 1), side="right"))]) for share in shares]
@@ -72,15 +84,14 @@ class Sample:
         return {"mean": self.mean * scale} | {f"p{share}": value * scale for share, value in zip(PERCENTILES, self.percentile(*PERCENTILES), strict=True)}
 
 
-def _bin(value: float) -> int:
-    if value <= 0.0:
-        return -(1 << 40)
-    mantissa, exponent = frexp(value)
-    return exponent * _BINS + int((mantissa - 0.5) * 2 * _BINS)
+def _bins(values: np.ndarray) -> np.ndarray:
+    mantissa, exponent = np.frexp(values)
+    bins = exponent.astype(np.int64) * _BINS + ((mantissa - 0.5) * 2 * _BINS).astype(np.int64)
+    return np.where(values > 0.0, bins, _ZERO)
 
 
 def _middle(key: int) -> float:
-    if key == -(1 << 40):
+    if key == _ZERO:
         return 0.0
     exponent, part = divmod(key, _BINS)
     return float((0.5 + (part + 0.5) / (2 * _BINS)) * 2.0**exponent)

@@ -18,8 +18,6 @@ from heapq import heappop, heappush
 from math import inf
 from typing import Any
 
-import numpy as np
-
 from moesim.errors import SimulationError
 from moesim.sim.serving.instance import Flight, Instance, Pool, StepSums
 from moesim.sim.serving.metrics import Sample
@@ -175,13 +173,13 @@ class Simulation:
 
     def _start(self, instance: Instance, now: float) -> None:
         while instance.idle and instance.free_s[0] <= now:
-            began = instance.start(now)
-            self._moves(instance, now)
-            if began is None:
+            flight = instance.start(now)
+            if self._prefill:
+                self._moves(instance, now)
+            if flight is None:
                 return
-            flight, end = began
-            self.run.step.add(end - now)
-            self._push(instance.leap(flight, end), _END, instance, flight)
+            instance.leap(flight)
+            self._push(flight.until, _END, instance, flight)
         if instance.idle and instance.free_s[0] > now:
             self._push(instance.free_s[0], _WAKE, instance, None)
 
@@ -192,8 +190,9 @@ class Simulation:
 
     def _end(self, instance: Instance, flight: Flight, now: float) -> None:
         self._dirty[id(instance)] = instance
-        if flight.ends is not None:
-            self.run.step.extend(np.diff(flight.ends))
+        self.run.step.add(flight.first_s - flight.start_s)
+        if flight.more:
+            self.run.step.extend(flight.next_s, flight.growth_s, flight.more)
         first, done = instance.finish(flight)
         for _, sequence in done:
             self._finish(sequence, now)

@@ -53,8 +53,7 @@ def test_look_ups_agree_with_the_model(built: tuple[StepModel, StepCurves], seed
         )
         exact = float(steps.times(curves.group, batch).total_n[0])
         one = work([(new, int(new + prefix))] * count, decodes, context)
-        times, _, _ = curves.stages([one] * curves.group.dp)
-        assert sum(times) == pytest.approx(exact, rel=0.02), (kind, decodes, count, new, prefix, context)
+        assert sum(curves.step([one] * curves.group.dp).stages) == pytest.approx(exact, rel=0.02), (kind, decodes, count, new, prefix, context)
 
 
 def test_stages_share_the_layers() -> None:
@@ -62,8 +61,8 @@ def test_stages_share_the_layers() -> None:
     steps = StepModel(model, cluster, CostModel(cluster, model, backend="vllm"), np.zeros((0, 0)), linear_placement)
     one, three = (StepCurves(steps, Group(1, 1, 1, 1, 0), pp=pp, max_tokens=64, max_seqs=64, max_context=4096) for pp in (1, 3))
     batch = work([], 32, 1000.0)
-    times, hop, _ = three.stages([batch])
-    assert hop > 0 and sum(times) == pytest.approx(one.stages([batch])[0][0]) and three.share == [11 / 32, 11 / 32, 10 / 32]
+    time = three.step([batch])
+    assert time.hop > 0 and sum(time.stages) == pytest.approx(one.step([batch]).stages[0]) and three.share == [11 / 32, 11 / 32, 10 / 32]
 
 
 def test_skewed_routing_costs_more_than_even() -> None:
@@ -74,7 +73,8 @@ def test_skewed_routing_costs_more_than_even() -> None:
         assign = capped_LE(1.0 / np.arange(1.0, 129.0)[None] ** exponent, 8)
         steps = StepModel(model, cluster, CostModel(cluster, model, backend="vllm"), assign, linear_placement, draw_seed=1)
         curves = StepCurves(steps, group, pp=1, max_tokens=512, max_seqs=256, max_context=8192)
-        found.append(sum(curves.stages([work([], 256, 2000.0)] * 8)[2]))
+        time = curves.step([work([], 256, 2000.0)] * 8)
+        found.append(time.exchange + time.experts)
     assert found[0] < 0.9 * found[1] < 0.81 * found[2]
 
 

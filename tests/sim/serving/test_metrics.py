@@ -31,5 +31,16 @@ def test_many_values_are_right_to_a_bin() -> None:
     assert summary is not None and summary["mean"] == pytest.approx(values.mean() * 1e3)
 
 
+@pytest.mark.parametrize("exact", [64, 10_000])
+def test_a_run_of_values_counts_as_its_values(exact: int) -> None:
+    values, runs = Sample(exact), Sample(exact)
+    for first, growth, count in [(1.0, 0.0, 40), (2.0, 0.25, 100), (3.0, -0.5, 5), (0.5, 1.0, 1)]:
+        runs.extend(first, growth, count)
+        for place in range(count):
+            values.add(first + place * growth)
+    assert runs.count == values.count and runs.total == values.total
+    assert runs.percentile(0, 10, 50, 90, 100) == values.percentile(0, 10, 50, 90, 100)
+
+
 def test_nothing_has_no_summary() -> None:
     assert Sample().summary() is None

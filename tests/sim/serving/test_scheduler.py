@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import InputError
+from moesim.sim.serving.instance import Instance
 from moesim.sim.serving.replica import Replica, Sequence
 from moesim.sim.serving.settings import ServingSettings
 from moesim.sim.serving.simulate import ServingRun, Simulation
@@ -72,7 +73,8 @@ def test_swapped_sequences_come_back_without_computing_again() -> None:
     assert done.simulated_s > free.simulated_s
 
 
-def test_chunks_are_what_the_budget_leaves() -> None:
+def test_chunks_are_what_the_budget_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Instance, "leap", lambda self, flight: None)
     seen: list[tuple[int, int]] = []
 
     def note(prompt: int, decodes: int) -> float:
@@ -280,7 +282,7 @@ def test_planned_steps_change_no_time(seed: int, split: bool, monkeypatch: pytes
         return run(rows, chosen, pool(step_s, blocks=40, instances=3, host_s=0.01), **more)
 
     planned, times = once()
-    monkeypatch.setattr("moesim.sim.serving.instance.MIN_LEAP", 1 << 30)
+    monkeypatch.setattr(Instance, "leap", lambda self, flight: None)
     single, expected = once()
     assert planned.step.count == single.step.count == planned.sums.steps and planned.preemptions == single.preemptions
     assert planned.sums.contexts == pytest.approx(single.sums.contexts) and planned.simulated_s == pytest.approx(single.simulated_s)

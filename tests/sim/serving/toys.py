@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, cast
 
-import numpy as np
-
 from moesim.costs.group import Group
-from moesim.sim.serving.curves import StepCurves
+from moesim.sim.serving.curves import StepCurves, StepTime
 from moesim.sim.serving.instance import Pool
 from moesim.sim.serving.replica import Work
 from moesim.sim.serving.settings import ServingSettings
@@ -35,12 +33,9 @@ class ToyCurves:
     def __post_init__(self) -> None:
         self.group = Group(1, self.dp, 1, 1, 0)
 
-    def stages(self, works: list[Work]) -> tuple[list[float], float, tuple[float, float]]:
+    def step(self, works: list[Work]) -> StepTime:
         slowest = max(self.time_s(sum(chunk[0] for chunk in work.chunks), work.decodes) for work in works)
-        return [slowest / self.pp] * self.pp, 0.0, (0.0, 0.0)
-
-    def decode_run(self, works: list[Work], grown_i: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
-        return np.array([self.stages(works)[0][0] for _ in grown_i]), (0.0, 0.0)
+        return StepTime(stages=[slowest / self.pp] * self.pp, hop=0.0, exchange=0.0, experts=0.0)
 
 
 def pool(
