@@ -2,7 +2,8 @@
 
 Prefill time of the core is linear in causal work L·(L + c) of the prompt length L, decode time in batch and KV length; both come from grids per head
 shape. A cached prefix of P tokens adds new·P pairs, at the time per pair that the second difference of the prompt grid shows. MLA of DeepSeek-V3's
-dimensions has a table of the whole block, projections included. All sizes are per rank; `tp` ranks share the heads.
+dimensions has a table of the whole block, projections included; its cache, and so its scores of prompts, are FP8. All sizes are per rank; `tp` ranks
+share the heads.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ Phase = Literal["prefill", "decode"]
 PHASES = ("prefill", "decode")
 CORE_OFFSET, BLOCK_OFFSET = 512.0, 2048.0
 """Tokens at which the linear part of prefill equals the quadratic one; chosen by leave-one-out error (see benchmarks/bench_costs.py)."""
+MANY, LONG = 32, 4096
+"""Heads and tokens of a prompt from which scores are what a call of prefill attention spends its time on."""
 _DEEPSEEK_V3 = dict(q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 
 
@@ -194,8 +197,10 @@ class AttentionCost:
         rows = None
         if self._model.dtype == "float32":
             rows = self._tables.rows(kind, *names, *more, where={"kv_cache_dtype": "float32", "attn_dtype": "float32"}, transfer=False)
-        if rows is None:
-            rows = self._tables.rows(kind, *names, *more, where={"kv_cache_dtype": cache, "attn_dtype": "bfloat16"})
+        # New keys are in the cache when scores are computed: where it holds 8 bits, kernels for prompts compute in as many.
+        for compute in dict.fromkeys((cache if phase == "prefill" else "bfloat16", "bfloat16")):
+            if rows is None:
+                rows = self._tables.rows(kind, *names, *more, where={"kv_cache_dtype": cache, "attn_dtype": compute})
         if rows is None:
             return None
         wanted = np.array([heads, kv_heads, head_dim, window])
@@ -270,7 +275,11 @@ class AttentionCost:
             kind = "wideep_mla_context" if phase == "prefill" else "wideep_mla_generation"
             rows = self._tables.rows(kind, "batch_size", "isl", "latency_s", where={"num_heads": heads, "kernel_source": "fa3"})
             if rows is not None:
-                grid = _build_grid(rows["batch_size"], rows["isl"], rows["latency_s"], phase, BLOCK_OFFSET)
+                seconds = rows["latency_s"]
+                grid = _build_grid(rows["batch_size"], rows["isl"], seconds, phase, BLOCK_OFFSET)
+                if phase == "prefill" and self._model.kv_dtype != "fp8":
+                    seconds = seconds + rows["batch_size"] * rows["isl"] ** 2.0 / 2 * _pair_seconds(grid) * (self._fp8_gain() - 1.0)
+                    grid = _build_grid(rows["batch_size"], rows["isl"], seconds, phase, BLOCK_OFFSET)
                 own = self._model.kv_dtype == "fp8"
                 worst = max(rows.worst, Provenance.MEASURED if own else Provenance.CALIBRATED)
                 if worst > Provenance.MEASURED:
@@ -278,6 +287,19 @@ class AttentionCost:
                 found = _Core(grid, 1.0, worst, _pair_seconds(grid) if phase == "prefill" else 0.0)
         self._cores[key] = found
         return found
+
+    def _fp8_gain(self) -> float:
+        """Return what scores of long prompts take in BF16 over FP8; kernels compute them in FP8 where the cache is FP8, as that of the block's table is."""
+        names = ("num_heads", "num_key_value_heads", "head_dim", "window_size", "batch_size", "isl")
+        known: list[dict[tuple[int, ...], float]] = []
+        for dtype in ("bfloat16", "fp8"):
+            rows = self._tables.rows("attn_context", *names, "latency_s", where={"kv_cache_dtype": dtype, "attn_dtype": dtype, "window_size": 0})
+            if rows is None:
+                return 1.0
+            long = (rows["num_heads"] >= MANY) & (rows["num_heads"] == rows["num_key_value_heads"]) & (rows["isl"] >= LONG)
+            known.append(dict(zip(zip(*(rows[name][long].tolist() for name in names), strict=True), rows["latency_s"][long].tolist(), strict=True)))
+        ratios = [seconds / known[1][key] for key, seconds in known[0].items() if key in known[1]]
+        return max(float(np.median(ratios)), 1.0) if ratios else 1.0
 
     def mla_core(self, batch: np.ndarray, kv_length: np.ndarray, *, heads: int) -> Timing:
         """Return the time of MLA's absorbed decode kernel alone, one new token per sequence."""

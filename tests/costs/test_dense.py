@@ -68,6 +68,21 @@ def test_deepseek_v3_blocks_are_the_tables_plus_the_norm(h100: Cluster, v3: MoEM
     assert (timed.provenance == Provenance.MEASURED).mean() > 0.9
 
 
+def test_scores_of_prompts_in_bf16_take_longer_than_the_fp8_block_by_what_attention_kernels_do(h100: Cluster, v3: MoEModel) -> None:
+    length = np.array([1024.0, 2048.0, 4096.0, 8192.0])
+    tokens = np.full(4, 16384.0)
+
+    def seconds(kv_dtype: str) -> np.ndarray:
+        costs = CostModel(h100, replace(v3, kv_dtype=kv_dtype))
+        return costs.attention(phase="prefill", sequences=tokens / length, new_tokens=tokens, context=length).seconds
+
+    more = seconds("bfloat16") - seconds("fp8")
+    assert more[1:] / more[:-1] == pytest.approx(2.0, rel=0.02), "as the scores: with the length"
+    # Kernels of another source on the same die compute the scores of one prompt of 8192 tokens in 4.54 ms (tables/h800-sxm, mla_expanded).
+    found = 8192.0**2 / 2 * CostModel(h100, v3)._attention._block("prefill", 128).pair_s  # type: ignore[union-attr]
+    assert found == pytest.approx(4.54e-3, rel=0.12)
+
+
 @pytest.mark.parametrize("name", ["deepseek-v3", "qwen3-235b-a22b", "deepseek-v2-lite", "gpt-oss-120b", "flame-moe-290m"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_attention_grows_with_tokens_and_context_and_shrinks_with_tp(h100: Cluster, name: str, phase: str) -> None:
