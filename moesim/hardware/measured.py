@@ -1,7 +1,8 @@
 """Measured tables of other tools: any file in, canonical rows in SI units out, recognised by its columns.
 
 A file is CSV (plain, gzip, `.txt`) or Parquet of aiconfigurator, InferSim, Frontier, LLMServingSim or Vidur; one file may time several operators
-and then gives several `Measured`. Units come from column names (`_us`, `_gbps`, `time_us`; `time_stats.*` and a bare `latency` are milliseconds).
+and then gives several `Measured`. Units come from column names (`_us`, `_gbps`, `time_us`; `time_stats.*` and a bare `latency` are milliseconds); a foreign
+spelling of the time column is understood if it states its unit (`duration_ns`, `Latency (us)`).
 What the columns leave open (head shape, layer sizes) comes from the file's name or from `facts` of a model. Canonical columns by kind:
   gemm          gemm_dtype m n k                          grouped_gemm  moe_dtype hidden_size inter_size slots active assignments
   attn_*        num_heads num_key_value_heads head_dim window_size kv_cache_dtype attn_dtype batch_size isl|step, prefix
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import csv
 import io
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,9 @@ from moesim.hardware.measured_sources import READERS
 from moesim.hardware.table_files import read_inflated
 
 MAX_TABLE_ROWS = 2_000_000
+_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+_TIME = re.compile(r"^(?:latency|time|duration|elapsed)(?:_time)?[ _]*[(\[]?(ns|us|µs|ms|s)[)\]]?$", re.IGNORECASE)
+"""A time column that states its unit."""
 MAX_COLUMNS = 512
 MAX_SIZE = 1e13
 POSITIVE = frozenset(
@@ -71,8 +77,10 @@ def read_measured(path: Path, facts: Facts | None = None) -> tuple[Measured, ...
     """
     path = Path(path)
     columns, ragged = _read(path)
-    for reader, needed in READERS:
-        if any(all(_has(columns, name) for name in names) for names in needed):
+    for known in (columns, *_respelt(columns)):
+        reader = next((one for one, needed in READERS if any(all(_has(known, name) for name in names) for names in needed)), None)
+        if reader is not None:
+            columns = known
             try:
                 with np.errstate(all="ignore"):  # cells that are no sizes give rows that `_finish` drops
                     tables = reader(path, columns, dict(facts or {}))
@@ -84,7 +92,19 @@ def read_measured(path: Path, facts: Facts | None = None) -> tuple[Measured, ...
     headers = [names for _, needed in READERS for names in needed]
     nearest = sorted(headers, key=lambda names: (-sum(_has(columns, name) for name in names) / len(names), len(names), names))[:3]
     hints = [f"{' + '.join(names)} (lacks {', '.join(name for name in names if not _has(columns, name))})" for names in nearest]
-    raise HardwareError(f"{path}: columns {', '.join(list(columns)[:12])} belong to no known table; expected columns, nearest first: {'; '.join(hints)}")
+    raise HardwareError(
+        f"{path}: columns {', '.join(list(columns)[:12])} belong to no known table; expected columns, nearest first: {'; '.join(hints)}; "
+        "a time may also be called latency, time, duration or elapsed with its unit behind, like latency_ms"
+    )
+
+
+def _respelt(columns: Columns) -> Iterator[Columns]:
+    """Yield the columns with their one time column under the names that sources have for it, in the unit that goes with each."""
+    found = [(name, match.group(1).lower()) for name in columns if (match := _TIME.match(name))]
+    if len(found) == 1 and columns[found[0][0]].dtype.kind == "f":
+        ((mine, unit),) = found
+        for name, theirs in (("latency_s", "s"), ("latency_us", "us"), ("time_us", "us")):
+            yield {**{key: values for key, values in columns.items() if key != mine}, name: columns[mine] * (_UNITS[unit] / _UNITS[theirs])}
 
 
 def _has(columns: Columns, name: str) -> bool:

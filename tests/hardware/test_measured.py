@@ -236,3 +236,16 @@ def test_conversion_writes_what_was_read(tmp_path: Path) -> None:
     assert (facts["source"], facts["licence"], facts["kind"], facts["units"]) == ("me", "CC0", "grouped_gemm", {"latency_s": "s"})
     (again,) = read_measured(tmp_path / "out" / "grouped_gemm_llmservingsim.parquet")
     assert again.kind == "grouped_gemm" and again.source == "llmservingsim"
+
+
+@pytest.mark.parametrize(("spelling", "per_second"), [("latency_ms", 1e3), ("time_us", 1e6), ("duration_ns", 1e9), ("Latency (us)", 1e6), ("elapsed_s", 1.0)])
+@pytest.mark.parametrize(("shape", "kind"), [("gemm_dtype,m,n,k", "gemm"), ("m,k,n", "gemm"), ("tokens,activated_experts", "grouped_gemm")])
+def test_a_time_column_that_states_its_unit_is_understood(tmp_path: Path, spelling: str, per_second: float, shape: str, kind: str) -> None:
+    cells = ",".join("bfloat16" if name == "gemm_dtype" else "64" for name in shape.split(","))
+    table = one(tmp_path, "foreign.csv", f"{spelling},{shape}\n{0.5e-3 * per_second!r},{cells}\n")
+    assert table.rows["latency_s"] == pytest.approx([0.5e-3]) and table.kind == kind
+
+
+def test_a_time_without_a_unit_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(HardwareError, match="with its unit behind, like latency_ms"):
+        one(tmp_path, "foreign.csv", "gemm_dtype,m,n,k,elapsed\nbfloat16,1,2,3,4\n")
