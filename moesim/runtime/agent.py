@@ -33,6 +33,8 @@ from moesim.runtime.staging import StagingMemory
 
 LEASE = 4
 """Steps that a rank may go on before it waits for a scheduled decision."""
+CHANGES = ("install", "restore")
+"""Actions that need what has been staged."""
 DECISION_TIMEOUT_S = 30.0
 """Longest wait for a decision; then the rank gives up, because going on could mix two maps."""
 POLL_S = 0.02
@@ -72,6 +74,8 @@ class Agent:
         self._store, self._thread_store = self.connect(), self.connect()
         self._lock = threading.Lock()
         self._promise: dict[str, Any] | None = None
+        self._changing = False
+        """Whether the serving thread exchanges weights at this moment."""
         self._migration: Migration | None = None
         self._memory: StagingMemory | None = None
         """Staging buffers of the last migration."""
@@ -133,7 +137,7 @@ class Agent:
         self._add_pause("wait_ms", begin)
         with self._lock:
             if self._promise is promise:
-                self._promise = None
+                self._promise, self._changing = None, step == self.step and promise["action"] in CHANGES
         if step < 0:
             return True
         if self.step > step:
@@ -178,7 +182,7 @@ class Agent:
             if len(self._probes) == 2:
                 answer |= compare(*self._probes)
             self._add_pause("probe_ms", begin)
-        elif action in ("install", "restore"):
+        elif action in CHANGES:
             assert self._migration is not None
             self.epoch = int(promise["epoch"])
             if failpoints.hit(f"{action}.begin"):
@@ -187,6 +191,8 @@ class Agent:
             self.plan = self._migration.new if action == "install" else self._migration.old
             self.history.use(self.epoch, self._table())
             self._add_pause(f"{action}_ms", begin)
+            with self._lock:
+                self._changing = False
             if self._finishing:
                 self._drop_staged()
             failpoints.hit(f"{action}.end")
@@ -259,7 +265,7 @@ class Agent:
         """The serving thread has left the broken group; `attempt`: number of the next one, which may take `join_s` to come to nothing."""
         self._attempt, self._called_at, self._patience_s = attempt, 0.0, LEAVE_S + join_s
         with self._lock:
-            self._promise = None
+            self._promise, self._changing = None, False
 
     def settle(self, installed: Plan, epoch: int) -> None:
         """Bring this rank to the placement `installed` from what it has staged; raise ApplyError if it is not one step away."""
@@ -278,6 +284,7 @@ class Agent:
         """Go on as `rank` of the smaller `plan`."""
         with self._lock:
             self.rank, self.plan, self.epoch, self.step, self._place = rank, plan, epoch, step, rank
+            self._promise = None  # one given after this rank had left was to the old group
         self._patience_s = LEAVE_S
         self.history.use(epoch, self._table())
         self._probes.clear()
@@ -352,8 +359,7 @@ class Agent:
     def _do_finish(self, command: dict[str, Any], store: Any) -> dict[str, Any]:
         """Drop the staging buffers, installed or not."""
         with self._lock:
-            promise = self._promise
-        self._finishing = promise is not None and promise["action"] in ("install", "restore")
+            self._finishing = self._changing or (self._promise is not None and self._promise["action"] in CHANGES)
         if not self._finishing:
             self._drop_staged()
         self._held, self._known = False, {}
