@@ -19,9 +19,10 @@ import numpy as np
 from moesim.api.error_summary import error_summary
 from moesim.api.served_routing import SOURCE, USE
 from moesim.api.validation_points_fit import fit_overheads as fitted
-from moesim.api.validation_points_read import Point, Points, Refused, read_points, shipped_points
+from moesim.api.validation_points_read import COPY, Point, Points, Refused, read_points, shipped_points
 from moesim.api.validation_points_run import FOLDER, Overheads, Prediction, Runner, read_overheads
 from moesim.api.validation_points_scores import choice, error_floor, grouped, ranking, throughput
+from moesim.costs.model import ENGINES
 from moesim.errors import InputError, MoesimError
 from moesim.files import read_yaml, sha256_hex
 from moesim.hardware.cluster import Cluster
@@ -75,7 +76,8 @@ def validate_points(
         except MoesimError as cause:
             refused.append(Refused(id=row.id, reason="cannot be simulated", detail=str(cause)))
     if not done:
-        raise InputError(f"{points.source}: no row is left to score; {dict(Counter(one.reason for one in refused))}")
+        first = next((f"; the first: {one.id}: {one.detail}" for one in refused if one.detail and one.reason != COPY), "")
+        raise InputError(f"{points.source}: no row is left to score; {dict(Counter(one.reason for one in refused))}{first}")
     return _report(runner, points, done, calibrating, refused, floors, requests_trace, time.perf_counter() - began)
 
 
@@ -113,7 +115,7 @@ def without_copies(rows: Sequence[Point]) -> tuple[list[Point], list[Refused]]:
     for group in grouped(rows, lambda row: (row.model, row.backend, row.prompt, row.output, row.clients, row.ttft_ms, row.tpot_ms)):
         best = max(group, key=lambda row: row.filled)
         kept.append(best)
-        refused += [Refused(id=row.id, reason="copy of another row", detail=best.id) for row in group if row is not best]
+        refused += [Refused(id=row.id, reason=COPY, detail=best.id) for row in group if row is not best]
     return kept, refused
 
 
@@ -250,6 +252,7 @@ def _report(
         "error_floor": float(np.mean(known)) if known else None,
         "provenance": dict(sorted(classes.items())),
         "columns_ignored": list(points.ignored),
+        "engines_assumed": dict(sorted(Counter(point.backend or "(none)" for point, _ in done if point.backend not in ENGINES).items())),
         "rows": rows,
         "calibrating": [point.id for point in calibrating],
         "excluded": [{"id": one.id, "reason": one.reason, "detail": one.detail} for one in refused],

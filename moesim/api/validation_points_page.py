@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moesim.api.validation_points_read import COPY
 from moesim.files import write_atomic
 
 COLUMNS = ("model, engine", "quantity", "rows", "mean error", "mean |error|", "median", "p90", "floor", "peer mean / median")
@@ -55,8 +56,11 @@ def notes(report: dict[str, Any]) -> list[str]:
         f"{report['rows_calibrated']} calibrate the host overheads and are not scored",
         f"routing: {report['routing']['source']} ({report['routing']['use']})",
     ]
-    lines += [f"excluded: {count} × {reason}" for reason, count in report["rows_excluded"].items()]
+    # Of what a reader may want to mend, the first row.
+    first = {one["reason"]: f", the first: {one['id']}: {one['detail']}" for one in reversed(report["excluded"]) if one["detail"] and one["reason"] != COPY}
+    lines += [f"excluded: {count} × {reason}{first.get(reason, '')}" for reason, count in report["rows_excluded"].items()]
     lines += [f"repaired: {count} × {reason}" for reason, count in report["rows_repaired"].items()]
+    lines += [f"engine {name} is not known: {count} rows simulated as vLLM without host overheads" for name, count in report["engines_assumed"].items()]
     ranked, chosen = report["ranking"], report["layout_choice"]
     taus = ", ".join(f"{name} {value:.3f} (mean {ranked['mean_tau'][name]:.3f})" for name, value in ranked["median_tau"].items())
     lines.append(f"Kendall's tau, median of {ranked['groups']} groups of equal model, engine, version and lengths: {taus}")

@@ -26,6 +26,8 @@ MAX_ROWS = 200_000
 MAX_TOKENS = 1 << 20
 MAX_CLIENTS = 1 << 16
 SUFFIX = ".csv.gz"
+COPY = "copy of another row"
+"""Reason why a row is not scored."""
 
 _NAMES = {
     "model": ("model_path", "model"),
@@ -33,15 +35,23 @@ _NAMES = {
     "version": ("backend_version", "version"),
     "source": ("silicon_data_source", "source"),
     "mode": ("mode",),
-    "prompt": ("isl", "input_len", "prompt_tokens"),
-    "output": ("osl", "output_len", "output_tokens"),
-    "clients": ("concurrency", "clients"),
+    "prompt": ("isl", "input_len", "prompt_tokens", "input_length", "random_input_len"),
+    "output": ("osl", "output_len", "output_tokens", "output_length", "random_output_len"),
+    "clients": ("concurrency", "clients", "max_concurrency"),
     "weights": ("gemm_quant_mode", "weight_dtype", "quantization"),
-    "ttft": ("silicon_ttft_ms", "ttft_ms"),
-    "tpot": ("silicon_tpot_ms", "tpot_ms"),
+    "ttft": ("silicon_ttft_ms", "ttft_ms", "mean_ttft_ms"),
+    "tpot": ("silicon_tpot_ms", "tpot_ms", "mean_tpot_ms"),
 }
 """What a row says → names of its column."""
 _DEGREES = ("batch_size", "num_workers", "tp_size", "pp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size")
+_SPELT = {
+    "tp_size": ("tensor_parallel_size", "tp"),
+    "pp_size": ("pipeline_parallel_size", "pp"),
+    "attention_dp_size": ("data_parallel_size", "dp_size", "dp"),
+    "moe_tp_size": ("expert_tensor_parallel_size", "expert_tp", "moe_tp"),
+    "moe_ep_size": ("expert_parallel_size", "ep_size", "ep", "moe_ep"),
+}
+"""Column of a degree → other names of it."""
 _NEEDED = ("model", "prompt", "output")
 
 
@@ -134,6 +144,7 @@ def read_points(path: Path) -> Points:
     try:
         header = [name.strip() for name in next(reader, [])]
         columns = _columns(path, header)
+        header = _degree_columns(path, header)
         points: list[Point] = []
         refused: list[Refused] = []
         count = 0
@@ -180,6 +191,16 @@ def _columns(path: Path, header: list[str]) -> dict[str, str]:
             f"{path}: column {missing[0]} is missing; a file of end-to-end points has model_path, isl, osl, degrees, silicon_ttft_ms, silicon_tpot_ms"
         )
     return columns
+
+
+def _degree_columns(path: Path, header: list[str]) -> list[str]:
+    """Return the header with the degrees under their own names."""
+    own = {other: name for name, others in _SPELT.items() for other in others}
+    renamed = [own.get(name, name) for name in header]
+    if len(set(renamed)) != len(renamed):
+        twice = next(name for name in renamed if renamed.count(name) > 1)
+        raise InputError(f"{path}: columns {' and '.join(one for one in header if own.get(one, one) == twice)} name one degree; keep one of them")
+    return renamed
 
 
 def _degree_names() -> list[str]:
