@@ -52,7 +52,7 @@ class Line:
         return values[at] + share * (values[at + 1] - values[at])
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class StepTime:
     """What a step of an instance takes, s."""
 
@@ -174,47 +174,39 @@ class StepCurves:
 
     def step(self, works: list[Work]) -> StepTime:
         """Return the time of a step; `works`: one per replica of the group."""
-        embed = head = 0.0
-        total = busiest = 0
-        room, prefill = inf, False
-        bodies: list[tuple[float, float]] = []
+        width, embed, head, total, busiest, room, prefill = self._width, 0.0, 0.0, 0, 0, inf, False
+        lines: list[tuple[float, float]] = []
         for work in works:
-            positions = tokens = work.decodes * self.verify
-            if work.chunks:
-                prefill = True
-                positions += len(work.chunks)
-                new, pairs = 0, 0.0
-                for size, end, _ in work.chunks:
+            decodes, chunks = work.decodes, work.chunks
+            positions = tokens = decodes * self.verify
+            body = slope = 0.0
+            if decodes:
+                body, slope, most = self.decode_core(decodes, work.contexts / decodes)
+                if most < room:
+                    room = most
+            if chunks:
+                prefill, new, pairs = True, 0, 0.0
+                for size, end, _ in chunks:
                     new += size
                     pairs += size * (end - 0.5 * size)
+                body += self.prefill_core(len(chunks), new, pairs)
                 tokens += new
-            if not tokens:
+                positions += len(chunks)
+            elif not decodes:
                 continue
-            at = -(-tokens // self._width)
-            body, slope = self._body[at], 0.0
-            if work.decodes:
-                core, slope, most = self.decode_core(work.decodes, work.contexts / work.decodes)
-                body += core
-                room = min(room, most)
-            if work.chunks:
-                body += self.prefill_core(len(work.chunks), new, pairs)
-            bodies.append((body, slope))
-            embed, head = max(embed, self._embed[at]), max(head, self._head[-(-positions // self._width)])
+            at = -(-tokens // width)
+            lines.append((body + self._body[at], slope))
+            embed, head = max(embed, self._embed[at]), max(head, self._head[-(-positions // width)])
             total += tokens
-            busiest = max(busiest, tokens)
-        body, growth = max(bodies)
-        for other, slope in bodies:
-            if slope > growth:  # it takes over one day
+            if tokens > busiest:
+                busiest = tokens
+        body, growth = max(lines)
+        for other, slope in lines:
+            if slope > growth:  # it will be the slowest
                 room = min(room, (body - other) / (slope - growth))
         exchange, experts = self.moe(total, busiest, prefill)
-        stages = [share * (body + (exchange + experts)) for share in self.share]
+        body += exchange + experts
+        stages = [share * body for share in self.share]
         stages[0] += embed
         stages[-1] += head
-        return StepTime(
-            stages=stages,
-            hop=self._hop[-(-busiest // self._width)] if self._hop else 0.0,
-            exchange=exchange,
-            experts=experts,
-            growth=growth,
-            room=room,
-        )
+        return StepTime(stages, self._hop[-(-busiest // width)] if self._hop else 0.0, exchange, experts, growth, room)

@@ -118,9 +118,12 @@ class Instance:
             works = [replica.schedule(replica.lanes[index]) for replica in self.replicas]
             sequences = decodes = swapped = 0
             for work in works:
-                sequences = max(sequences, work.decodes + len(work.chunks))
-                decodes = max(decodes, work.decodes)
-                swapped = max(swapped, work.swap_tokens)
+                running = work.decodes + len(work.chunks)
+                if running > sequences:
+                    sequences = running
+                decodes += work.decodes
+                if work.swap_tokens > swapped:
+                    swapped = work.swap_tokens
             if not sequences:
                 continue
             pool, time = self.pool, self.curves.step(works)
@@ -131,8 +134,9 @@ class Instance:
                 at += pool.draft_s
                 flight.device_s = pool.draft_s
             for stage, seconds in enumerate(time.stages):
-                at = max(at, self.free_s[stage]) + seconds * pool.scale
-                flight.device_s += seconds * pool.scale
+                seconds *= pool.scale
+                at = max(at, self.free_s[stage]) + seconds
+                flight.device_s += seconds
                 if not stage:
                     at += flight.host_s
                 self.free_s[stage] = at
@@ -149,8 +153,11 @@ class Instance:
 
         Exact up to rounding: no sequence ends or is admitted meanwhile and blocks are free. What comes meanwhile cuts the plan short.
         """
-        if len(self.free_s) > 1 or not all(work.settled for work in flight.works):
+        if len(self.free_s) > 1:
             return
+        for work in flight.works:
+            if not work.settled:
+                return
         gain, pool, time = self._gain, self.pool, flight.time
         count = time.room / gain
         for replica, work in zip(self.replicas, flight.works, strict=True):
@@ -188,13 +195,15 @@ class Instance:
             if work.decodes:
                 if flight.more:
                     replica.advance(lane, flight.more)
-                done += [(replica, one) for one in replica.stepped(lane)]
-            if work.finished_prompts:
-                first += [(replica, one) for one in work.finished_prompts]
+                for one in replica.stepped(lane):
+                    done.append((replica, one))
+            for one in work.finished_prompts:
+                first.append((replica, one))
             lane.flying = False
-            for sequence in lane.joining:
-                replica.decode(lane, sequence)
-            lane.joining.clear()
+            if lane.joining:
+                for sequence in lane.joining:
+                    replica.decode(lane, sequence)
+                lane.joining.clear()
         self.idle.append(flight.lane)
         return first, done
 

@@ -19,31 +19,28 @@ class Sample:
     """Values >= 0 of one quantity."""
 
     def __init__(self, exact: int = EXACT) -> None:
-        self.count = 0
         self.total = 0.0
         self._limit = exact
         self._values = array("d")
         self._runs: list[tuple[float, float, int]] = []
         """First value, growth and number of values that grow evenly."""
-        self._kept = 0
+        self._in_runs = 0
+        self._binned = 0
         self._bins: dict[int, int] = {}
 
     def add(self, value: float) -> None:
         """Take one value."""
-        self.count += 1
         self.total += value
         self._values.append(value)
-        self._kept += 1
-        if self._kept >= self._limit:
+        if len(self._values) >= self._limit:
             self._empty()
 
     def extend(self, first: float, growth: float, count: int) -> None:
         """Take so many values, each larger by `growth` than the one before."""
-        self.count += count
         self.total += count * (first + 0.5 * (count - 1) * growth)
         self._runs.append((first, growth, count))
-        self._kept += count
-        if self._kept >= self._limit:
+        self._in_runs += count
+        if self._in_runs >= self._limit:
             self._empty()
 
     def _unbinned(self) -> np.ndarray:
@@ -57,7 +54,13 @@ class Sample:
         keys, counts = np.unique(_bins(self._unbinned()), return_counts=True)
         for key, count in zip(keys.tolist(), counts.tolist(), strict=True):
             self._bins[key] = self._bins.get(key, 0) + count
-        self._values, self._runs, self._kept = array("d"), [], 0
+        self._binned = self.count
+        self._values, self._runs, self._in_runs = array("d"), [], 0
+
+    @property
+    def count(self) -> int:
+        """Values taken."""
+        return self._binned + len(self._values) + self._in_runs
 
     @property
     def mean(self) -> float:

@@ -36,6 +36,7 @@ class Sequence:
         "held",
         "context",
         "since",
+        "last",
         "epoch",
         "lane",
         "turn",
@@ -59,6 +60,8 @@ class Sequence:
         """KV length of its next decode step when it joined its lane."""
         self.since = 0
         """Decode steps of the lane when it joined."""
+        self.last = 0
+        """Decode step of the lane with which it ends."""
         self.epoch = 0
         """Grows when it leaves a lane: entries of the calendar that name an older epoch are void."""
         self.lane: Lane | None = None
@@ -148,7 +151,8 @@ class Replica:
             if work.chunks:
                 return work
         if lane.decoding:
-            self._reserve(lane, work)
+            if lane.steps in lane.needs:
+                self._reserve(lane, work)
             budget -= lane.decoding * self._verify
         if settings.batches == "mixed":
             if lane.partial:
@@ -161,9 +165,7 @@ class Replica:
 
     def _reserve(self, lane: Lane, work: Work) -> None:
         """Give blocks to the decoding sequences that need one in this step."""
-        due = lane.needs.pop(lane.steps, None)
-        if due is None:
-            return
+        due = lane.needs.pop(lane.steps)
         due.sort(key=lambda one: one[0].turn)
         for sequence, epoch in due:
             # A preemption for one before it may have sent it away.
@@ -176,8 +178,9 @@ class Replica:
 
     def _next_need(self, lane: Lane, sequence: Sequence) -> None:
         room = sequence.held.blocks * self.settings.block_size - self.settings.draft_tokens - sequence.context
-        step = sequence.since + int(room / self._gain + 1e-9) + 1
-        lane.needs.setdefault(max(step, lane.steps + 1), []).append((sequence, sequence.epoch))
+        step = max(sequence.since + int(room / self._gain + 1e-9) + 1, lane.steps + 1)
+        if step <= sequence.last:
+            lane.needs.setdefault(step, []).append((sequence, sequence.epoch))
 
     def _prompts(self, lane: Lane, work: Work, budget: int) -> int:
         for sequence in list(lane.partial):
@@ -275,7 +278,7 @@ class Replica:
         lane.steps += count
         lane.contexts += lane.decoding * self._gain * count
         now, needs = lane.steps, lane.needs
-        for step in [one for one in needs if one <= now]:
+        for step in [one for one in needs if one <= now] if needs else ():
             for sequence, epoch in needs.pop(step):
                 if sequence.epoch == epoch:
                     length = ceil(sequence.context + (now - sequence.since) * self._gain - 1e-9) + self.settings.draft_tokens
@@ -291,7 +294,8 @@ class Replica:
         lane.decoding += 1
         lane.contexts += sequence.context
         steps = ceil((sequence.request.output_tokens - sequence.generated) / self._gain - 1e-9)
-        lane.ends.setdefault(lane.steps + steps - 1, []).append((sequence, sequence.epoch))
+        sequence.last = lane.steps + steps - 1
+        lane.ends.setdefault(sequence.last, []).append((sequence, sequence.epoch))
         if sequence.held.blocks * self.settings.block_size >= sequence.context + self.settings.draft_tokens:
             self._next_need(lane, sequence)
         else:

@@ -172,6 +172,8 @@ class Simulation:
         self._dirty[id(best)] = best
 
     def _start(self, instance: Instance, now: float) -> None:
+        if not instance.idle:
+            return
         while instance.idle and instance.free_s[0] <= now:
             flight = instance.start(now)
             if self._prefill:

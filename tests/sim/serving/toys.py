@@ -35,7 +35,7 @@ class ToyCurves:
 
     def step(self, works: list[Work]) -> StepTime:
         slowest = max(self.time_s(sum(chunk[0] for chunk in work.chunks), work.decodes) for work in works)
-        return StepTime(stages=[slowest / self.pp] * self.pp, hop=0.0, exchange=0.0, experts=0.0)
+        return StepTime([slowest / self.pp] * self.pp, 0.0, 0.0, 0.0)
 
 
 def pool(
