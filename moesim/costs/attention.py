@@ -16,6 +16,7 @@ import numpy as np
 
 from moesim.costs.gemm import Gemm
 from moesim.costs.interpolation import Grid, identity, quadratic
+from moesim.costs.mixed import MixedBatches
 from moesim.costs.provenance import Policy, Provenance, Timing, total, zero_where
 from moesim.costs.roofline import Roofline
 from moesim.costs.tables import Tables
@@ -62,6 +63,7 @@ class AttentionCost:
         self._policy = policy
         self._dtype = linear_dtype
         self._cores: dict[tuple[object, ...], _Core | None] = {}
+        self._mixed: dict[tuple[int, int, int], MixedBatches | None] = {}
         self._bytes = DTYPE_BYTES.get(model.dtype, 2.0)
         self._kv_bytes = DTYPE_BYTES.get(model.kv_dtype, 2.0)
 
@@ -84,6 +86,31 @@ class AttentionCost:
     def core_of(self, phase: str, sequences: np.ndarray, new_tokens: np.ndarray, context: np.ndarray, tp: int) -> Timing:
         """Return the part of the block that depends on phase and context: scores and values, for MLA its projections too, whose form differs by phase."""
         return zero_where(total(*self._core_of(phase, sequences, new_tokens, context, tp)), np.asarray(new_tokens) <= 0)
+
+    def mixed_factor(self, chunk: np.ndarray, prefix: np.ndarray, decodes: np.ndarray, kv_length: np.ndarray, tp: int) -> np.ndarray:
+        """Return what the scores of a batch of both phases take over those of each phase; see `CostModel.mixed_factor`."""
+        attention = self._model.attention
+        none = np.ones(np.broadcast_shapes(np.shape(chunk), np.shape(decodes)))
+        if attention.kind == "mla" or attention.sliding_window:
+            return none
+        shape = (attention.num_heads // tp, max(attention.num_kv_heads // tp, 1), attention.head_dim)
+        return self.mixed_factor_of(shape, chunk, prefix, decodes, kv_length)
+
+    def mixed_factor_of(self, shape: tuple[int, int, int], chunk: np.ndarray, prefix: np.ndarray, decodes: np.ndarray, kv_length: np.ndarray) -> np.ndarray:
+        """Return the factor of a head shape: heads, KV heads, head dim."""
+        if shape not in self._mixed:
+            names = dict(zip(("num_heads", "num_key_value_heads", "head_dim"), shape, strict=True))
+            sizes = dict(zip(("heads", "kv_heads", "head_dim"), shape, strict=True))
+
+            def apart(chunk: np.ndarray, prefix: np.ndarray, decodes: np.ndarray, kv_length: np.ndarray) -> np.ndarray:
+                prompt = self.core("prefill", np.ones(len(chunk)), chunk, chunk + prefix, **sizes)
+                return prompt.seconds + self.core("decode", decodes, decodes, kv_length, **sizes).seconds
+
+            cache = "fp8" if self._model.kv_dtype == "fp8" else "bfloat16"
+            self._mixed[shape] = MixedBatches.build(self._tables, {**names, "kv_cache_dtype": cache}, apart)
+        found = self._mixed[shape]
+        both = (np.asarray(chunk) > 0) & (np.asarray(decodes) > 0)
+        return np.ones(both.shape) if found is None else np.where(both, found(chunk, prefix, decodes, kv_length), 1.0)
 
     def _projections(self, tokens: np.ndarray, tp: int) -> tuple[Timing, ...]:
         attention, hidden = self._model.attention, self._model.hidden_size

@@ -89,6 +89,13 @@ class CostModel:
         """Return the rest of `attention`, which depends on phase and context; arguments as there."""
         return self._attention.core_of(phase, sequences, new_tokens, context, tp)
 
+    def mixed_factor(self, *, chunk: np.ndarray, prefix: np.ndarray, decodes: np.ndarray, context: np.ndarray, tp: int = 1) -> np.ndarray:
+        """Return what `attention_core` of both phases together is to be multiplied by where one batch has both, 1 where no table of the device tells.
+
+        chunk, prefix [...]: new prompt tokens in all, and mean KV length before them; decodes, context [...]: decoding tokens and their mean KV length.
+        """
+        return self._attention.mixed_factor(_float(chunk), _float(prefix), _float(decodes), _float(context), tp)
+
     def gate(self, tokens: np.ndarray, experts: int | None = None) -> Timing:
         """Return the time of norm, router GEMM and top-k for `tokens` [...] tokens in a layer with so many experts (None: E)."""
         tokens = _float(tokens)

@@ -206,8 +206,9 @@ class Predictor:
         decode = self._attn("decode", rows["n_decode"], rows["n_decode"], rows["kv_decode"], rows)
         if isinstance(prefill, str) or isinstance(decode, str):
             return "head shape must be positive"
-        # One kernel does both, so one launch is saved.
-        seconds = np.maximum(prefill.seconds + decode.seconds - self._roofline.launch_s, np.maximum(prefill.seconds, decode.seconds))
+        shape = (int(rows["num_heads"][0]), int(rows["num_key_value_heads"][0]), int(rows["head_dim"][0]))
+        factor = self._attention(rows).mixed_factor_of(shape, rows["prefill_chunk"], rows["kv_prefill"], rows["n_decode"], rows["kv_decode"])
+        seconds = (prefill.seconds + decode.seconds) * factor
         return Timing(seconds=seconds, provenance=np.maximum(np.maximum(prefill.provenance, decode.provenance), np.uint8(Provenance.CALIBRATED)))
 
     def _mla_expanded(self, rows: Columns) -> Timing | str:

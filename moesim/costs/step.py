@@ -3,8 +3,8 @@
 A layer is attention (all-reduced over tp), then a dense FFN (all-reduced) or gate → dispatch → experts, shared experts → combine. Tokens of a replica are
 dealt evenly to its tp ranks, which are the sources of the exchange; shards of an expert gather what their experts receive and reduce what they give.
 A group may instead gather all tokens on all ranks and reduce the results (one all-reduce if dp = 1); the faster way is taken. In a batch of both phases
-projections and FFNs see all tokens at once, scores are computed phase by phase, and the exchange is that of prefill. Dense products take no less than
-reading their weights from memory takes: tables of repeated products of one small matrix have it in the cache.
+projections and FFNs see all tokens at once, scores are those of both phases times what one kernel for both costs, and the exchange is that of prefill.
+Dense products take no less than reading their weights from memory takes: tables of repeated products of one small matrix have it in the cache.
 Shapes: n micro-batches, L layers, R ranks. Seconds.
 """
 
@@ -37,6 +37,7 @@ class Costs(Protocol):
     def weight_Bps(self) -> float: ...
     def attention_projections(self, tokens: np.ndarray, tp: int = 1) -> Any: ...
     def attention_core(self, *, phase: str, sequences: np.ndarray, new_tokens: np.ndarray, context: np.ndarray, tp: int = 1) -> Any: ...
+    def mixed_factor(self, *, chunk: np.ndarray, prefix: np.ndarray, decodes: np.ndarray, context: np.ndarray, tp: int = 1) -> np.ndarray: ...
     def gate(self, tokens: np.ndarray) -> Any: ...
     def experts(self, slot_tokens: np.ndarray, *, slot_mask: np.ndarray | None = None, expert_tp: int = 1) -> Any: ...
     def shared_experts(self, tokens: np.ndarray) -> Any: ...
@@ -200,12 +201,17 @@ class StepModel:
 
     def attention(self, batch: Batch, tp: int) -> np.ndarray:
         """Return float64 [n]: one layer's attention block."""
-        total = self.projections(batch.tokens_n, tp)
+        total = np.zeros(len(batch.tokens_n))
         for phase in ("prefill", "decode"):
             seqs, tokens, context = (getattr(batch, f"{phase}_{name}_n") for name in ("seqs", "tokens", "context"))
             if tokens.any():
                 total = total + np.asarray(self.costs.attention_core(phase=phase, sequences=seqs, new_tokens=tokens, context=context, tp=tp).seconds)
-        return total
+        if batch.phase == "mixed":
+            prefix = np.maximum(batch.prefill_context_n - batch.prefill_tokens_n / np.maximum(batch.prefill_seqs_n, 1.0), 0.0)
+            total = total * self.costs.mixed_factor(
+                chunk=batch.prefill_tokens_n, prefix=prefix, decodes=batch.decode_tokens_n, context=batch.decode_context_n, tp=tp
+            )
+        return total + self.projections(batch.tokens_n, tp)
 
     def projections(self, tokens: np.ndarray, tp: int) -> np.ndarray:
         """Return float64 [n]: what of one layer's attention block follows from its tokens alone (for MLA, whose tables hold the block, the norm)."""

@@ -131,7 +131,20 @@ class ProgramBuilder:
             )
         if prefill is None or decode is None:
             return prefill or decode  # type: ignore[return-value]
-        return total(prefill, decode)
+        prefix = np.maximum(shape.prefill_context_PR - shape.prefill_tokens_PR / np.maximum(shape.prefill_seqs_PR, 1.0), 0.0)
+        factor = self.costs.mixed_factor(
+            chunk=shape.prefill_tokens_PR, prefix=prefix, decodes=shape.decode_tokens_PR, context=shape.decode_context_PR, tp=self.tp
+        )
+        apart = total(prefill, decode)
+        return apart if (factor == 1.0).all() else Timing(seconds=apart.seconds + (factor - 1.0) * self._scores(shape), provenance=apart.provenance)
+
+    def _scores(self, shape: PassShape) -> np.ndarray:
+        """Return float64 [P, R]: one layer's scores and values of both phases."""
+        found = np.zeros(shape.tokens_PR.shape)
+        for phase in ("prefill", "decode"):
+            seqs, tokens, context = (getattr(shape, f"{phase}_{name}_PR") for name in ("seqs", "tokens", "context"))
+            found += self.costs.attention_core(phase=phase, sequences=seqs, new_tokens=tokens, context=context, tp=self.tp).seconds
+        return found
 
     def _attention_reduce(self, shape: PassShape) -> Timing | None:
         if self.tp == 1:

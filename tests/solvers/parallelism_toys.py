@@ -99,6 +99,9 @@ class ToyCosts:
     def attention_projections(self, tokens: np.ndarray, tp: int = 1) -> Timing:
         return self._timed("projections", tokens, tp)
 
+    def mixed_factor(self, *, chunk: np.ndarray, **_: object) -> np.ndarray:
+        return np.ones(np.shape(chunk))
+
     def attention_core(self, *, phase: str, sequences: np.ndarray, new_tokens: np.ndarray, context: np.ndarray, tp: int = 1) -> Timing:
         return self._timed("core" + phase, sequences, new_tokens, context, tp)
 
