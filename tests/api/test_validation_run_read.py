@@ -11,6 +11,7 @@ import pytest
 from moesim.api.validation import validate_run
 from moesim.api.validation_run_read import Run, read_run
 from moesim.cli.validate import print_run
+from moesim.costs.provenance import Provenance
 from moesim.errors import InputError
 
 MODEL = "Qwen/Qwen3-30B-A3B-Instruct-2507"
@@ -108,8 +109,13 @@ def test_an_expert_degree_that_does_not_divide_is_refused(tmp_path: Path) -> Non
         validate_run(run(tmp_path / "run", {"model": MODEL, "dp": 2, "ep": 3}), hardware="rtx-pro-6000-2")
 
 
-def test_exchanges_have_a_class_too(tmp_path: Path) -> None:
-    """No table has a collective of two such cards: what two replicas wait for each other is roofline, as the fallbacks say."""
+def test_exchanges_have_a_class_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moesim.api.serving_report._exchange_class", lambda deployment, tokens: Provenance.TRACE)
     report = validate_run(run(tmp_path / "run", {"model": MODEL, "dp": 2, "ep": 2, "max_num_seqs": 8}), hardware="rtx-pro-6000-2")
-    assert "all_gather" in report["fallbacks"] and 0.01 < report["provenance"]["roofline"] < 0.5
+    assert 0.01 < report["provenance"]["trace"] < 0.5
     assert sum(report["provenance"].values()) == pytest.approx(1.0)
+
+
+def test_two_cards_exchange_as_two_such_cards_were_measured(tmp_path: Path) -> None:
+    report = validate_run(run(tmp_path / "run", {"model": MODEL, "dp": 2, "ep": 2, "max_num_seqs": 8}), hardware="rtx-pro-6000-2")
+    assert not {"all_gather", "reduce_scatter"} & set(report["fallbacks"]) and report["provenance"]["roofline"] == 0
