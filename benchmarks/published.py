@@ -18,25 +18,40 @@ CAUSES = """
 
 None of it is fitted on a figure of this page.
 
+- **Clock in prefill, one rule for both cards** (the same die, the same 700 W): 1,575 of 1,980 MHz, to which users of overlapped DeepSeek inference report
+  their GPUs to fall at the power limit (DeepGEMM, issue 120). The doubt: it is one report, of GPUs that it does not name; a maintainer answers that GPUs
+  differ; and the report finds nothing of the kind in DeepSeek's profile, which is the H800 row. There the clock is carried over against that remark,
+  because the tables' clock misses by far. Rows at 1,980 MHz stand beside.
+- **Two tokens per request in DeepSeek's decode profile**: SGLang, whose figure for the profile this is, simulates it as 128 requests that make 256 tokens a
+  step, slows attention down to the profile's, and counts 60 % of the drafts, so 1.6 tokens per request and step. The scores of both tokens are those
+  of two requests (kernels of 128 heads are bound by computation), their KV cache is held once. DeepSeek does not state it; the row with one token, as
+  InferSim reads the setting, stands beside.
+- **Break-even of overlap in decode**: the source puts it between 64 and 128 requests and gives no figure at either, so the bands ask for no more.
+- **Host time of SGLang**: per step and per sequence of a GPU's scheduler, as `moesim validate --points` fitted it on dense models on one node of H100. It is
+  carried over from a later version. For DeepSeek's engine none is known, so none is added.
+- **Scores of prompts in BF16**: the block table of MLA has an FP8 cache, in which its kernels compute scores in FP8. The published systems' cache is BF16, so
+  scores take as much longer as BF16 rows of prefill attention take over FP8 rows of the same shape.
+- **Head and sampling**: once per pass, over both micro-batches.
 - **Order of overlap**: by halves of a layer in prefill, by five pieces in decode (`turns`), as DeepSeek describes it and SGLang does it.
 - **Kernels of low-latency exchanges**: messages travel without SMs, but the kernels that pack and unpack them hold all SMs; their times were measured by
   contributors of DeepEP on other GPUs (pull requests 425 and 500).
-- **SMs**: in prefill 20 of 132 are left to the exchanges for the whole pass (`comm_sm_reserved`), since products are configured so.
+- **SMs**: in prefill with overlap 20 of 132 are left to the exchanges for the whole pass (`comm_sm_reserved`), since products are configured so.
 - **Copies around expert products**: in prefill every row that comes is copied to its experts and summed afterwards. On H100 the table of DeepEP's prefill
   layer has them (`wideep_moe_context`; each number of ranks follows from the others with a median error of 1.8 %); on H800 they are added to its products
   by bytes.
-- **Clock**: H100 prefill rows take 1,575 of 1,980 MHz, which users of overlapped DeepSeek inference report for GPUs at their power limit (DeepGEMM, issue
-  120). The same report finds nothing of the kind in DeepSeek's profile, so H800 prefill keeps the tables' clock. The report is one, of unnamed GPUs:
-  rows with the other clock stand beside.
 
 ## What the misses are believed to come from
 
-- **Clock, or tables that are too fast, in H800 prefill**: the miss is nearly that of the clock. Tables are timed kernel by kernel in short runs.
-- **Attention in prefill**: from prompts of 1K to 4K a token takes 20 us more in the published figures, and 9 us in the predictions; so scores of prompts
-  ran slower than in the tables (fa3, 2025's against later versions), or the clock was lower still.
-- **Serving**: the SGLang figures are measured through an engine, with its scheduler, batches that are not always full and loads that drift after EPLB planned.
+- **Attention in prefill**: from prompts of 1K to 4K a token takes 20 us more in the published figures, less in the predictions.
+- **Clock without overlap**: the rule holds for every prefill pass; without overlap SMs rest during exchanges, so that the clock should fall less.
+- **Serving**: the SGLang figures are measured through an engine, with batches that are not always full. Its placements were planned from the loads it then
+  served, so stale statistics are none of the causes.
+- **EPLB's gain in decode**: host time, which is the same with and without it, lowers it further below the published one (2.38 without).
+- **Versions**: the tables are of SGLang 0.5, the figures of May 2025; the source itself names kernels that were not fused yet, and expert products that ran
+  25 % slower than DeepSeek's.
 - **Imbalance in prefill**: loads are synthesised from a summary of counts; which tokens of a prompt go where is not in it.
-- **Memory bandwidth**: exchanges beside computation take none here.
+- **Memory bandwidth**: exchanges beside computation take none here. Notifications before high-throughput exchanges are left out; the table's would cost
+  0.2 % of a prefill pass.
 """
 
 
@@ -54,18 +69,20 @@ def page(report: dict[str, Any]) -> str:
         "",
         f"Generated by `{COMMAND}`. Each row is one forward pass of the published deployment through the ordinary",
         "replay; nothing is fitted on any of them. Routing is balanced where the source says so, else drawn from loads that are synthesised from a summary of",
-        "real skew. A positive error: predicted too fast.",
+        "real skew. A positive error: predicted too fast. Errors in brackets are those of variants that stand beside a scored row.",
         "",
         "| setting | GPUs | per GPU | KV or prompt | routing | experts | overlap | published | predicted | error | goal | step, ms | balance | peers |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
         published = "–" if row["published"] is None else f"{row['published']:,.0f}"
+        error = percent(row["error"]) if row["within"] is not None or row["error"] is None else f"({percent(row['error'])})"
+        tokens = f"{row['tokens_per_gpu'] // row['tokens_per_request']:,}" + (f" × {row['tokens_per_request']}" if row["tokens_per_request"] > 1 else "")
         goal = "–" if row["hit"] is None else f"±{row['within']:.0%}, {'met' if row['hit'] else 'missed'}"
         peers = ", ".join(f"{name} {percent(error)}" for name, error in row["peers"].items())
         overlap = f"two batches, {row['settings'].get('turns', 'halves')}" if row["settings"].get("micro_batches") == "2" else "none"
-        setting = [row["name"], row["hardware"], f"{row['tokens_per_gpu']:,}", f"{row['context']:,}", row["routing"], row["experts"], overlap]
-        figures = [published, f"{row['predicted']:,.0f}", percent(row["error"]), goal, f"{row['step_ms']:,.1f}", f"{row['balance']:.3f}", peers]
+        setting = [row["name"], row["hardware"], tokens, f"{row['context']:,}", row["routing"], row["experts"], overlap]
+        figures = [published, f"{row['predicted']:,.0f}", error, goal, f"{row['step_ms']:,.1f}", f"{row['balance']:.3f}", peers]
         lines.append(f"| {' | '.join(setting + figures)} |")
     lines += ["", "Published and predicted: tokens/s per GPU.", "", "| gain | published | predicted | band | |", "|---|---|---|---|---|"]
     for one in report["ratios"]:

@@ -72,15 +72,19 @@ def counts_trace(shape: TraceShape, workload: str, seed: int = 0) -> RoutingTrac
     return from_counts(shape, counts_LE[None], [workload], source=workload)
 
 
-def pass_trace(shape: TraceShape, workload: str, *, phase: str, tokens: int, context: int, seed: int = 0) -> RoutingTrace:
+def pass_trace(shape: TraceShape, workload: str, *, phase: str, tokens: int, context: int, each: int = 1, seed: int = 0) -> RoutingTrace:
     """Return one forward pass of `tokens` tokens over all ranks.
 
-    phase `prefill`: whole prompts of `context` tokens; `decode`: one token of every request, whose KV cache has `context` entries with it.
+    phase `prefill`: whole prompts of `context` tokens; `decode`: `each` tokens of every request, whose KV cache has `context` entries with them.
     """
     if phase == "prefill" and tokens % context:
         raise TraceError(describe("published pass", "tokens", tokens, f"must be whole prompts of {context} tokens"))
-    number = np.arange(tokens, dtype=np.int64)
-    request, position, code = (number // context, number % context, PREFILL) if phase == "prefill" else (number, np.full(tokens, context - 1), DECODE)
+    if phase == "decode" and tokens % each:
+        raise TraceError(describe("published pass", "tokens", tokens, f"must be {each} of every request"))
+    number, before, code = np.arange(tokens, dtype=np.int64), 0, PREFILL
+    if phase == "decode":
+        before, context, code = context - each, each, DECODE
+    request, position = number // context, before + number % context
     batch = TokenBatch(
         step_T=np.zeros(tokens, dtype=np.uint32),
         rank_T=np.zeros(tokens, dtype=np.uint16),

@@ -1,6 +1,7 @@
 """`validate --published`: replay the setting of every published figure and put the prediction beside it.
 
-Each row is one forward pass of a deployment through `api.replay`: its routing, its placement, its execution settings, nothing fitted. Units: tokens/s per GPU.
+Each row is one forward pass of a deployment through `api.replay`: its routing, its placement, its execution settings, nothing fitted on it; an engine's
+host time per pass is the one that was fitted on end-to-end points of other models. Units: tokens/s per GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from moesim.api.error_summary import error_summary
 from moesim.api.published.loads import counts_trace, pass_trace
 from moesim.api.replaying import replay
 from moesim.api.solving import solve
+from moesim.api.validation_points_run import read_overheads
 from moesim.errors import InputError, describe
 from moesim.files import read_yaml
 from moesim.hardware.cluster import Cluster
@@ -42,16 +44,22 @@ class Row(_Strict):
     hardware: str
     phase: Literal["prefill", "decode"]
     tokens_per_gpu: Count
-    """New prompt tokens, or requests that decode one token each."""
+    """New prompt tokens, or tokens that decode."""
+    tokens_per_request: Count = 1
+    """Tokens that a decoding request has in a pass: more than one where drafts are verified."""
+    accepted: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the drafts that the figure counts as accepted."""
     context: Count
     """Tokens of a prompt; KV entries of a decoding request."""
     routing: str
     experts: Literal["linear", "trivial", "eplb", "eplb-global"]
     redundant: Annotated[int, Field(ge=0, le=1 << 16)]
     settings: dict[str, str]
+    engine: str = ""
+    """Whose host time per pass is added; empty: none is known."""
     published: Positive | None = None
     within: Positive | None = None
-    """Relative error that counts as a hit."""
+    """Relative error that counts as a hit; none where the row is a variant that stands beside the scored one."""
     source: str
     peers: dict[str, Positive] = {}
     """What other tools predict."""
@@ -144,7 +152,7 @@ def validate_published(
         if progress is not None:
             progress(row.name)
         rows[row.name] = _predict(row, model, document.sources[row.source], strict, seed)
-    scored = [item for item in rows.values() if item["error"] is not None]
+    scored = [item for item in rows.values() if item["within"] is not None]
     errors = np.array([item["error"] for item in scored])
     return {
         "schema": SCHEMA,
@@ -187,17 +195,31 @@ def plan_of(row: Row, model: MoEModel, cluster: Cluster, seed: int) -> Plan | No
     ).plan
 
 
+def host_us(row: Row) -> float:
+    """Return the host time of a pass: that of the engine's step and of every sequence (simulated drafts are sequences) of one GPU's scheduler."""
+    if not row.engine:
+        return 0.0
+    known = {backend: one for (backend, version), one in read_overheads().by_version.items() if version == "*"}
+    if row.engine not in known:
+        raise InputError(describe("published row", row.name, row.engine, f"must be an engine with declared host overheads: {', '.join(sorted(known))}"))
+    sequences = row.tokens_per_gpu / (row.context if row.phase == "prefill" else 1)
+    return known[row.engine].step_us + known[row.engine].sequence_us * sequences
+
+
 def _predict(row: Row, model: MoEModel, source: str, strict: bool, seed: int) -> dict[str, Any]:
     began = time.perf_counter()
     cluster = cluster_of(row.hardware)
     tokens = row.tokens_per_gpu * cluster.num_ranks
-    trace = pass_trace(trace_shape(model), row.routing, phase=row.phase, tokens=tokens, context=row.context, seed=seed)
+    trace = pass_trace(trace_shape(model), row.routing, phase=row.phase, tokens=tokens, context=row.context, each=row.tokens_per_request, seed=seed)
     plan = plan_of(row, model, cluster, seed)
-    report = replay(trace, model=model, hardware=cluster, plan=plan, settings=row.settings, strict=strict, seed=seed).report
-    predicted = report["tokens_per_s"] / cluster.num_ranks
+    settings = {**row.settings, "host_overhead_us": f"{host_us(row):g}"}
+    report = replay(trace, model=model, hardware=cluster, plan=plan, settings=settings, strict=strict, seed=seed).report
+    counted = (1.0 + row.accepted * (row.tokens_per_request - 1)) / row.tokens_per_request
+    predicted = report["tokens_per_s"] * counted / cluster.num_ranks
     error = None if row.published is None else predicted / row.published - 1.0
     return {
-        **row.model_dump(include={"name", "hardware", "phase", "tokens_per_gpu", "context", "routing", "experts", "redundant", "settings"}),
+        **row.model_dump(include={"name", "hardware", "phase", "tokens_per_gpu", "tokens_per_request", "context", "routing", "experts", "redundant"}),
+        "settings": settings,
         "source": source,
         "published": row.published,
         "predicted": predicted,
