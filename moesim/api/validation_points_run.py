@@ -33,7 +33,7 @@ from moesim.traces.requests.document import Request, Requests
 REQUESTS_PER_CLIENT = 10
 SHORTEST = 0.8
 LENGTHS = ("drawn", "nominal")
-OVERLAP, OVERLAPPED, KERNELS = "overlap_since", "overlapped", "expert_kernels"
+OVERLAP, OVERLAPPED, KERNELS, CACHE = "overlap_since", "overlapped", "expert_kernels", "fp8_cache"
 ROOMY = True
 """Whether blocks may be as long as requests; tests compare."""
 FOLDER = Path(__file__).parent / "points"
@@ -143,7 +143,7 @@ class Runner:
         self._model, self._trace, self._map_layers = model, requests_trace, map_layers
         self._strict, self._seed = strict, seed
         self._clusters: dict[int, Cluster] = {self.base.num_nodes: self.base}
-        self._models: dict[tuple[str, str], MoEModel] = {}
+        self._models: dict[tuple[str, str, str], MoEModel] = {}
         self._routing: dict[str, Routing | None] = {}
         self._deployments: dict[object, Deployment | MoesimError] = {}
         self._alike: dict[object, Deployment] = {}
@@ -152,12 +152,14 @@ class Runner:
 
     def model_of(self, point: Point) -> MoEModel:
         """Return the model of a row at the precision that was run: the checkpoint's own where it has one, else what the label says."""
-        key = (point.model, point.weights)
+        key = (point.model, point.weights, point.backend)
         if key not in self._models:
             found = _named(point.model) if self._model is None else model_of(self._model)
             if found.weight_dtype == found.dtype and found.expert_dtype == found.dtype and point.weights.startswith("fp8"):
                 block = 128 if point.weights == "fp8_block" else None
                 found = replace(found, weight_dtype="fp8", weight_block=block, expert_dtype="fp8")
+                if block is None and engine_settings().get(point.backend, {}).get(CACHE):
+                    found = replace(found, kv_dtype="fp8")
             self._models[key] = found
         return self._models[key]
 
@@ -214,7 +216,7 @@ class Runner:
 
     def _build(self, point: Point, model: MoEModel, layout: Layout, longest: int) -> Deployment:
         backend = point.backend if point.backend in ENGINES else "vllm"
-        chosen = {name: value for name, value in engine_settings()[backend].items() if name not in (OVERLAP, KERNELS)}
+        chosen = {name: value for name, value in engine_settings()[backend].items() if name not in (OVERLAP, KERNELS, CACHE)}
         kernel = engine_settings()[backend].get(KERNELS, {}).get(model.expert_dtype, "")
         serving = ServingSettings(**{**chosen, "max_model_len": longest, "pp": layout.pp, "expert_tp": layout.moe_tp if model.moe_layer_ids else 1})
         if layout.dp == 1:

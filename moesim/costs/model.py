@@ -121,10 +121,10 @@ class CostModel:
         timed = law(tokens, present)
         return timed if rows is None or not law.row_s else Timing(seconds=timed.seconds + law.row_s * rows, provenance=timed.provenance)
 
-    def shared_experts(self, tokens: np.ndarray) -> Timing:
-        """Return the time of the shared experts of a layer, each rank computing them for its own tokens."""
-        found = self._stages("shared_experts", _float(tokens))
-        return self._ffn("shared_experts", _float(tokens), self.model.shared_ffn_size) if found is None else found
+    def shared_experts(self, tokens: np.ndarray, tp: int = 1) -> Timing:
+        """Return the time of the shared experts of a layer for `tokens` [...] tokens, split over `tp` ranks; 1: each rank has all for tokens of its own."""
+        found = self._stages("shared_experts", _float(tokens)) if tp == 1 else None
+        return self._ffn("shared_experts", _float(tokens), -(-self.model.shared_ffn_size // tp)) if found is None else found
 
     def dense_ffn(self, tokens: np.ndarray, tp: int = 1) -> Timing:
         """Return the time of a dense layer's norm and FFN, split over `tp` ranks."""

@@ -2,7 +2,8 @@
 
 A layer is attention (all-reduced over tp), then a dense FFN (all-reduced) or gate → dispatch → experts, shared experts → combine. Tokens of a replica are
 dealt evenly to its tp ranks, which are the sources of the exchange; shards of an expert gather what their experts receive and reduce what they give.
-A group may instead gather all tokens on all ranks and reduce the results (one all-reduce if dp = 1); the faster way is taken. In a batch of both phases
+A group may instead gather all tokens on all ranks and reduce the results (one all-reduce if dp = 1); the faster way is taken. Groups that only gather deal
+nothing: every tp rank routes all tokens of its replica, and shared experts are split over tp as a dense FFN is. In a batch of both phases
 projections and FFNs see all tokens at once, scores are those of both phases times what one kernel for both costs, and the exchange is that of prefill.
 Dense products take no less than reading their weights from memory takes: tables of repeated products of one small matrix have it in the cache.
 Shapes: n micro-batches, L layers, R ranks. Seconds.
@@ -40,7 +41,7 @@ class Costs(Protocol):
     def mixed_factor(self, *, chunk: np.ndarray, prefix: np.ndarray, decodes: np.ndarray, context: np.ndarray, tp: int = 1) -> np.ndarray: ...
     def gate(self, tokens: np.ndarray) -> Any: ...
     def experts(self, slot_tokens: np.ndarray, *, slot_mask: np.ndarray | None = None, expert_tp: int = 1) -> Any: ...
-    def shared_experts(self, tokens: np.ndarray) -> Any: ...
+    def shared_experts(self, tokens: np.ndarray, tp: int = 1) -> Any: ...
     def dense_ffn(self, tokens: np.ndarray, tp: int = 1) -> Any: ...
     def head(self, tokens: np.ndarray, tp: int = 1) -> Any: ...
     def sampling(self, sequences: np.ndarray) -> Any: ...
@@ -224,11 +225,12 @@ class StepModel:
 
     def by_tokens(self, group: Group, tokens: np.ndarray) -> TokenTimes:
         """Return what follows from the tokens [n] of a replica alone, whatever their phase."""
-        return self._once(("by_tokens", group.tp, tokens.tobytes()), lambda: self._by_tokens(group.tp, tokens))
+        dealt = self._all2all != "gather" and group.ep > 1
+        return self._once(("by_tokens", group.tp, dealt, tokens.tobytes()), lambda: self._by_tokens(group.tp, tokens, dealt))
 
-    def _by_tokens(self, tp: int, tokens: np.ndarray) -> TokenTimes:
+    def _by_tokens(self, tp: int, tokens: np.ndarray, dealt: bool) -> TokenTimes:
         model, costs, zero = self.model, self.costs, np.zeros(len(tokens))
-        per_rank, hidden = np.ceil(tokens / tp), tokens * (model.hidden_size * self._bytes)
+        per_rank, hidden = np.ceil(tokens / tp) if dealt else tokens, tokens * (model.hidden_size * self._bytes)
 
         def seconds(timed: Any) -> np.ndarray:
             return np.asarray(timed.seconds, dtype=np.float64)
@@ -240,7 +242,7 @@ class StepModel:
             if len(model.moe_layer_ids) < model.num_layers
             else zero,
             gate_n=seconds(costs.gate(per_rank)) if moe else zero,
-            shared_n=seconds(costs.shared_experts(per_rank)) if moe and model.num_shared_experts else zero,
+            shared_n=seconds(costs.shared_experts(per_rank, tp=1 if dealt else tp)) if moe and model.num_shared_experts else zero,
             embedding_n=seconds(costs.embedding(tokens)),
         )
 

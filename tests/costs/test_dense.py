@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from moesim.costs import CostModel, Provenance
+from moesim.costs.group import Group
+from moesim.costs.group_loads import linear_placement
+from moesim.costs.step import StepModel
 from moesim.costs.tables import Rows, Tables
 from moesim.errors import CostError
 from moesim.hardware import Cluster, load_cluster
@@ -202,3 +205,28 @@ def test_every_operator_works_on_devices_without_tables(hardware: str) -> None:
     timings.append(costs.experts(np.ones((2, 8), dtype=np.int64)))
     for timed in timings:
         assert (timed.seconds > 0).all() and np.isfinite(timed.seconds).all() and (timed.provenance == Provenance.ROOFLINE).all()
+
+
+def test_prompts_over_an_eight_bit_cache_are_timed_by_kernels_that_compute_in_eight_bits(h100: Cluster) -> None:
+    """Rows of other heads that keep 16 bits for scores are no stand-in for those of these heads."""
+    where: dict[str, str | int | float] = {"num_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "window_size": 0, "kv_cache_dtype": "fp8"}
+    rows = read_table(h100, "attn_context_sglang0.5.14", where={**where, "attn_dtype": "fp8"})
+    costs = CostModel(h100, replace(load_model("qwen3-32b"), kv_dtype="fp8"))
+    batch, length = rows["batch_size"].astype(float), rows["isl"].astype(float)
+    timed = costs.attention_core(phase="prefill", sequences=batch, new_tokens=batch * length, context=length)
+    assert (timed.seconds == rows["latency_s"]).all() and (timed.provenance == Provenance.MEASURED).all()
+
+
+@pytest.mark.parametrize("all2all", ["gather", "exchange"])
+def test_ranks_that_only_gather_route_all_tokens_and_split_shared_experts(h100: Cluster, v3: MoEModel, all2all: str) -> None:
+    """Where tokens are dealt to tp ranks for an exchange each routes its part, and has shared experts whole."""
+    costs, tokens = CostModel(h100, v3), np.array([512.0])
+    even = np.full((1, 256), 8 / 256)
+    steps = StepModel(v3, h100, costs, even, linear_placement, all2all=all2all)
+    found = steps.by_tokens(Group(8, 1, 8, 1, 32), tokens)
+    gathers = all2all == "gather"
+    assert found.gate_n == pytest.approx(costs.gate(tokens if gathers else tokens / 8).seconds)
+    shared = costs.shared_experts(tokens, tp=8) if gathers else costs.shared_experts(tokens / 8)
+    assert found.shared_n == pytest.approx(shared.seconds)
+    # One shard per expert leaves nothing to exchange, whatever the setting.
+    assert steps.by_tokens(Group(8, 1, 1, 8, 256), tokens).gate_n == pytest.approx(costs.gate(tokens).seconds)

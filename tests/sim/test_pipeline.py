@@ -79,7 +79,7 @@ class Costs:
     def dense_ffn(self, tokens: np.ndarray, tp: int = 1) -> Timing:
         return self._all(tokens, 0.0)
 
-    def shared_experts(self, tokens: np.ndarray) -> Timing:
+    def shared_experts(self, tokens: np.ndarray, tp: int = 1) -> Timing:
         return self._all(tokens, 0.0)
 
     def head(self, tokens: np.ndarray, tp: int = 1) -> Timing:

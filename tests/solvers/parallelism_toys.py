@@ -111,8 +111,8 @@ class ToyCosts:
     def experts(self, slot_tokens: np.ndarray, *, slot_mask: np.ndarray | None = None, expert_tp: int = 1) -> Timing:
         return self._timed("experts", slot_tokens.sum(axis=-1), slot_tokens.max(axis=-1), expert_tp)
 
-    def shared_experts(self, tokens: np.ndarray) -> Timing:
-        return self._timed("shared", tokens)
+    def shared_experts(self, tokens: np.ndarray, tp: int = 1) -> Timing:
+        return self._timed("shared", tokens, tp)
 
     def dense_ffn(self, tokens: np.ndarray, tp: int = 1) -> Timing:
         return self._timed("dense", tokens, tp)
