@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moesim.api.documents import cluster_of, model_of
-from moesim.api.served_routing import SOURCE, served_routing
+from moesim.api.served_routing import SOURCES, served_routing
 from moesim.api.serving_deployment import deployment_of, group_with
 from moesim.api.validation import validate_run
 from moesim.cli.validate import print_run
