@@ -56,7 +56,7 @@ def test_it_runs_from_end_to_end_and_says_what_was_assumed(tmp_path: Path, capsy
     assert {name: report["deployment"][name] for name in ("tp", "dp", "ep", "expert_tp")} == dict(tp=1, dp=2, ep=2, expert_tp=1)
     assert report["settings"]["serving.all2all"] == "gather", "what vLLM does unless it is given a library of exchange kernels"
     assert report["routing"]["source"] == SOURCES["softmax"] and report["routing"]["use"].startswith("assumed: ")
-    assert report["rows_calibrated"] == 0 and report["sensitivity"]["ttft"] > 1.0 and report["sensitivity"]["tpot"] > 0.9
+    assert report["rows_calibrated"] == 0 and report["sensitivity"]["ttft"] > 0.9 and report["sensitivity"]["tpot"] > 0.9
     assert not any(name.startswith("exchange") for name in report["fallbacks"]), "exchange kernels have no part in it"
     print_run(report)
     said = capsys.readouterr()
