@@ -108,7 +108,9 @@ class StepCurves:
     def _row(self, sequences: int) -> list[float]:
         """Return the scores of so many decoding sequences at every context; rows are made when they are first needed, up to a power of two."""
         at = -(-sequences // self._row_width) - 1
-        if at >= len(self._rows) and len(self._rows) < self._max_rows:
+        if at < len(self._rows):
+            return self._rows[at]
+        if len(self._rows) < self._max_rows:
             first, last = len(self._rows), min(max(2 * len(self._rows), 1 << at.bit_length(), 16), self._max_rows)
             seqs = np.arange(first + 1, last + 1, dtype=np.float64) * self._row_width
             batch, context = np.broadcast_arrays(seqs[:, None], self._contexts[None, :])
@@ -137,20 +139,22 @@ class StepCurves:
     def decode_core(self, sequences: int, context: float) -> tuple[float, float, float]:
         """Return the scores of decoding sequences of a mean context, all layers; what a token of context adds, and for how many tokens it adds that."""
         row, keys = self._row(sequences), self._context_keys
-        at = bisect_right(keys, context) - 1
-        last = len(keys) - 2
-        room = keys[at + 1] - context if at < last else inf
-        at = min(max(at, 0), last)
-        slope = (row[at + 1] - row[at]) / (keys[at + 1] - keys[at])
-        return row[at] + (context - keys[at]) * slope, slope, room
+        at, last = bisect_right(keys, context) - 1, len(keys) - 2
+        if at < last:
+            room = keys[at + 1] - context
+        else:
+            at, room = last, inf
+        low, key = row[at], keys[at]
+        slope = (row[at + 1] - low) / (keys[at + 1] - key)
+        return low + (context - key) * slope, slope, room
 
     def prefill_core(self, count: int, new: int, pairs: float) -> float:
         """Return the scores of so many prompt chunks with `new` tokens and `pairs` pairs of tokens in all, all layers."""
         each = new / count
         prefix = max(pairs / new - 0.5 * each, 0.0)
         news, prefixes, rows = self._news_keys, self._prefix_keys, self._table(count)
-        i = min(max(bisect_right(news, each) - 1, 0), len(news) - 2)
-        j = min(bisect_right(prefixes, prefix) - 1, len(prefixes) - 2)
+        # A chunk has a token, and keys go beyond the longest chunk and prefix.
+        i, j = bisect_right(news, each, hi=len(news) - 1) - 1, bisect_right(prefixes, prefix, hi=len(prefixes) - 1) - 1
         down, across = (each - news[i]) / (news[i + 1] - news[i]), (prefix - prefixes[j]) / (prefixes[j + 1] - prefixes[j])
         low, high = rows[i], rows[i + 1]
         first = low[j] + across * (low[j + 1] - low[j])
@@ -196,7 +200,11 @@ class StepCurves:
                 continue
             at = -(-tokens // width)
             lines.append((body + self._body[at], slope))
-            embed, head = max(embed, self._embed[at]), max(head, self._head[-(-positions // width)])
+            first, last = self._embed[at], self._head[-(-positions // width)]
+            if first > embed:
+                embed = first
+            if last > head:
+                head = last
             total += tokens
             if tokens > busiest:
                 busiest = tokens

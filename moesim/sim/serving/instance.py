@@ -161,7 +161,7 @@ class Instance:
         gain, pool, time = self._gain, self.pool, flight.time
         count = time.room / gain
         for replica, work in zip(self.replicas, flight.works, strict=True):
-            if work.decodes:
+            if work.decodes and count >= 1:
                 lane = replica.lanes[0]
                 count = min(count, min(lane.ends) - lane.steps)
                 if count >= 1:
@@ -185,18 +185,18 @@ class Instance:
         flight.more = more
         self.free_s[0] = self.until = flight.until = flight.end_s(more)
 
-    def finish(self, flight: Flight) -> tuple[list[tuple[Replica, Sequence]], list[tuple[Replica, Sequence]]]:
+    def finish(self, flight: Flight) -> tuple[list[tuple[Replica, Sequence]], list[Sequence]]:
         """End a flight: return the sequences that have gained a token by their prompt, and those that have ended by decoding."""
         self._book(flight)
         self.flight = None
-        first, done = [], []
+        first: list[tuple[Replica, Sequence]] = []
+        done: list[Sequence] = []
         for replica, work in zip(self.replicas, flight.works, strict=True):
             lane = replica.lanes[flight.lane]
             if work.decodes:
                 if flight.more:
                     replica.advance(lane, flight.more)
-                for one in replica.stepped(lane):
-                    done.append((replica, one))
+                done += replica.stepped(lane)
             for one in work.finished_prompts:
                 first.append((replica, one))
             lane.flying = False

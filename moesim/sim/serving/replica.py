@@ -259,6 +259,8 @@ class Replica:
 
     def supplied(self, lane: Lane) -> int:
         """Return for how many steps after the next one the free blocks surely last."""
+        if not lane.needs:
+            return 1 << 30  # everything ends in the blocks that it has
         size, free, steps = self.settings.block_size, self.pool.free, lane.steps
         safe = int((free // lane.decoding - 1) * size / self._gain)
         if safe >= size:
@@ -303,10 +305,12 @@ class Replica:
 
     def stepped(self, lane: Lane) -> list[Sequence]:
         """Book a decode step that has run; return the sequences that end with it."""
-        due = lane.ends.pop(lane.steps, ())
+        due = lane.ends.pop(lane.steps, None)
         lane.steps += 1
         lane.contexts += lane.decoding * self._gain
-        done = []
+        done: list[Sequence] = []
+        if due is None:
+            return done
         for sequence, epoch in due:
             if sequence.epoch == epoch:
                 self._undecode(lane, sequence)

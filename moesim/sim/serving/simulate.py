@@ -108,25 +108,24 @@ class Simulation:
             if self._upcoming is not None and self._upcoming.arrival_s < at:
                 at = self._upcoming.arrival_s
             if self._dirty and at > now:
-                for ready in list(self._dirty.values()):
-                    self._start(ready, now)
-                self._dirty.clear()
+                ready, self._dirty = self._dirty, {}
+                for instance in ready.values():
+                    self._start(instance, now)
                 continue
             now = at
             while heap and heap[0][0] <= now:
-                _, _, kind, instance, what = heappop(heap)
-                if kind == _END:
-                    assert instance is not None
-                    if what.until == now:
-                        self._end(instance, what, now)
-                elif kind == _ARRIVE:
+                _, _, kind, there, what = heappop(heap)
+                if kind == _ARRIVE:
                     self._arrive(what, now)
+                    continue
+                assert there is not None
+                if kind == _WAKE:
+                    self._dirty[id(there)] = there
                 elif kind == _READY:
-                    there, replica, sequence = what
+                    replica, sequence = what
                     self._ready(there, replica, sequence, now)
-                else:
-                    assert instance is not None
-                    self._dirty[id(instance)] = instance
+                elif what.until == now:
+                    self._end(there, what, now)
             while self._upcoming is not None and self._upcoming.arrival_s <= now:
                 self._arrive(self._upcoming, now)
                 self._upcoming = next(self._pending, None)
@@ -172,8 +171,6 @@ class Simulation:
         self._dirty[id(best)] = best
 
     def _start(self, instance: Instance, now: float) -> None:
-        if not instance.idle:
-            return
         while instance.idle and instance.free_s[0] <= now:
             flight = instance.start(now)
             if self._prefill:
@@ -196,7 +193,7 @@ class Simulation:
         if flight.more:
             self.run.step.extend(flight.next_s, flight.growth_s, flight.more)
         first, done = instance.finish(flight)
-        for _, sequence in done:
+        for sequence in done:
             self._finish(sequence, now)
         for replica, sequence in first:
             sequence.generated += 1
@@ -253,7 +250,7 @@ class Simulation:
                 self._ports[id(source[0])] = self._ports[id(instance)] = begin + seconds
                 self.run.transfers += 1
                 self.run.transfer_s += seconds
-                self._push(begin + seconds, _READY, instance, (instance, replica, sequence))
+                self._push(begin + seconds, _READY, instance, (replica, sequence))
             replica.arriving.clear()
 
     def _ready(self, instance: Instance, replica: Replica, sequence: Sequence, now: float) -> None:
