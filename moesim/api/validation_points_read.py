@@ -267,6 +267,9 @@ def _point(name: str, row: Mapping[str, str], columns: Mapping[str, str]) -> Poi
     prefill = _layout(row, "prefill_", True) if split else None
     clients = _clients(name, row, columns)
     repairs: list[str] = []
+    if clients is None and re.search(r"_c(?:_|$)", name):
+        # Where clients are named elsewhere in such a collection, batch sizes follow from them; here a batch size may as well be a limit of the server.
+        raise _Impossible("clients not stated", "the id has a place for the client concurrency and leaves it empty; name it in a column")
     if clients is None and batch is not None:
         clients = batch * decode.dp * (decode.workers or 1)
         repairs.append("clients from batch per replica")

@@ -67,11 +67,13 @@ def test_only_rows_of_that_collection_are_undone(tmp_path: Path) -> None:
 def test_clients_come_from_the_id_else_from_the_batch(tmp_path: Path) -> None:
     rows = [
         "run_c32_tp1,vllm,1,m,agg,10,10,,8,1,1,4,1,1,1,1",
+        "run_tp1,vllm,1,m,agg,10,10,,8,1,1,4,1,1,1,1",
         "run_c_tp1,vllm,1,m,agg,10,10,,8,1,1,4,1,1,1,1",
         "run_c192_tp4,vllm,1,m,agg,10,10,,48,4,1,,1,1,1,1",
     ]
     read = read_points(write(tmp_path / "p.csv", rows))
     assert [one.clients for one in read.points] == [32, 32, 192]
+    assert [(one.id, one.reason) for one in read.refused] == [("run_c_tp1", "clients not stated")]
     assert read.points[2].decode == Layout(1, 4, 1, 1, 1)
 
 
@@ -235,7 +237,8 @@ def test_short_cuts_change_no_time(clients: int, monkeypatch: pytest.MonkeyPatch
 
 def test_the_shipped_file_is_what_its_description_says() -> None:
     read = read_points(shipped_points()["h100-sxm"])
-    assert read.rows == len(read.points) == 917
+    assert read.rows == 917 and len(read.points) == 902
+    assert {one.reason for one in read.refused} == {"clients not stated"} and len(read.refused) == 15
     same = without_copies([one for one in read.points if not one.model.endswith("V3")])[1]
     assert len(same) == 49
     r1 = [one for one in read.points if one.model.endswith("R1")]
