@@ -207,10 +207,9 @@ def kv_blocks(cluster: Cluster, model: MoEModel, group: Group, chosen: ServingSe
                 f"{cluster.name}: {model.name} with tp {group.tp}, ep {group.ep}, pp {chosen.pp} needs {format_bytes(used)} a device for weights and "
                 f"activations, must be < {format_bytes(capacity)}: use more devices, more stages, or a larger serving.memory_share"
             )
-        narrow = sum(layer in windowed for layer in layers.tolist())
+        narrow = sum(layer in windowed for layer in layers.tolist()) % len(layers)  # where no layer keeps everything, they share all that is left
         kept = min(narrow * per_layer * float(model.attention.sliding_window or 0) * chosen.max_num_seqs, left * narrow / len(layers))
-        full = max(len(layers) - narrow, 1)
-        blocks = int((left - kept) / (full * per_layer * chosen.block_size))
+        blocks = int((left - kept) / ((len(layers) - narrow) * per_layer * chosen.block_size))
         fewest = blocks if fewest is None else min(fewest, blocks)
     assert fewest is not None
     if fewest < 1:

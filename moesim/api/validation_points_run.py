@@ -37,6 +37,7 @@ OVERLAP, OVERLAPPED, KERNELS, CACHE = "overlap_since", "overlapped", "expert_ker
 ROOMY = True
 """Whether blocks may be as long as requests; tests compare."""
 FOLDER = Path(__file__).parent / "points"
+_FP8 = re.compile(r"-fp8(-dynamic)?/*$", re.IGNORECASE)
 _DATED = re.compile(r"^\d{4}_\d{2}_\d{2}_|_cfg\d+$")
 
 Result = TypeVar("Result")
@@ -154,8 +155,8 @@ class Runner:
         """Return the model of a row at the precision that was run: the checkpoint's own where it has one, else what the label says."""
         key = (point.model, point.weights, point.backend)
         if key not in self._models:
-            found = _named(point.model) if self._model is None else model_of(self._model)
-            if found.weight_dtype == found.dtype and found.expert_dtype == found.dtype and point.weights.startswith("fp8"):
+            found, rounded = _named(point.model) if self._model is None else (model_of(self._model), False)
+            if found.weight_dtype == found.dtype and found.expert_dtype == found.dtype and (rounded or point.weights.startswith("fp8")):
                 block = 128 if point.weights == "fp8_block" else None
                 found = replace(found, weight_dtype="fp8", weight_block=block, expert_dtype="fp8")
                 if block is None and engine_settings().get(point.backend, {}).get(CACHE):
@@ -247,7 +248,8 @@ class Runner:
             try:
                 self._clusters[nodes] = cluster_of(f"{name}x{nodes}")
             except MoesimError:
-                raise InputError(describe(self.base.name, "nodes", self.base.num_nodes, f"must be {nodes} for {gpus} devices", "name a node type")) from None
+                remedy = f"describe a node with devices_per_node: {gpus} or more, or name a node type of the library"
+                raise InputError(describe(self.base.name, "nodes", self.base.num_nodes, f"must be {nodes} for {gpus} devices", remedy)) from None
         return self._clusters[nodes]
 
 
@@ -275,12 +277,12 @@ def _roomy(one: Deployment, clients: int, longest: int, chosen: ServingSettings,
     return replace(one, settings=replace(one.settings, host_overhead_us=overhead.step_us, serving=own), blocks=blocks)
 
 
-def _named(name: str) -> MoEModel:
-    """Return the model of a repository name: the name itself, its last part, and that without its last words."""
-    words = name.rstrip("/").rsplit("/", 1)[-1].lower().split("-")
-    for one in (name, *("-".join(words[:size]) for size in range(len(words), 1, -1))):
-        try:
-            return model_of(one)
-        except MoesimError:
-            continue
-    raise InputError(f"{name}: is no known model; give its config.json with --model, or one of `moesim model list`")
+def _named(name: str) -> tuple[MoEModel, bool]:
+    """Return the model of a repository name, and whether the name alone says that its weights were rounded to FP8."""
+    try:
+        return model_of(name), False
+    except MoesimError as cause:
+        bare = _FP8.sub("", name)
+        if bare == name:
+            raise InputError(f"{cause}; the column of models may also hold the path of a config.json") from None
+        return model_of(bare), True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,13 @@ def test_kv_blocks_fill_what_weights_leave() -> None:
     assert 0 < left < 0.3e9 + 16 * sizes.kv_bytes_per_token(model)
     with pytest.raises(PlanError, match="llama-3.1-70b with tp 1, ep 1, pp 1 needs .* use more devices"):
         kv_blocks(cluster, model_of("llama-3.1-70b"), Group(1, 1, 1, 1, 0), chosen)
+
+
+def test_where_all_layers_have_a_window_they_share_all_that_is_left() -> None:
+    cluster, wide = cluster_of("h100-sxm-8"), model_of("llama-3.1-8b")
+    chosen = Settings.parse({"serving.max_num_batched_tokens": "2048"}).serving
+    narrow = replace(wide, attention=replace(wide.attention, sliding_window=4096, sliding_every=1, sliding_layer_ids=tuple(range(wide.num_layers))))
+    assert kv_blocks(cluster, narrow, Group(1, 1, 1, 1, 0), chosen) == kv_blocks(cluster, wide, Group(1, 1, 1, 1, 0), chosen)
 
 
 def test_files_are_the_same_for_equal_runs(tmp_path: Path) -> None:

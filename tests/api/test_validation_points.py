@@ -225,6 +225,20 @@ def test_a_checkpoint_of_model_optimizer_brings_its_cache() -> None:
     assert runner.model_of(point(model="qwen3-235b-a22b-fp8", backend="trtllm", weights="fp8")).kv_dtype == "bfloat16"
 
 
+def test_names_of_checkpoints_are_resolved_and_other_models_are_not_taken_for_them() -> None:
+    runner = Runner("h100-sxm-1", overheads=NONE)
+    for name, known, weights in (
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-8b", "bfloat16"),
+        ("RedHatAI/Qwen3-30B-A3B-FP8-dynamic", "qwen3-30b-a3b", "fp8"),
+        ("zai-org/GLM-4.5-Air-FP8", "glm-4.5-air", "fp8"),
+    ):
+        found = runner.model_of(point(model=name))
+        assert (found.name, found.expert_dtype) == (known, weights)
+    for name in ("deepseek-ai/DeepSeek-R1-Distill-Llama-70B", "nvidia/DeepSeek-R1-0528-FP4", "Qwen/Qwen3-30B-A3B-GPTQ-Int4"):
+        with pytest.raises(InputError, match=f"{name}.*may also hold the path of a config.json"):
+            runner.model_of(point(model=name))
+
+
 @pytest.mark.parametrize("clients", [1, 4, 24])
 def test_short_cuts_change_no_time(clients: int, monkeypatch: pytest.MonkeyPatch) -> None:
     row = point(model="llama-3.1-8b", clients=clients, prompt=300, output=90)
