@@ -16,7 +16,7 @@ import numpy as np
 
 from moesim.costs.gemm import Gemm
 from moesim.costs.interpolation import Grid, identity, quadratic
-from moesim.costs.mixed import MixedBatches
+from moesim.costs.mixed import MixedBatches, factor_of
 from moesim.costs.provenance import Policy, Provenance, Timing, total, zero_where
 from moesim.costs.roofline import Roofline
 from moesim.costs.tables import Tables
@@ -89,15 +89,20 @@ class AttentionCost:
 
     def mixed_factor(self, chunk: np.ndarray, prefix: np.ndarray, decodes: np.ndarray, kv_length: np.ndarray, tp: int) -> np.ndarray:
         """Return what the scores of a batch of both phases take over those of each phase; see `CostModel.mixed_factor`."""
+        return factor_of(self.mixed_batches(tp), chunk, prefix, decodes, kv_length)
+
+    def mixed_batches(self, tp: int) -> MixedBatches | None:
+        """Return the table of that factor; None where the device has none."""
         attention = self._model.attention
-        none = np.ones(np.broadcast_shapes(np.shape(chunk), np.shape(decodes)))
         if attention.kind == "mla" or attention.sliding_window:
-            return none
-        shape = (attention.num_heads // tp, max(attention.num_kv_heads // tp, 1), attention.head_dim)
-        return self.mixed_factor_of(shape, chunk, prefix, decodes, kv_length)
+            return None
+        return self._mixed_of((attention.num_heads // tp, max(attention.num_kv_heads // tp, 1), attention.head_dim))
 
     def mixed_factor_of(self, shape: tuple[int, int, int], chunk: np.ndarray, prefix: np.ndarray, decodes: np.ndarray, kv_length: np.ndarray) -> np.ndarray:
         """Return the factor of a head shape: heads, KV heads, head dim."""
+        return factor_of(self._mixed_of(shape), chunk, prefix, decodes, kv_length)
+
+    def _mixed_of(self, shape: tuple[int, int, int]) -> MixedBatches | None:
         if shape not in self._mixed:
             names = dict(zip(("num_heads", "num_key_value_heads", "head_dim"), shape, strict=True))
             sizes = dict(zip(("heads", "kv_heads", "head_dim"), shape, strict=True))
@@ -108,9 +113,7 @@ class AttentionCost:
 
             cache = "fp8" if self._model.kv_dtype == "fp8" else "bfloat16"
             self._mixed[shape] = MixedBatches.build(self._tables, {**names, "kv_cache_dtype": cache}, apart)
-        found = self._mixed[shape]
-        both = (np.asarray(chunk) > 0) & (np.asarray(decodes) > 0)
-        return np.ones(both.shape) if found is None else np.where(both, found(chunk, prefix, decodes, kv_length), 1.0)
+        return self._mixed[shape]
 
     def _projections(self, tokens: np.ndarray, tp: int) -> tuple[Timing, ...]:
         attention, hidden = self._model.attention, self._model.hidden_size

@@ -66,8 +66,17 @@ def test_a_step_and_a_pass_of_both_phases_take_the_factor_and_others_do_not() ->
     assert both[1] - prompt[1] - decode[1] == pytest.approx((factor - 1) * (prompt[0] + decode[0]), rel=1e-9)
 
 
+def test_single_batches_are_looked_up_alike() -> None:
+    found = CostModel(CLUSTER, MODEL).mixed_batches()
+    assert found is not None
+    rng = np.random.default_rng(5)
+    many = np.exp(rng.uniform(np.log(0.5), np.log([4096, 40000, 300, 40000]), (200, 4))).T
+    assert [found.at(*one) for one in many.T.tolist()] == pytest.approx(found(*many).tolist(), rel=1e-12)
+
+
 @pytest.mark.parametrize(("hardware", "model"), [("h100-sxm-8", "qwen3-30b-a3b"), ("rtx-pro-6000-1", "deepseek-v3")])
 def test_without_a_table_of_the_head_shape_both_phases_add(hardware: str, model: str) -> None:
     costs = CostModel(load_cluster(hardware), load_model(model))
     each = np.array([0.0, 64.0])
+    assert costs.mixed_batches() is None
     assert (costs.mixed_factor(chunk=each, prefix=each, decodes=each, context=each) == 1.0).all()

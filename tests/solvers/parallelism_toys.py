@@ -102,6 +102,9 @@ class ToyCosts:
     def mixed_factor(self, *, chunk: np.ndarray, **_: object) -> np.ndarray:
         return np.ones(np.shape(chunk))
 
+    def mixed_batches(self, tp: int = 1) -> None:
+        return None
+
     def attention_core(self, *, phase: str, sequences: np.ndarray, new_tokens: np.ndarray, context: np.ndarray, tp: int = 1) -> Timing:
         return self._timed("core" + phase, sequences, new_tokens, context, tp)
 

@@ -2,9 +2,9 @@
 
 A step of an attention replica is: what follows from its tokens (exact at every whole number up to 16,384, rounded up to a step of equal width above),
 scores of the decoding sequences (exact in their number, linear in their mean context between 8 points an octave), scores of the prompt chunks (as so many
-equal chunks with the same tokens and pairs; linear between 4 points an octave), and the head. MoE layers couple the replicas: routed experts follow from all
-tokens of the group, exchanges from the tokens of its busiest replica; both are linear between 8 points an octave. Where routing is random, the time of the
-experts is a mean over sampled loads.
+equal chunks with the same tokens and pairs; linear between 4 points an octave), both times what one kernel for both costs, and the head. MoE layers couple
+the replicas: routed experts follow from all tokens of the group, exchanges from the tokens of its busiest replica; both are linear between 8 points an
+octave. Where routing is random, the time of the experts is a mean over sampled loads.
 Shapes: t tokens of a replica, n sequences, c context. Seconds.
 """
 
@@ -99,6 +99,7 @@ class StepCurves:
         self._context_keys: list[float] = self._contexts.tolist()
         self._rows: list[list[float]] = []
         self._chunks: dict[int, list[list[float]]] = {}
+        self._mixed = steps.costs.mixed_batches(group.tp)
         self._news = octaves(1, max(max_tokens, 2), 4)
         self._news_keys: list[float] = self._news.tolist()
         self._prefixes = np.concatenate([[0.0], octaves(16, max(max_context, 32), 4)])
@@ -194,6 +195,11 @@ class StepCurves:
                     new += size
                     pairs += size * (end - 0.5 * size)
                 body += self.prefill_core(len(chunks), new, pairs)
+                if decodes and self._mixed is not None:
+                    prefix = max(pairs / new - 0.5 * new / len(chunks), 0.0)
+                    factor = self._mixed.at(new, prefix, positions, work.contexts / decodes)
+                    body *= factor
+                    slope *= factor
                 tokens += new
                 positions += len(chunks)
             elif not decodes:

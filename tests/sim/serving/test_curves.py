@@ -15,7 +15,13 @@ from moesim.sim.serving.curves import Line, StepCurves
 from moesim.sim.serving.replica import Sequence, Work
 from moesim.traces.requests.document import Request
 
-MODELS = {"llama-3.1-8b": Group(1, 1, 1, 1, 0), "qwen3-30b-a3b": Group(2, 2, 4, 1, 32), "deepseek-v3": Group(1, 8, 8, 1, 32)}
+BUILT = {
+    "h100-sxm-8 llama-3.1-8b": Group(1, 1, 1, 1, 0),
+    "h100-sxm-8 qwen3-30b-a3b": Group(2, 2, 4, 1, 32),
+    "h100-sxm-8 deepseek-v3": Group(1, 8, 8, 1, 32),
+    "rtx-pro-6000-2 qwen3-30b-a3b": Group(1, 2, 2, 1, 64),
+}
+"""The last one has a table of mixed batches."""
 
 
 def work(chunks: list[tuple[int, int]], decodes: int, context: float) -> Work:
@@ -26,12 +32,13 @@ def work(chunks: list[tuple[int, int]], decodes: int, context: float) -> Work:
     return found
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=BUILT)
 def built(request: pytest.FixtureRequest) -> tuple[StepModel, StepCurves]:
-    cluster, model = load_cluster("h100-sxm-8"), load_model(request.param)
+    hardware, name = request.param.split()
+    cluster, model = load_cluster(hardware), load_model(name)
     assign = capped_LE(1.0 / np.arange(1.0, model.num_experts + 1)[None] ** 0.5, model.top_k) if model.num_experts else np.zeros((0, 0))
     steps = StepModel(model, cluster, CostModel(cluster, model, backend="vllm"), assign, linear_placement)
-    return steps, StepCurves(steps, MODELS[request.param], pp=1, max_tokens=2048, max_seqs=256, max_context=32768)
+    return steps, StepCurves(steps, BUILT[request.param], pp=1, max_tokens=2048, max_seqs=256, max_context=32768)
 
 
 @pytest.mark.parametrize("seed", range(4))
