@@ -20,12 +20,14 @@ class Balanced:
     slots: int
     assignments: np.ndarray
     seconds: np.ndarray
+    ranks: int = 1
+    """Over how many ranks the experts were spread when one of them was timed."""
 
     @classmethod
-    def build(cls, slots: int, assignments: np.ndarray, seconds: np.ndarray) -> Balanced:
+    def build(cls, slots: int, assignments: np.ndarray, seconds: np.ndarray, ranks: int = 1) -> Balanced:
         """Sort the rows and average those of equal load."""
         keys, index = np.unique(assignments, return_inverse=True)
-        return cls(slots, keys.astype(np.float64), np.bincount(index.ravel(), weights=seconds) / np.bincount(index.ravel()))
+        return cls(slots, keys.astype(np.float64), np.bincount(index.ravel(), weights=seconds) / np.bincount(index.ravel()), ranks)
 
 
 def grouped_rows(rows: Mapping[str, np.ndarray], mine: np.ndarray) -> list[Balanced]:
@@ -40,7 +42,8 @@ def by_slots(rows: Mapping[str, np.ndarray], seconds: np.ndarray) -> list[Balanc
     """Return rows of uniform routing over expert-parallel ranks, `num_tokens` on all of them, by number of slots of the timed one."""
     slots = rows["num_experts"] // rows["moe_ep_size"]
     assignments = rows["num_tokens"] * rows["topk"] / rows["moe_ep_size"]
-    return [Balanced.build(int(count), assignments[slots == count], seconds[slots == count]) for count in np.unique(slots)]
+    ranks = int(rows["moe_ep_size"].max())
+    return [Balanced.build(int(count), assignments[slots == count], seconds[slots == count], ranks) for count in np.unique(slots)]
 
 
 def row_seconds(rows: Mapping[str, np.ndarray]) -> float:

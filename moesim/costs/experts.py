@@ -16,6 +16,7 @@ from math import log2
 
 import numpy as np
 
+from moesim.costs import masked_rows
 from moesim.costs.expert_kernels import with_fixed
 from moesim.costs.expert_rows import Balanced, by_slots, grouped_rows, row_seconds
 from moesim.costs.expert_tiles import Load, OlderDevice, balanced_grid
@@ -48,6 +49,7 @@ class ExpertLaw:
         """
         self.scale = scale
         self.row_s = row_s
+        self.ranks = max(item.ranks for item in rows)
         self.worst = worst
         self._work = work
         self._by_active = by_active
@@ -201,6 +203,18 @@ class ExpertCost:
             self._laws[key] = self._build(*key)
         return self._laws[key]
 
+    def masked_seconds(self, tokens: np.ndarray, ranks: int, expert_tp: int) -> np.ndarray:
+        """Return what choices of other ranks' experts add, `tokens` [n] of all `ranks`; 0 with kernels that skip them and rows that were measured so."""
+        model, slots = self._model, -(-self._model.num_experts // ranks)
+        if self._tables.engine != masked_rows.ENGINE or model.expert_dtype not in masked_rows.DTYPES or self.law(expert_tp, slots).ranks > 1:
+            return np.zeros(len(tokens))
+        rows, width = tokens * float(model.top_k), model.expert_ffn_size / expert_tp
+        moved = masked_rows.moved_bytes(
+            rows, rows * (1 - 1 / ranks), hidden=model.hidden_size, width=width, gated=model.gated_ffn, element=DTYPE_BYTES[model.expert_dtype],
+            cache=self._roofline.l2_bytes,
+        )  # fmt: skip
+        return np.asarray(moved / self._roofline.reached_Bps)
+
     def _build(self, expert_tp: int, slots: int, sorts: bool) -> ExpertLaw:
         model = self._model
         dtype = MOE_DTYPES.get(model.expert_dtype)
@@ -339,7 +353,7 @@ class ExpertCost:
             mine = (rows["moe_ep_size"] == count) & (rows["num_tokens"] * shape["topk"] >= count)
             if count == 1 or shape["num_experts"] % count or not mine.any() or abs(log2(ranks / count)) >= best:
                 continue
-            item = Balanced.build(shape["num_experts"] // count, rows["num_tokens"][mine] * (shape["topk"] / count), rows["latency_s"][mine])
+            item = Balanced.build(shape["num_experts"] // count, rows["num_tokens"][mine] * (shape["topk"] / count), rows["latency_s"][mine], count)
             whole = float(np.interp(item.assignments[-1] * count, alone.assignments, alone.seconds))
             found, best = (item, abs(log2(ranks / count))) if item.seconds[-1] * count <= SPLITS * whole else (found, best)
         return found

@@ -126,6 +126,10 @@ class CostModel:
         timed = law(tokens, present)
         return timed if rows is None or not law.row_s else Timing(seconds=timed.seconds + law.row_s * rows, provenance=timed.provenance)
 
+    def masked_rows(self, tokens: np.ndarray, ranks: int, expert_tp: int = 1) -> np.ndarray:
+        """Return the seconds that a rank's experts take longer over `tokens` [n] gathered from all `ranks` than over its own choices of them alone."""
+        return self._experts.masked_seconds(_float(tokens), ranks, expert_tp)
+
     def shared_experts(self, tokens: np.ndarray, tp: int = 1) -> Timing:
         """Return the time of the shared experts of a layer for `tokens` [...] tokens, split over `tp` ranks; 1: each rank has all for tokens of its own."""
         found = self._stages("shared_experts", _float(tokens)) if tp == 1 else None

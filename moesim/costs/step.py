@@ -2,9 +2,10 @@
 
 A layer is attention (all-reduced over tp), then a dense FFN (all-reduced) or gate → dispatch → experts, shared experts → combine. Tokens of a replica are
 dealt evenly to its tp ranks, which are the sources of the exchange; shards of an expert gather what their experts receive and reduce what they give.
-A group may instead gather all tokens on all ranks and reduce the results (one all-reduce if dp = 1); the faster way is taken. Groups that only gather deal
-nothing: every tp rank routes all tokens of its replica, and shared experts are split over tp as a dense FFN is. In a batch of both phases
-projections and FFNs see all tokens at once, scores are those of both phases times what one kernel for both costs, and the exchange is that of prefill.
+A group may instead gather all tokens on all ranks and reduce the results (one all-reduce if dp = 1); some kernels then handle the choices of other ranks'
+experts too. The faster way is taken. Groups that only gather deal nothing: every tp rank routes all tokens of its replica, and shared experts are split over
+tp as a dense FFN is. In a batch of both phases projections and FFNs see all tokens at once, scores are those of both phases times what one kernel for both
+costs, and the exchange is that of prefill.
 Dense products take no less than reading their weights from memory takes: tables of repeated products of one small matrix have it in the cache.
 Shapes: n micro-batches, L layers, R ranks. Seconds.
 """
@@ -43,6 +44,7 @@ class Costs(Protocol):
     def mixed_batches(self, tp: int = 1) -> MixedBatches | None: ...
     def gate(self, tokens: np.ndarray) -> Any: ...
     def experts(self, slot_tokens: np.ndarray, *, slot_mask: np.ndarray | None = None, expert_tp: int = 1) -> Any: ...
+    def masked_rows(self, tokens: np.ndarray, ranks: int, expert_tp: int = 1) -> np.ndarray: ...
     def shared_experts(self, tokens: np.ndarray, tp: int = 1) -> Any: ...
     def dense_ffn(self, tokens: np.ndarray, tp: int = 1) -> Any: ...
     def head(self, tokens: np.ndarray, tp: int = 1) -> Any: ...
@@ -278,9 +280,13 @@ class StepModel:
         own = shared[:, None]
         total = busiest + own
         if group.ranks > 1:
-            gathered = self._gather(group, tokens * group.dp)[:, None] + total
+            masked = self.costs.masked_rows(tokens * group.dp, group.ep, group.expert_tp)[:, None]
+            gathered = self._gather(group, tokens * group.dp)[:, None] + masked + total
             # Shards of one expert have nothing to exchange.
-            total = gathered if self._all2all == "gather" or group.ep == 1 else exchanged if self._all2all == "exchange" else np.minimum(exchanged, gathered)
+            only = self._all2all == "gather" or group.ep == 1
+            gathers = np.array(only) if only or self._all2all == "exchange" else gathered <= exchanged
+            total = np.where(gathers, gathered, exchanged)
+            mean, busiest = mean + gathers * masked, busiest + gathers * masked
         return {"total": total, "exchange": total - busiest - own, "experts": mean, "imbalance": busiest - mean}
 
     def _moe_times(self, group: Group, phase: str, all_tokens: np.ndarray, shared: np.ndarray) -> np.ndarray:

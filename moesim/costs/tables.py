@@ -57,6 +57,11 @@ class Tables:
         """The device whose tables these are."""
         return self._cluster
 
+    @property
+    def engine(self) -> str:
+        """The serving engine whose tables are preferred."""
+        return self._engine
+
     def seen_by(self, engine: str) -> Tables:
         """Return the same device's tables as another engine sees them."""
         return Tables(self._cluster, engine)

@@ -114,6 +114,9 @@ class ToyCosts:
     def experts(self, slot_tokens: np.ndarray, *, slot_mask: np.ndarray | None = None, expert_tp: int = 1) -> Timing:
         return self._timed("experts", slot_tokens.sum(axis=-1), slot_tokens.max(axis=-1), expert_tp)
 
+    def masked_rows(self, tokens: np.ndarray, ranks: int, expert_tp: int = 1) -> np.ndarray:
+        return np.zeros(len(tokens))
+
     def shared_experts(self, tokens: np.ndarray, tp: int = 1) -> Timing:
         return self._timed("shared", tokens, tp)
 
