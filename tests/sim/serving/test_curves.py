@@ -63,6 +63,16 @@ def test_look_ups_agree_with_the_model(built: tuple[StepModel, StepCurves], seed
         assert sum(curves.step([one] * curves.group.dp).stages) == pytest.approx(exact, rel=0.02), (kind, decodes, count, new, prefix, context)
 
 
+def test_where_it_was_measured_one_kernel_for_both_phases_is_slower_than_one_for_each() -> None:
+    cluster, model = load_cluster("rtx-pro-6000-1"), load_model("qwen3-30b-a3b")
+    steps = StepModel(model, cluster, CostModel(cluster, model, backend="vllm"), np.full((1, 128), 8 / 128), linear_placement)
+    curves = StepCurves(steps, Group(1, 1, 1, 1, 128), pp=1, max_tokens=2048, max_seqs=256, max_context=32768)
+    mixed, prompts, decodes = (curves.step([one]).stages[0] for one in (work([(450, 450)], 128, 700.0), work([(450, 450)], 0, 0.0), work([], 128, 700.0)))
+    count = np.array([128.0])
+    scores = float(steps.costs.attention_core(phase="decode", sequences=count, new_tokens=count, context=np.array([700.0])).seconds[0])
+    assert mixed - max(prompts, decodes) > 2 * model.num_layers * scores, "two kernels would add the scores of the decoding sequences once"
+
+
 def test_stages_share_the_layers() -> None:
     cluster, model = load_cluster("h100-sxm-8"), load_model("llama-3.1-8b")
     steps = StepModel(model, cluster, CostModel(cluster, model, backend="vllm"), np.zeros((0, 0)), linear_placement)
