@@ -49,7 +49,7 @@ def test_an_engine_that_is_not_known_is_named(tmp_path: Path) -> None:
 
 def test_what_is_left_out_is_explained_by_its_first_row(tmp_path: Path) -> None:
     rows = ("nothing-known,vllm,100,8,2,1,30,12", "olmoe-1b-7b,vllm,many,8,2,1,30,12")
-    with pytest.raises(InputError, match="no row is left to score.*the first: line 2: nothing-known: is no known model"):
+    with pytest.raises(InputError, match="no row is left to score.*the first: line 2: model 'nothing-known': is neither in the library"):
         validate_points(write(tmp_path / "none.csv", *rows), hardware="h100-sxm-1")
     report = validate_points(write(tmp_path / "one.csv", *rows, "olmoe-1b-7b,vllm,100,8,2,1,30,12"), hardware="h100-sxm-1")
     assert "excluded: 1 × a cell is no number, the first: line 3: isl = 'many'" in notes(report)
