@@ -169,7 +169,7 @@ def test_all_figures_have_the_published_orders() -> None:
     rate = {name: item["predicted"] for name, item in row.items()}
     assert rate["H100 prefill, 1K"] > rate["H100 prefill, 2K"] > rate["H100 prefill, 4K"] < rate["H100 prefill, 4K, perfect EPLB"]
     overlap = [gain[f"two-batch overlap in decode, {count} requests"] for count in (32, 64, 128, 256)]
-    assert overlap == sorted(overlap) and overlap[0] < 0.95 and overlap[1] > 0.9 and overlap[3] > 1.1
+    assert overlap == sorted(overlap) and overlap[0] < 0.95 and overlap[1] < 1.1 and overlap[2] > 1.0 and overlap[3] > 1.1
     assert gain["EPLB in prefill"] > 1.2 and gain["EPLB in decode"] > gain["EPLB in prefill"] and gain["two-batch overlap in prefill, 8,192 tokens"] > 1.2
     for item in row.values():
         assert item["published"] is None or item["error"] == pytest.approx(item["predicted"] / item["published"] - 1)
