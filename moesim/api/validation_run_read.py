@@ -78,7 +78,7 @@ def read_run(ref: str | Path) -> Run:
     rows: list[tuple[float, str, int, int]] = []
     measured: dict[str, tuple[float, float, float]] = {}
     excluded = {"impossible row": 0, "no measured times": 0}
-    why = ""
+    why, seen = "", set[str]()
     for number, line in enumerate(read_bytes(place, limit=_LIMIT).splitlines(), start=1):
         if not line.strip():
             continue
@@ -89,11 +89,14 @@ def read_run(ref: str | Path) -> Run:
                 raise InputError(f"{where}: must be a JSON object, one request")
             at, prompt, output = _number(where, row, "arrival_time"), _count(where, row, "input_toks"), _count(where, row, "output_toks")
             check_request(where, at, prompt, output)
+            name = str(row.get("request_id", number))
+            if name in seen:
+                raise InputError(describe(where, "request_id", name[:80], "must be its own: an earlier row has it"))
         except MoesimError as cause:
             excluded["impossible row"] += 1
             why = why or str(cause)
             continue
-        name = str(row.get("request_id", number))
+        seen.add(name)
         rows.append((at, name, prompt, output))
         times = [float(one) for key in _STAMPS if isinstance(one := row.get(key), int | float) and not isinstance(one, bool)]
         if len(times) == 3 and times[0] < times[1] <= times[2] < float("inf"):
@@ -104,8 +107,6 @@ def read_run(ref: str | Path) -> Run:
         raise InputError(f"{place}: holds no request" + (f"; the first row: {why}" if why else "; it is empty"))
     if not measured:
         raise InputError(f"{place}: no request has queued_ts, first_token_ts and last_token_ts; there is nothing to compare with")
-    if len({row[1] for row in rows}) != len(rows):
-        raise InputError(f"{place}: a request_id appears twice; every request needs its own")
     rows.sort()
     first = rows[0][0]
     return Run(

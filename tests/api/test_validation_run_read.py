@@ -79,6 +79,12 @@ def test_a_broken_row_stops_nothing_and_is_named(tmp_path: Path) -> None:
     assert found.excluded == {"impossible row": 3} and "line 4: output tokens = 0 must be in" in found.first_excluded
 
 
+def test_of_two_rows_with_one_name_the_first_counts(tmp_path: Path) -> None:
+    found = read_run(run(tmp_path / "run", {}, lines=[json.dumps(one) for one in (row(0), row(1), row(0, input_toks=7))]))
+    assert [one.prompt_tokens for one in found.requests if one.id == "bench-0"] == [row(0)["input_toks"]] and len(found.requests) == 2
+    assert found.excluded == {"impossible row": 1} and "line 3: request_id = 'bench-0' must be its own" in found.first_excluded
+
+
 def test_a_file_without_requests_says_what_its_rows_lack(tmp_path: Path) -> None:
     lines = [json.dumps({key: value for key, value in row(0).items() if key != "arrival_time"})]
     with pytest.raises(InputError, match="line 1: arrival_time is missing"):
