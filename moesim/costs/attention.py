@@ -16,7 +16,7 @@ import numpy as np
 
 from moesim.costs.gemm import Gemm
 from moesim.costs.interpolation import Grid, identity, quadratic
-from moesim.costs.mixed import MixedBatches, factor_of
+from moesim.costs.mixed import MixedBatches
 from moesim.costs.provenance import Policy, Provenance, Timing, total, zero_where
 from moesim.costs.roofline import Roofline
 from moesim.costs.tables import Tables
@@ -87,22 +87,15 @@ class AttentionCost:
         """Return the part of the block that depends on phase and context: scores and values, for MLA its projections too, whose form differs by phase."""
         return zero_where(total(*self._core_of(phase, sequences, new_tokens, context, tp)), np.asarray(new_tokens) <= 0)
 
-    def mixed_factor(self, chunk: np.ndarray, prefix: np.ndarray, decodes: np.ndarray, kv_length: np.ndarray, tp: int) -> np.ndarray:
-        """Return what the scores of a batch of both phases take over those of each phase; see `CostModel.mixed_factor`."""
-        return factor_of(self.mixed_batches(tp), chunk, prefix, decodes, kv_length)
-
     def mixed_batches(self, tp: int) -> MixedBatches | None:
-        """Return the table of that factor; None where the device has none."""
+        """Return what the scores of a batch of both phases take over those of each phase; None where the device has no table of it."""
         attention = self._model.attention
         if attention.kind == "mla" or attention.sliding_window:
             return None
-        return self._mixed_of((attention.num_heads // tp, max(attention.num_kv_heads // tp, 1), attention.head_dim))
+        return self.mixed_of((attention.num_heads // tp, max(attention.num_kv_heads // tp, 1), attention.head_dim))
 
-    def mixed_factor_of(self, shape: tuple[int, int, int], chunk: np.ndarray, prefix: np.ndarray, decodes: np.ndarray, kv_length: np.ndarray) -> np.ndarray:
-        """Return the factor of a head shape: heads, KV heads, head dim."""
-        return factor_of(self._mixed_of(shape), chunk, prefix, decodes, kv_length)
-
-    def _mixed_of(self, shape: tuple[int, int, int]) -> MixedBatches | None:
+    def mixed_of(self, shape: tuple[int, int, int]) -> MixedBatches | None:
+        """Return the same of a head shape: heads, KV heads, head dim."""
         if shape not in self._mixed:
             names = dict(zip(("num_heads", "num_key_value_heads", "head_dim"), shape, strict=True))
             sizes = dict(zip(("heads", "kv_heads", "head_dim"), shape, strict=True))

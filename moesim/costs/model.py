@@ -17,7 +17,7 @@ from moesim.costs.exchange import ExchangeCost, ExchangeTiming
 from moesim.costs.experts import ExpertCost
 from moesim.costs.gemm import Gemm
 from moesim.costs.links import LinkModel
-from moesim.costs.mixed import MixedBatches
+from moesim.costs.mixed import MixedBatches, factor_of
 from moesim.costs.provenance import Policy, Timing, timing, total, zero_where
 from moesim.costs.provenance import Provenance as Provenance
 from moesim.costs.roofline import Roofline
@@ -95,7 +95,7 @@ class CostModel:
 
         chunk, prefix [...]: new prompt tokens in all, and mean KV length before them; decodes, context [...]: decoding tokens and their mean KV length.
         """
-        return self._attention.mixed_factor(_float(chunk), _float(prefix), _float(decodes), _float(context), tp)
+        return factor_of(self.mixed_batches(tp), _float(chunk), _float(prefix), _float(decodes), _float(context))
 
     def mixed_batches(self, tp: int = 1) -> MixedBatches | None:
         """Return the table behind `mixed_factor`, for single batches; None where no table of the device tells."""

@@ -18,6 +18,7 @@ from moesim.costs.experts import ExpertCost
 from moesim.costs.gemm import Gemm
 from moesim.costs.holdout import GRIDS, codes_of, interpolate
 from moesim.costs.links import OPERATIONS, LinkModel
+from moesim.costs.mixed import factor_of
 from moesim.costs.provenance import Policy, Provenance, Timing
 from moesim.costs.roofline import Roofline
 from moesim.costs.tables import Rows, Tables
@@ -207,7 +208,8 @@ class Predictor:
         if isinstance(prefill, str) or isinstance(decode, str):
             return "head shape must be positive"
         shape = (int(rows["num_heads"][0]), int(rows["num_key_value_heads"][0]), int(rows["head_dim"][0]))
-        factor = self._attention(rows).mixed_factor_of(shape, rows["prefill_chunk"], rows["kv_prefill"], rows["n_decode"], rows["kv_decode"])
+        mixed = self._attention(rows).mixed_of(shape)
+        factor = factor_of(mixed, rows["prefill_chunk"], rows["kv_prefill"], rows["n_decode"], rows["kv_decode"])
         seconds = (prefill.seconds + decode.seconds) * factor
         return Timing(seconds=seconds, provenance=np.maximum(np.maximum(prefill.provenance, decode.provenance), np.uint8(Provenance.CALIBRATED)))
 

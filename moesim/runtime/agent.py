@@ -29,7 +29,7 @@ from moesim.runtime.expert_parallel import ExpertParallelExperts, PeerLost
 from moesim.runtime.history import History
 from moesim.runtime.migration import Migration, live_digests
 from moesim.runtime.moves import local_tables, placement_sha256
-from moesim.runtime.staging import StagingMemory
+from moesim.runtime.staging import StagingMemory, free_memory
 
 LEASE = 4
 """Steps that a rank may go on before it waits for a scheduled decision."""
@@ -389,13 +389,3 @@ def compare(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
     """Return whether two probe outputs are the same bits, and how far apart they are relative to their size."""
     scale = float(np.linalg.norm(before)) or 1.0
     return {"bitwise": before.tobytes() == after.tobytes(), "relative_error": float(np.linalg.norm(after - before)) / scale}
-
-
-def free_memory() -> int:
-    """Return the bytes that this host can still hand out."""
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -6,6 +6,7 @@ system's first touch of every page.
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -111,3 +112,13 @@ class Stream:
     def told(self, index: int) -> bytes:
         """Return the digest that came with expert `index`."""
         return self.digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES].tobytes()
+
+
+def free_memory() -> int:
+    """Return the bytes that this host can still hand out."""
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -56,7 +56,9 @@ def test_it_runs_from_end_to_end_and_says_what_was_assumed(tmp_path: Path, capsy
     assert {name: report["deployment"][name] for name in ("tp", "dp", "ep", "expert_tp")} == dict(tp=1, dp=2, ep=2, expert_tp=1)
     assert report["settings"]["serving.all2all"] == "gather", "what vLLM does unless it is given a library of exchange kernels"
     assert report["routing"]["source"] == SOURCES["softmax"] and report["routing"]["use"].startswith("assumed: ")
-    assert report["rows_calibrated"] == 0 and report["sensitivity"]["ttft"] > 0.9 and report["sensitivity"]["tpot"] > 0.9
+    assert report["rows_calibrated"] == 0
+    assert report["sensitivity"]["ttft"] == pytest.approx(1.0, abs=0.1), "nobody queues"
+    assert 1.0 < report["sensitivity"]["tpot"] < 2.0, "slower steps have more requests in them"
     assert not any(name.startswith("exchange") for name in report["fallbacks"]), "exchange kernels have no part in it"
     print_run(report)
     said = capsys.readouterr()
@@ -102,6 +104,6 @@ def test_an_idle_replica_takes_part_in_vain() -> None:
     alone = curves.step([work(16), work(0)])
     both = curves.step([work(16), work(16)])
     halves = curves.step([work(8), work(8)])
-    assert alone.stages < both.stages and (alone.exchange, alone.experts) < (both.exchange, both.experts)
-    assert (alone.exchange, alone.experts) >= (halves.exchange, halves.experts), "the busiest replica's rows are what the exchange waits for"
+    assert alone.stages < both.stages and alone.exchange + alone.experts < both.exchange + both.experts
+    assert alone.exchange + alone.experts >= halves.exchange + halves.experts, "the busiest replica's rows are what the exchange waits for"
     assert alone.stages > halves.stages, "attention of sixteen is not halved by a replica that idles"

@@ -82,8 +82,8 @@ def test_scores_of_prompts_in_bf16_take_longer_than_the_fp8_block_by_what_attent
     more = seconds("bfloat16") - seconds("fp8")
     assert more[1:] / more[:-1] == pytest.approx(2.0, rel=0.02), "as the scores: with the length"
     # Kernels of another source on the same die compute the scores of one prompt of 8192 tokens in 4.54 ms (tables/h800-sxm, mla_expanded).
-    found = 8192.0**2 / 2 * CostModel(h100, v3)._attention._block("prefill", 128).pair_s  # type: ignore[union-attr]
-    assert found == pytest.approx(4.54e-3, rel=0.12)
+    block = CostModel(h100, v3)._attention._block("prefill", 128)
+    assert block is not None and 8192.0**2 / 2 * block.pair_s == pytest.approx(4.54e-3, rel=0.12)
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "qwen3-235b-a22b", "deepseek-v2-lite", "gpt-oss-120b", "flame-moe-290m"])

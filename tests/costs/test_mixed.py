@@ -7,6 +7,7 @@ import pytest
 
 from moesim.costs.model import CostModel
 from moesim.costs.predict import Predictor
+from moesim.costs.provenance import Timing
 from moesim.costs.step import Batch, StepModel
 from moesim.hardware.load import load_cluster
 from moesim.hardware.tables import read_table
@@ -33,7 +34,8 @@ def test_rows_off_the_grid_are_predicted_and_far_better_than_by_the_sum_of_both_
     one = np.ones(len(error))
     prompt = predictor._attn("prefill", one, rows["prefill_chunk"], rows["prefill_chunk"] + rows["kv_prefill"], rows)
     decode = predictor._attn("decode", rows["n_decode"], rows["n_decode"], rows["kv_decode"], rows)
-    apart = np.abs((prompt.seconds + decode.seconds) / rows["latency_s"] - 1)  # type: ignore[union-attr]
+    assert isinstance(prompt, Timing) and isinstance(decode, Timing)
+    apart = np.abs((prompt.seconds + decode.seconds) / rows["latency_s"] - 1)
     assert np.median(error) < 0.03 and error.mean() < 0.05
     assert np.median(apart) > 0.3, "one kernel for both phases is another thing than two"
 
