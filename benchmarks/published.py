@@ -18,15 +18,15 @@ CAUSES = """
 
 None of it is fitted on a figure of this page.
 
-- **Clock in prefill, one rule for both cards** (the same die, the same 700 W): 1,575 of 1,980 MHz, to which users of overlapped DeepSeek inference report
-  their GPUs to fall at the power limit (DeepGEMM, issue 120). The doubt: it is one report, of GPUs that it does not name; a maintainer answers that GPUs
-  differ; and the report finds nothing of the kind in DeepSeek's profile, which is the H800 row. There the clock is carried over against that remark,
-  because the tables' clock misses by far. Rows at 1,980 MHz stand beside.
+- **Clock in prefill**: users of overlapped DeepSeek inference report that the power limit takes their GPUs from 1,980 to 1,575 MHz (DeepGEMM, issue 120), and
+  that DeepSeek's own profile shows nothing of the kind. So the rows of H100 run at 1,575 MHz and that of H800, which is this profile, at the clock of its
+  tables. It is one report, of GPUs that it does not name; rows at the other clock stand beside.
 - **Two tokens per request in DeepSeek's decode profile**: SGLang, whose figure for the profile this is, simulates it as 128 requests that make 256 tokens a
   step, slows attention down to the profile's, and counts 60 % of the drafts, so 1.6 tokens per request and step. The scores of both tokens are those
   of two requests (kernels of 128 heads are bound by computation), their KV cache is held once. DeepSeek does not state it; the row with one token, as
   InferSim reads the setting, stands beside.
-- **Break-even of overlap in decode**: the source puts it between 64 and 128 requests and gives no figure at either, so the bands ask for no more.
+- **Break-even of overlap in decode**: the source puts it between 64 and 128 requests and gives no figure at either; 1, with a margin of our own, is asked
+  of both.
 - **Host time of SGLang**: per step and per sequence of a GPU's scheduler, as `moesim validate --points` fitted it on dense models on one node of H100. It is
   carried over from a later version. For DeepSeek's engine none is known, so none is added.
 - **Scores of prompts in BF16**: the block table of MLA has an FP8 cache, in which its kernels compute scores in FP8. The published systems' cache is BF16, so

@@ -106,9 +106,11 @@ def test_a_file_that_breaks_a_rule_is_refused(tmp_path: Path, change: Any, says:
     assert says in str(caught.value) and "figures.yaml" in str(caught.value)
 
 
-def test_one_clock_rules_prefill_on_both_cards_and_variants_carry_the_figure_they_stand_beside() -> None:
+def test_prefill_runs_at_the_clock_that_is_reported_and_variants_carry_the_figure_they_stand_beside() -> None:
     rows = read_figures().rows
-    assert {row.settings.get("prefill_clock") for row in rows if row.phase == "prefill" and "1,980" not in row.name} == {"0.795"}
+    clocks = {row.name: row.settings.get("prefill_clock") for row in rows if row.phase == "prefill"}
+    assert clocks.pop("H800 prefill") is clocks.pop("H100 prefill, 4K, 1,980 MHz") is None, "its profile shows no throttling"
+    assert set(clocks.values()) == {"0.795"}
     scored = {row.published for row in rows if row.within is not None}
     variants = [row for row in rows if row.within is None and row.published is not None]
     assert len(variants) == 4 and {row.published for row in variants} <= scored
@@ -169,7 +171,7 @@ def test_all_figures_have_the_published_orders() -> None:
     rate = {name: item["predicted"] for name, item in row.items()}
     assert rate["H100 prefill, 1K"] > rate["H100 prefill, 2K"] > rate["H100 prefill, 4K"] < rate["H100 prefill, 4K, perfect EPLB"]
     overlap = [gain[f"two-batch overlap in decode, {count} requests"] for count in (32, 64, 128, 256)]
-    assert overlap == sorted(overlap) and overlap[0] < 0.95 and overlap[1] < 1.1 and overlap[2] > 1.0 and overlap[3] > 1.1
+    assert overlap == sorted(overlap) and overlap[0] < 0.95 and 0.85 < overlap[1] < 1.1 and overlap[2] > 1.0 and overlap[3] > 1.1
     assert gain["EPLB in prefill"] > 1.2 and gain["EPLB in decode"] > gain["EPLB in prefill"] and gain["two-batch overlap in prefill, 8,192 tokens"] > 1.2
     for item in row.values():
         assert item["published"] is None or item["error"] == pytest.approx(item["predicted"] / item["published"] - 1)
