@@ -17,6 +17,11 @@ from moesim.hardware.cluster import Cluster, Link
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter")
 ENGINES = ("sglang", "trtllm", "vllm")
 """Serving engines; any other name asks for NCCL alone."""
+OWN_LIMIT = {"trtllm": {4: 1e6, 8: 5e5}}
+"""Engine → devices → bytes from which it leaves an all-reduce to NCCL although its own kernel is the faster one; none: it takes the faster one.
+
+Source: TensorRT-LLM, cpp/tensorrt_llm/thop/allreduceOp.cpp, strategy AUTO (two devices always take its own kernel).
+"""
 NCCL_CALL_S = 6.6e-6
 """A call of NCCL beside its hops, where no table says it. Source: base latency of the ring with LL in NCCL's tuning model (src/graph/tuning.cc)."""
 _RING_PASSES = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "alltoall": 1.0}
@@ -129,7 +134,7 @@ class LinkModel:
         return Provenance.EXTRAPOLATED
 
     def _faster(self, curve: Curve, ranks: int) -> Curve:
-        """Return the engine's own all-reduce (inside a captured graph) at every size where it beats NCCL, as the engine chooses.
+        """Return the engine's own all-reduce (inside a captured graph) at every size where it beats NCCL and the engine takes it.
 
         All three have such kernels for small messages of one node; where an engine's own were not measured, those of another speak for them.
         """
@@ -141,8 +146,12 @@ class LinkModel:
         if rows is None:
             return curve
         own = _sorted_curve(*drop_spikes(*_sorted(rows["message_bytes"], rows["latency_s"])))
+        limit = OWN_LIMIT.get(self._engine, {}).get(ranks, np.inf)
         keys = np.union1d(curve.keys, own.keys)
-        return Curve(keys, np.minimum(curve(keys).seconds, own(keys).seconds))
+        if limit < np.inf:
+            keys = np.union1d(keys, [limit - 1.0, limit])
+        nccl = curve(keys).seconds
+        return Curve(keys, np.where(keys < limit, np.minimum(nccl, own(keys).seconds), nccl))
 
     # --- transfers --------------------------------------------------------------------------------------------
 

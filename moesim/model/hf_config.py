@@ -30,6 +30,8 @@ SHARED_FFN = ("shared_expert_intermediate_size", "shared_intermediate_size", "sh
 NESTED = ("text_config", "llm_config", "language_config")
 PARTS = ("attn_config", "ffn_config")
 """Objects into which some families put the keys of a part of every layer."""
+SIGMOID = ("llama4", "deepseek_v3", "glm4_moe", "minimax_m2", "dots1")
+"""How the types of models begin whose code applies a sigmoid although their config may not say so."""
 GATES = {"softmax": "softmax", "sigmoid": "sigmoid", "sqrtsoftplus": "sqrtsoftplus", "noaux_tc": "sigmoid"}
 """What configs call the gate's activation → what it is."""
 PLAIN_ACTIVATIONS = frozenset({"relu", "relu2", "gelu_new", "gelu_fast"})
@@ -226,7 +228,7 @@ def _experts(keys: Keys, counts: tuple[int, ...], family: str, layers: int) -> d
         raise ModelError(describe(keys.place, "n_group", groups, f"must divide the number of experts ({', '.join(map(str, sorted(set(counts))))})"))
     if top_k > chosen * (experts // groups):
         raise ModelError(describe(keys.place, "topk_group", chosen, f"must leave at least {top_k} experts to choose from (groups of {experts // groups})"))
-    gate = keys.text("scoring_func", "moe_router_activation_func", "score_func", default="sigmoid" if family.startswith("llama4") else "softmax")
+    gate = keys.text("scoring_func", "moe_router_activation_func", "score_func", default="sigmoid" if family.startswith(SIGMOID) else "softmax")
     if gate not in GATES:
         raise ModelError(describe(keys.place, "scoring_func", gate, f"must be one of {', '.join(GATES)}"))
     return {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moesim.api.documents import cluster_of, model_of
-from moesim.api.served_routing import SOURCES, served_routing
+from moesim.api.served_routing import FAMILIES, served_routing
 from moesim.api.serving_deployment import deployment_of, group_with
 from moesim.api.validation import validate_run
 from moesim.cli.validate import print_run
@@ -55,7 +55,7 @@ def test_it_runs_from_end_to_end_and_says_what_was_assumed(tmp_path: Path, capsy
     assert report["rows_scored"] == 200
     assert {name: report["deployment"][name] for name in ("tp", "dp", "ep", "expert_tp")} == dict(tp=1, dp=2, ep=2, expert_tp=1)
     assert report["settings"]["serving.all2all"] == "gather", "what vLLM does unless it is given a library of exchange kernels"
-    assert report["routing"]["source"] == SOURCES["softmax"] and report["routing"]["use"].startswith("assumed: ")
+    assert report["routing"]["source"] == FAMILIES["Qwen3"] and report["routing"]["use"].startswith("assumed: ")
     assert report["rows_calibrated"] == 0
     assert report["sensitivity"]["ttft"] == pytest.approx(1.0, abs=0.1), "nobody queues"
     assert 1.0 < report["sensitivity"]["tpot"] < 2.0, "slower steps have more requests in them"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import itertools
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 
 from moesim.api.documents import model_of
 from moesim.api.error_summary import error_summary
+from moesim.api.published.loads import SKEW
 from moesim.api.served_routing import served_routing
 from moesim.api.validation_points import calibrates, excluded, validate_points, without_copies
 from moesim.api.validation_points_fit import fit_overheads
@@ -199,13 +201,19 @@ def test_overheads_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert read_overheads(tmp_path / "o.json").of(rows[0]).step_us == own["step_us"]
 
 
-def test_assumed_routing_has_the_curve_of_the_counted_model_with_like_gates() -> None:
-    """The most popular experts get the shares that were counted: on the counted model itself, and on another whose gates are like its own."""
+def test_assumed_routing_has_the_curve_of_the_counted_model() -> None:
+    """The most popular experts get the shares that were counted: in the model's own family, else where gates are like its own."""
     counts_ME = open_trace("olmoe-1b-7b-counts").counts_WLE().reshape(-1, 64)
     share_ME = -np.sort(-counts_ME, axis=1) / counts_ME.sum(axis=1, keepdims=True)
-    half, eighth = (float(share_ME[:, :top].sum(axis=1).mean()) for top in (32, 8))
-    wanted = {"deepseek-v3": (0.729, 0.329), "minimax-m2.5": (0.729, 0.329), "qwen3-235b-a22b": (half, eighth), "gpt-oss-120b": (half, eighth)}
-    assert half - 0.729 > 0.02
+    olmoe = tuple(float(share_ME[:, :top].sum(axis=1).mean()) for top in (32, 8))
+    # Means over the layers of popularity/counted.csv, columns top_16_of_32 and top_4_of_32.
+    wanted = {
+        "deepseek-v3": (0.729, 0.329),
+        "minimax-m2.5": (0.729, 0.329),
+        "qwen3-235b-a22b": (0.855, 0.391),
+        "gpt-oss-120b": (0.860, 0.341),
+        "deepseek-v2-lite": olmoe,
+    }
     for name, shares in wanted.items():
         model = model_of(name)
         routing, experts = served_routing(model), model.num_experts
@@ -213,8 +221,24 @@ def test_assumed_routing_has_the_curve_of_the_counted_model_with_like_gates() ->
         share_LE = -np.sort(-routing.assign_LE, axis=1) / routing.assign_LE.sum(axis=1, keepdims=True)
         assert routing.assign_LE.shape[1] == experts and (routing.assign_LE <= 1).all()
         for top, share in zip((experts // 2, experts // 8), shares, strict=True):
-            assert share_LE[:, :top].sum(axis=1).mean() == pytest.approx(share, abs=0.008), name
+            assert share_LE[:, :top].sum(axis=1).mean() == pytest.approx(share, abs=0.01), name
     assert served_routing(model_of("llama-3.1-8b")) is None
+
+
+def test_popular_experts_of_deepseek_share_groups() -> None:
+    """Contiguous ranks carry what was counted in DeepSeek-V3, whose routing is limited to groups; experts of other models are in no order."""
+    routing = served_routing(model_of("deepseek-v3"))
+    assert routing is not None
+    with SKEW.open(newline="", encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["workload"] == "decode_in1000out1000"]
+    for ranks in (8, 16, 32):
+        load_LR = routing.assign_LE.reshape(len(routing.assign_LE), ranks, -1).sum(axis=2)
+        counted = np.mean([float(row[f"ep{ranks}_rank_max_over_mean"]) for row in rows])
+        assert (load_LR.max(axis=1) / load_LR.mean(axis=1)).mean() == pytest.approx(counted, rel=0.05)
+    other = served_routing(replace(model_of("deepseek-v3"), num_groups=1, top_k_groups=1))
+    assert other is not None
+    load_LR = other.assign_LE.reshape(len(other.assign_LE), 8, -1).sum(axis=2)
+    assert (load_LR.max(axis=1) / load_LR.mean(axis=1)).mean() < 1.5
 
 
 def test_a_checkpoint_of_model_optimizer_brings_its_cache() -> None:

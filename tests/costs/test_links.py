@@ -31,8 +31,22 @@ def test_all_reduce_is_the_faster_of_nccl_and_the_engines_own(h100: Cluster, v3:
     fastest = np.minimum(nccl["latency_s"][at], own["latency_s"][other])
     assert (v3_costs.all_reduce(sizes[keep], 8).seconds == fastest[keep]).all()
     assert v3_costs.all_reduce(np.array([1024.0]), 8).seconds[0] < 5e-6
-    for engine in ("trtllm", "vllm"):
-        assert (CostModel(h100, v3, backend=engine).all_reduce(sizes[keep], 8).seconds == fastest[keep]).all()
+    assert (CostModel(h100, v3, backend="vllm").all_reduce(sizes[keep], 8).seconds == fastest[keep]).all()
+
+
+@pytest.mark.parametrize(("ranks", "limit"), [(4, 1e6), (8, 5e5)])
+def test_tensorrt_llm_leaves_large_all_reduces_to_nccl(h100: Cluster, v3: MoEModel, v3_costs: CostModel, ranks: int, limit: float) -> None:
+    """From the size on at which its strategy AUTO gives up its own kernel, though that would be the faster one; below, it is as fast as the others."""
+    costs = CostModel(h100, v3, backend="trtllm")
+    rows = read_table(h100, "nccl2.29.2", where={"op_name": "all_reduce", "num_gpus": ranks, "nccl_dtype": "half"})
+    large = (rows["message_bytes"] >= limit) & (rows["message_bytes"] < 2**23)
+    sizes = rows["message_bytes"][large].astype(float)
+    assert large.sum() >= 3 and (costs.all_reduce(sizes, ranks).seconds == rows["latency_s"][large]).all()
+    assert (v3_costs.all_reduce(sizes, ranks).seconds < rows["latency_s"][large]).all()
+    below = np.array([limit - 1.0, limit / 3])
+    assert costs.all_reduce(below, ranks).seconds == pytest.approx(v3_costs.all_reduce(below, ranks).seconds)
+    two = np.array([4e6])
+    assert costs.all_reduce(two, 2).seconds == v3_costs.all_reduce(two, 2).seconds
 
 
 def test_the_known_bus_bandwidth_is_reached(v3_costs: CostModel) -> None:
