@@ -84,9 +84,11 @@ class Deployment:
     costs: CostModel
     routing: Routing | None
 
-    def pool(self, instances: int, scale: float = 1.0) -> Pool:
-        """Return that many instances whose steps take `scale` times their time."""
+    def pool(self, instances: int, scale: float = 1.0, *, decodes: bool = True) -> Pool:
+        """Return that many instances whose steps take `scale` times their time; decodes: whether they make tokens, which need room."""
         chosen, tp = self.settings.serving, self.group.tp
+        if not decodes:
+            chosen = replace(chosen, admission_reserve=0.0)
         swap = 0.0
         if chosen.preemption == "swap":
             if "dram" not in self.cluster.tiers:
@@ -132,7 +134,7 @@ class Deployment:
             requests,
             chosen,
             self.pool(chosen.instances, scale),
-            prefill=first.pool(chosen.prefill_instances, scale) if chosen.prefill_instances else None,
+            prefill=first.pool(chosen.prefill_instances, scale, decodes=False) if chosen.prefill_instances else None,
             transfer_s=transfer_s,
             max_context=chosen.max_model_len or self.model.max_position,
             on_finish=on_finish,

@@ -3,9 +3,10 @@
 The rules are those of vLLM's v1 scheduler. A step first takes what already runs: every decoding sequence gets one token (or the drafts that it verifies),
 every partial prompt a chunk, as far as `max_num_batched_tokens` goes. A sequence that lacks KV blocks has the youngest running sequence preempted, at
 worst itself; a prompt waits instead where batches of other pipeline stages hold blocks. If nobody was preempted, the queue is served in order of arrival
-while there is budget, a free sequence slot (`max_num_seqs`), and blocks for the chunk. A preempted sequence goes to the head of the queue and computes its
-prompt and its tokens again, or comes back from the host. `separate` batches: while a prompt can run, nothing decodes. A sequence whose last prompt chunk
-has run has its first token and decodes from the next step on.
+while there is budget, a free sequence slot (`max_num_seqs`), and blocks for the chunk; with `admission_reserve` for the whole request, beside a share of
+what the running ones have yet to make, as SGLang and TensorRT-LLM admit. A preempted sequence goes to the head of the queue and computes its prompt and its
+tokens again, or comes back from the host. `separate` batches: while a prompt can run, nothing decodes. A sequence whose last prompt chunk has run has its
+first token and decodes from the next step on.
 
 Decoding sequences are not visited step by step: a lane (one batch of a pipeline) knows their number and the sum of their contexts, and a calendar says at
 which of its decode steps a sequence needs a block or ends. So a step costs what happens in it, not what runs.
@@ -135,6 +136,8 @@ class Replica:
         self.preemptions = 0
         self.recomputed_tokens = 0
         self._admitted = 0
+        self._promised = 0
+        """Blocks that the running sequences will hold in the end."""
         self._verify = 1 + settings.draft_tokens
         self._gain = settings.acceptance
 
@@ -214,6 +217,8 @@ class Replica:
         settings, pool, waiting = self.settings, self.pool, self.waiting
         while waiting and self.running < settings.max_num_seqs:
             sequence = waiting[0]
+            if settings.admission_reserve and not self._has_room(sequence):
+                return
             if sequence.swapped or sequence.source is not None:
                 # Its KV cache is elsewhere: it needs blocks, no computation.
                 if not pool.grow(sequence.held, sequence.computed + 1 + settings.draft_tokens):
@@ -248,8 +253,19 @@ class Replica:
             self._chunk(lane, work, sequence, size)
             budget -= size
 
+    def _final_blocks(self, sequence: Sequence) -> int:
+        request, settings = sequence.request, self.settings
+        return -(-(request.prompt_tokens + request.output_tokens + settings.draft_tokens) // settings.block_size)
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Return whether a sequence can end beside the share that is reserved for what the running ones have yet to make."""
+        used = self.pool.used
+        outstanding = max(self._promised - used, 0)
+        return self._final_blocks(sequence) + self.settings.admission_reserve * outstanding <= self.pool.capacity - used
+
     def _enter(self, lane: Lane, sequence: Sequence) -> None:
         sequence.lane = lane
+        self._promised += self._final_blocks(sequence)
         self._admitted += 1
         sequence.turn = self._admitted
         lane.running[sequence] = None
@@ -321,6 +337,7 @@ class Replica:
     def leave(self, lane: Lane, sequence: Sequence) -> None:
         """Take a sequence out of its lane and its blocks back."""
         del lane.running[sequence]
+        self._promised -= self._final_blocks(sequence)
         sequence.lane = None
         self.running -= 1
         self.pool.release(sequence.held)

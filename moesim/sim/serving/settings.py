@@ -33,6 +33,9 @@ class ServingSettings:
     """`mixed`: a step decodes and prefills; `separate`: prompts first, in steps of their own."""
     preemption: str = "recompute"
     """What happens to a sequence that gives its KV blocks up: `recompute` or `swap` (to the host, over its link)."""
+    admission_reserve: float = 0.0
+    """Share of the tokens that running requests have yet to make which stays free when one is admitted, which then needs room for all its own; 0: none
+    does, and sequences are preempted when blocks run out (vLLM). 1: nobody is ever preempted (TensorRT-LLM)."""
     prefix_cache: bool = True
     """Whether prompts that begin alike share KV blocks; takes effect where the requests have block ids."""
     all2all: str = "auto"
@@ -75,6 +78,7 @@ class ServingSettings:
             ("prefill_instances", 0, 65536),
             ("acceptance", 1, 64),
             ("draft_tokens", 0, 63),
+            ("admission_reserve", 0, 1),
             ("draft_us", 0, 1e9),
             ("sequence_us", 0, 1e9),
             ("clients", 0, 1 << 20),
