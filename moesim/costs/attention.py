@@ -216,7 +216,7 @@ class AttentionCost:
         kind, length = ("attn_context", "isl") if phase == "prefill" else ("attn_generation", "step")
         names = ("num_heads", "num_key_value_heads", "head_dim", "window_size", "kv_cache_dtype", "attn_dtype", "batch_size", length, "latency_s")
         cache = "fp8" if self._model.kv_dtype == "fp8" else "bfloat16"
-        more = ("prefix",) if self._tables.own(kind) and self._tables.has(kind, "prefix") else ()
+        more = ("prefix",) if self._tables.has(kind, "prefix") else ()
         rows = None
         if self._model.dtype == "float32":
             rows = self._tables.rows(kind, *names, *more, where={"kv_cache_dtype": "float32", "attn_dtype": "float32"}, transfer=False)

@@ -9,7 +9,7 @@ Tile edges were chosen by leave-one-out error over the H100 table (see benchmark
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -44,6 +44,8 @@ class _Shapes:
     """float64 [shapes, 2]: n, k."""
     curves: tuple[Curve, ...]
     dtype: str
+    rows: Provenance = Provenance.MEASURED
+    """Class of the rows."""
 
 
 class Gemm:
@@ -83,7 +85,7 @@ class Gemm:
         if own is not None:
             return own
         donor = self._from_cube(n, k, dtype, transfer=True)
-        shapes = self._own_shapes(dtype)
+        shapes = self._some_shapes(dtype)
         if shapes is not None and (donor is None or shapes.dtype == dtype):
             return self._with_quantising(self._corrected(operator, n, k, dtype, shapes), k, dtype)
         if donor is not None:
@@ -104,9 +106,7 @@ class Gemm:
     # --- a full table -----------------------------------------------------------------------------------------
 
     def _from_cube(self, n: int, k: int, dtype: str, *, transfer: bool) -> Law | None:
-        if (dtype, transfer) not in self._cubes:
-            self._cubes[dtype, transfer] = self._cube(dtype, transfer)
-        cube = self._cubes[dtype, transfer]
+        cube = self._cube(dtype, transfer)
         if cube is None:
             return None
         n_keys, k_keys, m_keys, seconds, worst = cube
@@ -125,6 +125,11 @@ class Gemm:
         return _floored(Curve(m_keys[known], result[known], WORK.get(dtype, identity)), worst)
 
     def _cube(self, dtype: str, transfer: bool) -> _Cube | None:
+        if (dtype, transfer) not in self._cubes:
+            self._cubes[dtype, transfer] = self._full(dtype, transfer)
+        return self._cubes[dtype, transfer]
+
+    def _full(self, dtype: str, transfer: bool) -> _Cube | None:
         names, where = ("m", "n", "k", "latency_s"), {"gemm_dtype": dtype}
         rows = self._tables.donated("gemm", *names, where=where) if transfer else self._tables.rows("gemm", *names, where=where, transfer=False)
         if rows is None:
@@ -139,27 +144,36 @@ class Gemm:
 
     # --- some shapes ------------------------------------------------------------------------------------------
 
-    def _own_shapes(self, dtype: str) -> _Shapes | None:
-        """Return the device's own curves of the dtype, else of another."""
+    def _some_shapes(self, dtype: str) -> _Shapes | None:
+        """Return the device's own curves of the dtype, else of another; where it has none and its donor no full table, the donor's, transferred."""
         if dtype not in self._shapes:
-            names = ("m", "n", "k", "latency_s")
-            rows = self._tables.rows("gemm", *names, where={"gemm_dtype": dtype}, transfer=False)
-            found = dtype
-            if rows is None:
-                every = self._tables.rows("gemm", *names, "gemm_dtype", transfer=False)
-                if every is not None:
-                    found = str(every["gemm_dtype"][0])
-                    mine = every["gemm_dtype"] == found
-                    rows = Rows({name: every[name][mine] for name in names})
-            self._shapes[dtype] = _curves(rows, found) if rows is not None else None
+            found = self._curves_of(dtype, self._tables.rows, transfer=False)
+            if found is None and self._cube(dtype, True) is None:
+                found = self._curves_of(dtype, self._tables.donated)
+            self._shapes[dtype] = found
         return self._shapes[dtype]
+
+    @staticmethod
+    def _curves_of(dtype: str, read: Callable[..., Rows | None], **how: bool) -> _Shapes | None:
+        names = ("m", "n", "k", "latency_s")
+        rows = read("gemm", *names, where={"gemm_dtype": dtype}, **how)
+        if rows is None:
+            every = read("gemm", *names, "gemm_dtype", **how)
+            if every is None:
+                return None
+            dtype = str(every["gemm_dtype"][0])
+            mine = every["gemm_dtype"] == dtype
+            rows = Rows({name: every[name][mine] for name in names})
+            rows.worst = every.worst
+        return replace(_curves(rows, dtype), rows=rows.worst)
 
     def _corrected(self, operator: str, n: int, k: int, dtype: str, shapes: _Shapes) -> Law:
         distance = np.abs(np.log2(shapes.sizes / np.array([n, k], dtype=np.float64))).sum(axis=1)
         nearest = np.argsort(distance, kind="stable")[:NEIGHBOURS]
         if distance[nearest[0]] == 0 and shapes.dtype == dtype:
-            return _floored(shapes.curves[nearest[0]], Provenance.MEASURED)
-        self._policy.fall_back(operator, self._tables.label("gemm"), f"gemm_dtype={dtype}, n={n}, k={k}", Provenance.CALIBRATED)
+            return _floored(shapes.curves[nearest[0]], shapes.rows)
+        worst = max(shapes.rows, Provenance.CALIBRATED)
+        self._policy.fall_back(operator, self._tables.label("gemm"), f"gemm_dtype={dtype}, n={n}, k={k}", worst)
         near = 1.0 / (distance[nearest] + 0.25) ** 2
         estimate = self._estimate(n, k, dtype)
         # What the measured shapes show of the estimate, at every measured m.
@@ -176,13 +190,13 @@ class Gemm:
 
         def law(m: np.ndarray) -> Timing:
             ratio = np.exp(np.interp(np.log2(np.maximum(m, 1.0)), np.log2(keys), logs))
-            return Timing(seconds=estimate(m).seconds * ratio, provenance=np.full(m.shape, Provenance.CALIBRATED, dtype=np.uint8))
+            return Timing(seconds=estimate(m).seconds * ratio, provenance=np.full(m.shape, worst, dtype=np.uint8))
 
         return law
 
     def _cached(self, n: int, k: int, dtype: str, m: np.ndarray) -> np.ndarray:
         """Return where a measured product reads weights that stayed in the cache, which those of a model with many layers do not."""
-        if self._tables.donor is not None:
+        if self._cube(dtype, True) is not None:
             return np.zeros(m.shape, dtype=bool)  # the donor's table, with which it is compared, was measured the same way
         width = DTYPE_BYTES.get(COMPUTE_DTYPE.get(dtype, dtype), 2.0)
         reading, computing = n * k * width / self._roofline.memory_Bps, 2.0 * m * n * k / self._roofline.flops(COMPUTE_DTYPE.get(dtype, dtype))

@@ -2,7 +2,8 @@
 
 In one call decoding sequences run in tiles made for prompts, and long caches are not split over SMs, so that a mixed batch can take several times the sum.
 The factor is that of the device's table of mixed batches, at the cells of its complete grid of powers of two, multilinear between them and that of the
-border beyond; 1 where the device has no table of the head shape. Shapes: n batches; axes: chunk, cached prefix, decoding sequences, their KV length.
+border beyond; 1 where neither the device nor its donor has a table of the head shape.
+Shapes: n batches; axes: chunk, cached prefix, decoding sequences, their KV length.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class MixedBatches:
 
     @classmethod
     def build(cls, tables: Tables, shape: dict[str, int | str], apart: Apart) -> MixedBatches | None:
-        """Return the factor of a head shape; None without a complete grid on this device."""
-        rows = tables.rows(KIND, *AXES, "latency_s", where=shape, transfer=False) if tables.own(KIND) else None
+        """Return the factor of a head shape; None without a complete grid, the device's own or, where the times of both phases are its donor's, that one's."""
+        rows = tables.rows(KIND, *AXES, "latency_s", where=shape, transfer=not tables.own("attn_generation"))
         if rows is None:
             return None
         at = np.stack([rows[name] for name in AXES]).astype(np.int64)

@@ -1,7 +1,8 @@
 """Time from peak rates: the estimate of last resort, and the model of element-wise kernels.
 
 A kernel takes max(FLOPs / reached FLOP/s, bytes / reached bytes/s) plus one launch. The launch and the reached memory bandwidth of element-wise
-kernels are calibrated on the device's table of them, else on its smallest and its most memory-bound GEMM; elsewhere they are the declared ones.
+kernels are calibrated on the device's table of them, else on its smallest and its most memory-bound GEMM, its donor's where it has none; elsewhere
+they are the declared ones.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Roofline:
         rows = tables.rows("stream", "moved_bytes", "latency_s", transfer=False)
         if rows is None:
             rows = self._products(tables)
+        if rows is None:
+            rows = tables.donated("stream", "moved_bytes", "latency_s")
         if rows is not None:
             self.launch_s = float(rows["latency_s"].min())
             rates = rows["moved_bytes"] / rows["latency_s"]
@@ -88,11 +91,12 @@ class Roofline:
 
     def sampling(self, sequences: np.ndarray, vocab: int) -> Timing:
         """Return the time to sample the next token of every sequence from float32 logits over `vocab`; the table's vocabulary scales in proportion."""
-        rows = self._tables.rows("sampler", "sequences", "vocab", "latency_s", transfer=False)
+        rows = self._tables.rows("sampler", "sequences", "vocab", "latency_s")
         if rows is None:
             return self.stream("sampling", SAMPLING_PASSES * 4.0 * sequences * vocab)
         keys, first = np.unique(rows["sequences"], return_index=True)
         seconds = rows["latency_s"][first]
         scale = vocab / float(rows["vocab"][0])
         timed = Curve(keys.astype(np.float64), seconds[0] + (seconds - seconds[0]) * scale)(np.asarray(sequences, dtype=np.float64))
-        return zero_where(timed if scale == 1.0 else timed.scaled(1.0, Provenance.CALIBRATED), np.asarray(sequences) <= 0)
+        worst = rows.worst if scale == 1.0 else max(rows.worst, Provenance.CALIBRATED)
+        return zero_where(timed.scaled(1.0, worst), np.asarray(sequences) <= 0)

@@ -16,6 +16,8 @@ from moesim.costs.traffic import balanced_counts, ports
 from moesim.hardware.cluster import Cluster, Link
 from moesim.model.moe_model import DTYPE_BYTES
 
+Work = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
+"""FLOPs, bytes, the dtype that computes, and tiles where few of them bound the time."""
 NEXT_DTYPE = {"fp8": "bfloat16", "int8": "bfloat16", "fp4": "fp8", "mxfp4": "bfloat16", "int4": "bfloat16", "bfloat16": "float16", "float16": "float32"}
 """dtype → the one that a device without it computes in."""
 COMPUTE_DTYPE = {"fp8_block": "fp8", "w4a16_mxfp4": "bfloat16", "int4_wo": "bfloat16", "float16": "bfloat16", "w4afp8": "fp8", "nvfp4": "fp4"}
@@ -37,6 +39,9 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "mla_generation": ("batch_size", "step", "num_heads", "kv_cache_dtype"),
     "wideep_mla_context": ("batch_size", "isl", "num_heads"),
     "wideep_mla_generation": ("batch_size", "isl", "num_heads"),
+    "attn_mixed": ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "num_heads", "num_key_value_heads", "head_dim"),
+    "stream": ("moved_bytes",),
+    "sampler": ("sequences", "vocab"),
     "nccl": ("message_bytes",),
     "collective": ("message_bytes",),
     "custom_allreduce": ("message_bytes",),
@@ -63,17 +68,20 @@ def factors(kind: str, rows: Mapping[str, np.ndarray], source: Cluster, target: 
         return np.full(len(rows["message_bytes"]), _reached(source, "scale_up") / _reached(target, "scale_up"))
     if kind.startswith("deepep"):
         return _exchange(kind, rows, source, target)
-    flops, moved, dtype, waves = _work(kind, rows)
+    # A kernel for both phases does the work of one after that of the other.
+    works = _mixed_works(rows) if kind == "attn_mixed" else (_work(kind, rows),)
+    there, here = (sum(_roof(work, cluster) for work in works) for cluster in (source, target))
+    return np.asarray(here / np.maximum(there, 1e-30))
+
+
+def _roof(work: Work, cluster: Cluster) -> np.ndarray:
+    flops, moved, dtype, waves = work
     names, code = np.unique(dtype.astype(str), return_inverse=True)
-    roofs = []
-    for cluster in (source, target):
-        peak = np.array([peak_flops(cluster, name) for name in names])[code.ravel()]
-        compute = flops / peak
-        if waves is not None:
-            sms = cluster.device.num_sms
-            compute = compute * np.ceil(waves / sms) * sms / waves
-        roofs.append(np.maximum(compute, moved / cluster.memory.read_Bps))
-    return np.asarray(roofs[1] / np.maximum(roofs[0], 1e-30))
+    compute = flops / np.array([peak_flops(cluster, name) for name in names])[code.ravel()]
+    if waves is not None:
+        sms = cluster.device.num_sms
+        compute = compute * np.ceil(waves / sms) * sms / waves
+    return np.maximum(compute, moved / cluster.memory.read_Bps)
 
 
 def weight_bytes(dtype: np.ndarray) -> np.ndarray:
@@ -82,9 +90,21 @@ def weight_bytes(dtype: np.ndarray) -> np.ndarray:
     return np.array([_WEIGHT_BYTES.get(name, DTYPE_BYTES.get(name, 2.0)) for name in names])[code.ravel()]
 
 
-def _work(kind: str, rows: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+def _mixed_works(rows: Mapping[str, np.ndarray]) -> tuple[Work, Work]:
+    """Return the work of the prompt chunk, which sees its prefix and half of itself, and that of the decoding sequences."""
+    chunk, prefix, decodes, length, heads, kv_heads, width = (rows[name].astype(np.float64) for name in NEEDED["attn_mixed"])
+    bfloat = np.full(len(chunk), "bfloat16", dtype=object)
+    read = 4 * kv_heads * width  # bytes of a token's keys and values
+    prompt = 4 * heads * width * chunk * (prefix + chunk / 2), read * (prefix + chunk) + 4 * chunk * heads * width
+    return (*prompt, bfloat, None), (4 * heads * width * decodes * length, read * decodes * length, bfloat, None)
+
+
+def _work(kind: str, rows: Mapping[str, np.ndarray]) -> Work:
     """Return FLOPs, bytes, the dtype that computes, and tiles where few of them bound the time."""
     r = {name: values.astype(np.float64) if values.dtype.kind in "iu" else values for name, values in rows.items()}
+    if kind in ("stream", "sampler"):
+        moved = r["moved_bytes"] if kind == "stream" else 4 * r["sequences"] * r["vocab"]
+        return np.zeros(len(moved)), moved, np.full(len(moved), "bfloat16", dtype=object), None
     if kind == "gemm":
         m, n, k, width = r["m"], r["n"], r["k"], weight_bytes(r["gemm_dtype"])
         return 2 * m * n * k, n * k * width + m * (k * width + 2 * n), r["gemm_dtype"], np.ceil(m / TILE) * np.ceil(n / TILE)

@@ -196,15 +196,17 @@ def test_a_gemm_without_tables_is_the_roofline(bare: Cluster, v3: MoEModel) -> N
     assert (timed.provenance == Provenance.ROOFLINE).all()
 
 
-@pytest.mark.parametrize("hardware", ["laptop-1", "rtx-4090-8", "l40s-8x2"])
-def test_every_operator_works_on_devices_without_tables(hardware: str) -> None:
+@pytest.mark.parametrize(
+    ("hardware", "best"), [("laptop-1", Provenance.ROOFLINE), ("rtx-4090-8", Provenance.EXTRAPOLATED), ("l40s-8x2", Provenance.EXTRAPOLATED)]
+)
+def test_every_operator_works_on_devices_without_tables(hardware: str, best: Provenance) -> None:
     costs = CostModel(load_cluster(hardware), load_model("olmoe-1b-7b"))
     tokens = np.array([1, 77])
     timings = [call(tokens) for call in (costs.gate, costs.head, costs.embedding)]
     timings += [costs.attention(phase=phase, sequences=tokens, new_tokens=tokens, context=tokens) for phase in ("prefill", "decode")]
     timings.append(costs.experts(np.ones((2, 8), dtype=np.int64)))
     for timed in timings:
-        assert (timed.seconds > 0).all() and np.isfinite(timed.seconds).all() and (timed.provenance == Provenance.ROOFLINE).all()
+        assert (timed.seconds > 0).all() and np.isfinite(timed.seconds).all() and (timed.provenance >= best).all()
 
 
 def test_prompts_over_an_eight_bit_cache_are_timed_by_kernels_that_compute_in_eight_bits(h100: Cluster) -> None:

@@ -55,6 +55,43 @@ def test_a_device_twice_as_fast_in_everything_halves_what_is_not_overhead(h100: 
     np.testing.assert_allclose(moved[column], least + (rows[column] - least) / 2)
 
 
+@pytest.mark.parametrize("kind", ["stream", "sampler", "attn_mixed"])
+def test_tables_of_few_shapes_move_like_full_ones(kind: str) -> None:
+    donor = load_cluster("rtx-pro-6000-1")
+    rows = Tables(donor, "vllm").rows(kind, *NEEDED[kind], "latency_s")
+    copy = replace(donor, tables=None, calibrated_from="rtx-pro-6000")
+    moved = Tables(copy, "vllm").rows(kind, "latency_s")
+    assert rows is not None and moved is not None and moved.worst is Provenance.EXTRAPOLATED
+    np.testing.assert_allclose(moved["latency_s"], rows["latency_s"], rtol=1e-12)
+    np.testing.assert_allclose(factors(kind, rows, donor, faster(donor, flops=2, memory=2)), 0.5)
+    slower = factors(kind, rows, donor, faster(donor, memory=0.5))
+    assert (slower <= 2.0 + 1e-12).all() and (slower > 1.9).any() and (kind == "attn_mixed") == bool((slower < 1.1).any())
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-30b-a3b"])
+def test_a_copy_of_a_donor_with_few_shapes_takes_its_times(name: str) -> None:
+    """Dense products of shapes that the donor's table lacks are corrected by its shapes there and here; no time is a bare roofline's."""
+    donor, model = load_cluster("rtx-pro-6000-1"), load_model(name)
+    own, copy = (CostModel(one, model, backend="vllm") for one in (donor, replace(donor, tables=None, calibrated_from="rtx-pro-6000")))
+    tokens = np.array([1.0, 16.0, 100.0, 1000.0, 2048.0])
+    length = np.full(5, 900.0)
+    calls: list[Callable[[CostModel], object]] = [
+        lambda costs: costs.attention_projections(tokens),
+        lambda costs: costs.attention_core(phase="decode", sequences=tokens, new_tokens=tokens, context=length),
+        lambda costs: costs.attention_core(phase="prefill", sequences=np.ones(5), new_tokens=tokens, context=tokens),
+        lambda costs: costs.dense_ffn(tokens) if not model.moe_layer_ids else costs.gate(tokens),
+        lambda costs: costs.head(tokens),
+        lambda costs: costs.sampling(tokens),
+    ]
+    for call in calls:
+        there, here = call(own), call(copy)
+        np.testing.assert_allclose(here.seconds, there.seconds, rtol=0.02)  # type: ignore[attr-defined]
+        assert set(np.unique(here.provenance)) == {Provenance.EXTRAPOLATED}  # type: ignore[attr-defined]
+    mixed = [costs.mixed_factor(chunk=tokens, prefix=length, decodes=tokens, context=length) for costs in (own, copy)]
+    np.testing.assert_allclose(mixed[1], mixed[0], rtol=0.02)
+    assert mixed[0].max() > 1.2 or not model.moe_layer_ids, "Qwen3's head shape is in the table of mixed batches"
+
+
 def test_memory_bound_rows_follow_the_bandwidth_and_compute_bound_ones_the_flops(h100: Cluster) -> None:
     rows = {"gemm_dtype": np.array(["bfloat16"] * 2, dtype=object), "m": np.array([1, 16384]), "n": np.array([8192] * 2), "k": np.array([8192] * 2)}
     assert factors("gemm", rows, h100, faster(h100, memory=4)).tolist() == [0.25, 1.0]
