@@ -43,6 +43,8 @@ class Sequence:
         "turn",
         "swapped",
         "source",
+        "reserved",
+        "partner",
         "moving",
     )
 
@@ -71,8 +73,12 @@ class Sequence:
         self.swapped = False
         self.source: tuple[Any, Replica, Sequence] | None = None
         """Prefill instance, replica and sequence there that still hold its KV cache."""
+        self.reserved = False
+        """Whether it asks for blocks before its prompt is computed elsewhere."""
+        self.partner: tuple[Any, Replica, Sequence] | None = None
+        """Decoding instance, replica and sequence there that hold blocks for what this one computes."""
         self.moving = False
-        """Whether its KV cache is on its way."""
+        """Whether its KV cache is on its way, or to come."""
 
 
 class Lane:
@@ -219,7 +225,7 @@ class Replica:
             sequence = waiting[0]
             if settings.admission_reserve and not self._has_room(sequence):
                 return
-            if sequence.swapped or sequence.source is not None:
+            if sequence.swapped or sequence.reserved or sequence.source is not None:
                 # Its KV cache is elsewhere: it needs blocks, no computation.
                 if not pool.grow(sequence.held, sequence.computed + 1 + settings.draft_tokens):
                     return

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from moesim.errors import InputError, describe
 
 BATCHES = ("mixed", "separate")
+HANDOVER = ("pull", "reserve")
 ALL2ALL = ("auto", "exchange", "gather")
 PREEMPTION = ("recompute", "swap")
 
@@ -48,6 +49,8 @@ class ServingSettings:
     """Equal instances, each with its own queues."""
     prefill_instances: int = 0
     """Instances that only prefill and hand the KV cache over; 0: every instance does both."""
+    handover: str = "pull"
+    """With prefill instances, when a decoding one gives a request its KV blocks: `pull`, after the prompt was computed; `reserve`, before (SGLang)."""
     acceptance: float = 1.0
     """Tokens that a decoding sequence gains per step: more than 1 with speculative decoding."""
     draft_tokens: int = 0
@@ -91,7 +94,7 @@ class ServingSettings:
                 raise InputError(describe("--set", f"serving.{name}", value, f"must be in {low}..{high}"))
         if not 0 < self.memory_share <= 1:
             raise InputError(describe("--set", "serving.memory_share", self.memory_share, "must be in (0, 1]"))
-        for name, allowed in (("batches", BATCHES), ("preemption", PREEMPTION), ("all2all", ALL2ALL)):
+        for name, allowed in (("batches", BATCHES), ("preemption", PREEMPTION), ("all2all", ALL2ALL), ("handover", HANDOVER)):
             if getattr(self, name) not in allowed:
                 raise InputError(describe("--set", f"serving.{name}", getattr(self, name), f"must be one of {', '.join(allowed)}"))
         if self.acceptance > 1 + self.draft_tokens:

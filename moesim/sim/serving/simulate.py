@@ -155,7 +155,13 @@ class Simulation:
             if self._clients:
                 self._next_client(now)
             return
-        self._queue(self._entry, Sequence(request, now), now)
+        sequence = Sequence(request, now)
+        if self._prefill and settings.handover == "reserve":
+            sequence.reserved = True
+            sequence.computed = sequence.target = request.prompt_tokens
+            self._queue(self._decode, sequence, now)
+        else:
+            self._queue(self._entry, sequence, now)
 
     def _queue(self, instances: list[Instance], sequence: Sequence, now: float) -> None:
         best, chosen, least = instances[0], instances[0].replicas[0], -1
@@ -203,6 +209,11 @@ class Simulation:
             assert lane is not None
             if sequence.generated >= sequence.request.output_tokens:
                 replica.leave(lane, sequence)
+                if sequence.partner is not None:
+                    there, keeper, kept = sequence.partner
+                    assert kept.lane is not None
+                    keeper.leave(kept.lane, kept)
+                    self._dirty[id(there)] = there
                 self._finish(sequence, now)
             elif self._prefill and instance.pool is self._prefill[0].pool:
                 self._hand_over(instance, replica, sequence, now)
@@ -233,25 +244,40 @@ class Simulation:
     # --- prefill and decode instances -----------------------------------------------------------------------------
 
     def _hand_over(self, instance: Instance, replica: Replica, sequence: Sequence, now: float) -> None:
-        moved = Sequence(sequence.request, sequence.arrival_s)
+        if sequence.partner is not None:
+            target, _, moved = sequence.partner
+        else:
+            moved = Sequence(sequence.request, sequence.arrival_s)
+            moved.computed = moved.target = sequence.computed
         moved.queued_s, moved.first_s, moved.generated = sequence.queued_s, sequence.first_s, sequence.generated
-        moved.computed = moved.target = sequence.computed
         moved.source = (instance, replica, sequence)
-        self._queue(self._decode, moved, now)
+        if sequence.partner is not None:
+            self._transfer(target, sequence.partner[1], moved, now)
+        else:
+            self._queue(self._decode, moved, now)
 
     def _moves(self, instance: Instance, now: float) -> None:
-        """Start the transfers of sequences that have just been given blocks."""
+        """Start the transfers of sequences that have just been given blocks, and the prompts of those that were given them first."""
         for replica in instance.replicas:
             for sequence in replica.arriving:
-                source = sequence.source
-                assert source is not None
-                begin = max(now, self._ports.get(id(source[0]), 0.0), self._ports.get(id(instance), 0.0))
-                seconds = self._transfer_s(sequence.computed)
-                self._ports[id(source[0])] = self._ports[id(instance)] = begin + seconds
-                self.run.transfers += 1
-                self.run.transfer_s += seconds
-                self._push(begin + seconds, _READY, instance, (replica, sequence))
+                if sequence.reserved:
+                    sequence.reserved = False
+                    prompt = Sequence(sequence.request, sequence.arrival_s)
+                    prompt.partner = (instance, replica, sequence)
+                    self._queue(self._prefill, prompt, now)
+                else:
+                    self._transfer(instance, replica, sequence, now)
             replica.arriving.clear()
+
+    def _transfer(self, instance: Instance, replica: Replica, sequence: Sequence, now: float) -> None:
+        source = sequence.source
+        assert source is not None
+        begin = max(now, self._ports.get(id(source[0]), 0.0), self._ports.get(id(instance), 0.0))
+        seconds = self._transfer_s(sequence.computed)
+        self._ports[id(source[0])] = self._ports[id(instance)] = begin + seconds
+        self.run.transfers += 1
+        self.run.transfer_s += seconds
+        self._push(begin + seconds, _READY, instance, (replica, sequence))
 
     def _ready(self, instance: Instance, replica: Replica, sequence: Sequence, now: float) -> None:
         assert sequence.source is not None and sequence.lane is not None

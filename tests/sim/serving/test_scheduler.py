@@ -230,6 +230,41 @@ def test_the_kv_cache_crosses_the_link_once_and_one_after_another() -> None:
     assert times == {"a": (1.0, 5.0), "b": (1.0, 6.0)}
 
 
+def test_who_waits_for_room_to_decode_waits_before_or_after_the_prompt() -> None:
+    """One request fits where decoding happens: pulled, the second one's first token is early and the wait is between tokens; reserved, the other way round."""
+    rows = [Request(str(i), 0.0, 16, 40) for i in range(2)] + [Request("short", 0.0, 16, 1)]
+    chosen = ServingSettings(max_num_seqs=4, max_num_batched_tokens=64, block_size=4, admission_reserve=1.0)
+    runs = {}
+    for mode in ("pull", "reserve"):
+        prefill = pool(linear, blocks=100, settings=replace(chosen, admission_reserve=0.0))
+        done, times = run(rows, replace(chosen, handover=mode), pool(linear, blocks=14), prefill=prefill, transfer_s=lambda tokens: 0.25)
+        assert done.finished == 3 and done.preemptions == 0 and done.transfers == 2
+        runs[mode] = times
+    pulled, reserved = runs["pull"], runs["reserve"]
+    assert pulled["1"][0] < pulled["0"][1] and reserved["1"][0] > reserved["0"][1]
+    own = reserved["0"][1] - reserved["0"][0]
+    assert pulled["0"][1] - pulled["0"][0] == pytest.approx(own)
+    assert reserved["1"][1] - reserved["1"][0] == pytest.approx(own) and pulled["1"][1] - pulled["1"][0] > 1.5 * own
+    assert reserved["short"][0] == reserved["short"][1] > reserved["0"][1], "it waits its turn, and ends where its prompt was computed"
+
+
+@given(seed=st.integers(0, 10**6), reserve=st.sampled_from([0.0, 0.3, 1.0]), swap=st.booleans(), mode=st.sampled_from(["pull", "reserve"]))
+@settings(max_examples=40, deadline=None)
+def test_nothing_is_lost_between_prefill_and_decode(seed: int, reserve: float, swap: bool, mode: str) -> None:
+    rows = draw(seed, 25, prompt=60, output=12, gap=0.03)
+    preemption = "swap" if swap else "recompute"
+    chosen = ServingSettings(
+        max_num_seqs=6, max_num_batched_tokens=48, block_size=4, preemption=preemption, admission_reserve=reserve, handover=mode, prefill_instances=2
+    )
+    first = pool(linear, blocks=40, instances=2, settings=replace(chosen, admission_reserve=0.0))
+    simulation = Simulation(requests_of(rows), chosen, pool(linear, blocks=26, dp=2, coupled=True), prefill=first, transfer_s=lambda tokens: 1e-3 * tokens)
+    done = simulation()
+    assert done.finished + sum(done.refused.values()) == 25
+    for instance in (*simulation._decode, *simulation._prefill):
+        for replica in instance.replicas:
+            assert replica.pool.free == replica.pool.capacity and replica.running == 0 and not replica.arriving
+
+
 def test_goodput_counts_what_meets_both_levels() -> None:
     rows = [Request("a", 0.0, 10, 3), Request("b", 0.0, 10, 3), Request("c", 0.0, 10, 3)]
     chosen = ServingSettings(max_num_seqs=1, max_num_batched_tokens=16, slo_ttft_ms=4500, slo_tpot_ms=1000)
