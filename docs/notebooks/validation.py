@@ -1,14 +1,14 @@
 # %% [markdown]
 # # Predictions beside measurements
 #
-# Four kinds of evidence, from the calls that `moesim validate` makes: end-to-end points, kernels, published throughput, one run request by request.
+# Four kinds of evidence, from the calls that `moesim validate` makes: end-to-end points, kernels, published throughput, two runs request by request.
 # Misses are in every figure. `QUICK = True` looks at few rows of each; the whole takes some minutes.
 
 # %%
 import matplotlib.pyplot as plt
 
 from moesim.api.published.validate import validate_published
-from moesim.api.validation import shipped_runs, validate_run
+from moesim.api.validation import read_run, shipped_runs, validate_run
 from moesim.api.validation_kernels import validate_kernels
 from moesim.api.validation_points import validate_points
 
@@ -75,13 +75,14 @@ if not QUICK:
     axis.set(xlabel="error of throughput, %")
 
 # %% [markdown]
-# ## One run, request by request
+# ## Runs, request by request
 #
-# A recorded run of 300 requests on another card; no parameter was fitted on it.
+# Recorded runs of 300 requests on another card, alone and as a pair; no parameter was fitted on them.
 
 # %%
 for name, place in shipped_runs().items():
-    run = validate_run(place, hardware=f"{name.split('_')[0]}-1")
+    cards = read_run(place).engine["tensor_parallel_size"]
+    run = validate_run(place, hardware=f"{name.split('_')[0]}-{cards}")
     quantities = ("ttft", "tpot", "latency")
     figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
     for offset, key in ((-0.2, "mean"), (0.2, "p99")):

@@ -204,7 +204,7 @@ def test_too_few_devices_and_missing_files_are_named(tmp_path: Path, two_ranks: 
 
 
 @pytest.mark.parametrize(
-    ("name", "hardware", "ttft"), [("rtx-pro-6000_llama-3.1-8b", "rtx-pro-6000-1", 0.05), ("rtx-pro-6000-2_qwen3-32b", "rtx-pro-6000-2", 0.08)]
+    ("name", "hardware", "ttft"), [("rtx-pro-6000_llama-3.1-8b", "rtx-pro-6000-1", 0.05), ("rtx-pro-6000_qwen3-32b-tp2", "rtx-pro-6000-2", 0.08)]
 )
 def test_the_shipped_runs_are_predicted(name: str, hardware: str, ttft: float) -> None:
     """On one card, and tensor-parallel over PCIe with a queue that grows for half of the run."""

@@ -19,5 +19,5 @@ def test_the_notebook_draws_all_its_figures(monkeypatch: pytest.MonkeyPatch) -> 
     assert code.count("QUICK = False") == 1
     space: dict[str, object] = {"__name__": "notebook"}
     exec(compile(code.replace("QUICK = False", "QUICK = True"), str(NOTEBOOK), "exec"), space)
-    assert len(plt.get_fignums()) == 4
+    assert len(plt.get_fignums()) == 5
     plt.close("all")
