@@ -47,6 +47,7 @@ _USED = {
     "num_gpu_blocks_override": "serving.num_gpu_blocks",
     "enable_chunked_prefill": "serving.chunked_prefill",
     "enable_prefix_caching": "serving.prefix_cache",
+    "async_scheduling": "serving.schedule_ahead",
 }
 """Argument of the engine → setting."""
 _OTHERS = ("all2all_backend", "model", "data_parallel_size", "enable_expert_parallel", "kv_cache_dtype", "quantization")

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from moesim.api.engines import FOLDER
 from moesim.api.error_summary import error_summary
 from moesim.api.served_routing import SOURCE, USE
 from moesim.api.validation_points_fit import fit_overheads as fitted
 from moesim.api.validation_points_read import COPY, Point, Points, Refused, read_points, shipped_points
-from moesim.api.validation_points_run import FOLDER, Overheads, Prediction, Runner, read_overheads
+from moesim.api.validation_points_run import Overheads, Prediction, Runner, read_overheads
 from moesim.api.validation_points_scores import choice, error_floor, grouped, ranking, throughput
 from moesim.costs.model import ENGINES
 from moesim.errors import InputError, MoesimError

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from moesim.api.engines import FOLDER, is_overlapped
 from moesim.api.validation_points_read import Point
-from moesim.api.validation_points_run import FOLDER, LENGTHS, OVERLAPPED, Overhead, Overheads, Runner, client_of, is_overlapped
+from moesim.api.validation_points_run import LENGTHS, OVERLAPPED, Overhead, Overheads, Runner, client_of
 from moesim.api.validation_points_scores import grouped
 from moesim.errors import MoesimError
 from moesim.files import sha256_hex, write_atomic
@@ -28,8 +29,8 @@ SEQUENCES = np.arange(0.0, 101.0, 5.0)
 """Overheads per running sequence of a step that are tried, µs."""
 FRONTS = np.arange(0.0, 201.0, 10.0)
 """Overheads per request that are tried, ms."""
-MOVES = ((200.0, 0.0), (-200.0, 0.0), (0.0, 10.0), (0.0, -10.0))
-"""Overheads per step and per sequence that are added where simulation searches on, µs."""
+MOVES = ((200.0, 0.0), (-200.0, 0.0), (0.0, 10.0), (0.0, -10.0), (200.0, -10.0), (-200.0, 10.0))
+"""Overheads per step and per sequence that are added where simulation searches on, µs; what one explains the other explains too, hence the last two."""
 PROBES = ((0.0, 0.0), (1000.0, 0.0), (0.0, 20.0))
 """Overheads per step and per sequence that are simulated, µs."""
 

@@ -10,20 +10,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from moesim.api.documents import cluster_of, model_of
+from moesim.api.engines import FOLDER, OVERLAP, engine_settings, is_overlapped
 from moesim.api.served_routing import served_routing
 from moesim.api.serving_deployment import Deployment, Routing, deployment_of, group_with, routing_of
 from moesim.api.serving_report import provenance
 from moesim.api.validation_points_read import Layout, Point
 from moesim.costs.model import ENGINES
 from moesim.errors import InputError, MoesimError, describe
-from moesim.files import read_json, read_yaml
+from moesim.files import read_json
 from moesim.hardware.cluster import Cluster
 from moesim.model.moe_model import MoEModel
 from moesim.sim.serving.settings import ServingSettings
@@ -33,10 +33,9 @@ from moesim.traces.requests.document import Request, Requests
 REQUESTS_PER_CLIENT = 10
 SHORTEST = 0.8
 LENGTHS = ("drawn", "nominal")
-OVERLAP, OVERLAPPED, KERNELS, CACHE = "overlap_since", "overlapped", "expert_kernels", "fp8_cache"
+OVERLAPPED, KERNELS, CACHE = "overlapped", "expert_kernels", "fp8_cache"
 ROOMY = True
 """Whether blocks may be as long as requests; tests compare."""
-FOLDER = Path(__file__).parent / "points"
 _FP8 = re.compile(r"-fp8(-dynamic)?/*$", re.IGNORECASE)
 _DATED = re.compile(r"^\d{4}_\d{2}_\d{2}_|_cfg\d+$")
 
@@ -108,22 +107,6 @@ def read_overheads(path: Path = FOLDER / "overheads.json") -> Overheads:
     return Overheads(by_version=found)
 
 
-@cache
-def engine_settings() -> Mapping[str, Mapping[str, Any]]:
-    """Return the declared defaults of the engines."""
-    return dict(read_yaml(FOLDER / "engines.yaml"))
-
-
-def is_overlapped(backend: str, version: str) -> bool:
-    """Return whether the host of an engine's version works on a step while the device runs the one before, as declared."""
-    since = engine_settings().get(backend, {}).get(OVERLAP)
-    return since is not None and _numbers(version) >= _numbers(since)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(one) for one in re.findall(r"\d+", version)[:2])
-
-
 class Runner:
     """Simulates points on a node type; keeps what it has built."""
 
@@ -186,6 +169,7 @@ class Runner:
             sequence_us=overhead.sequence_us,
             instances=point.decode.workers or 1,
             prefill_instances=0 if point.prefill is None else point.prefill.workers or 1,
+            schedule_ahead=is_overlapped(point.backend, point.version),
         )
         parts = [_roomy(one, point.clients, longest, chosen, overhead) for one in (deployment, prefill) if one is not None]
         if len(parts) == 2 and parts[0].settings.serving.block_size != parts[1].settings.serving.block_size:

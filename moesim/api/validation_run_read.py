@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moesim.api.engines import is_overlapped
 from moesim.errors import InputError, MoesimError, describe
 from moesim.files import parse_json, read_bytes, read_json
 from moesim.traces.requests.document import Request, check_request
@@ -26,7 +27,7 @@ ALIASES = {
 _WHOLE = ("tensor_parallel_size", "data_parallel_size", "pipeline_parallel_size")
 _RESOLVED = {
     "parallel_config": ("tensor_parallel_size", "data_parallel_size", "pipeline_parallel_size", "enable_expert_parallel", "all2all_backend"),
-    "scheduler_config": ("max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill"),
+    "scheduler_config": ("max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "async_scheduling"),
     "cache_config": ("block_size", "gpu_memory_utilization", "enable_prefix_caching"),
     "model_config": ("max_model_len", "quantization"),
 }
@@ -165,6 +166,8 @@ def _engine(place: Path) -> tuple[dict[str, Any], int | None]:
                 engine[name] = source[name]
     if engine.get("model") is None and isinstance(meta.get("model"), str):
         engine["model"] = meta["model"]
+    if engine.get("async_scheduling") is None and isinstance(meta.get("vllm_version"), str):
+        engine["async_scheduling"] = is_overlapped("vllm", meta["vllm_version"])
     return engine, _blocks(cache, _group(resolved, "cache_config"), engine)
 
 

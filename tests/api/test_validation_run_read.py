@@ -71,6 +71,22 @@ def test_the_front_end_counts_the_blocks_of_all_replicas(tmp_path: Path) -> None
     assert read_run(run(tmp_path / "unknown", {})).blocks is None
 
 
+@pytest.mark.parametrize(
+    ("engine", "meta", "ahead"),
+    [
+        ({}, {"vllm_version": "0.19.0"}, True),
+        ({}, {"vllm_version": "0.13.2"}, False),
+        ({"async_scheduling": False}, {"vllm_version": "0.19.0"}, False),
+        ({}, {"vllm_version": "0.28.0", "resolved_config": {"scheduler_config": {"async_scheduling": False}}}, False),
+        ({}, {}, None),
+    ],
+)
+def test_hosts_that_work_ahead_are_known_by_their_version(tmp_path: Path, engine: dict[str, Any], meta: dict[str, Any], ahead: bool | None) -> None:
+    folder = run(tmp_path / "run", {"model": MODEL, **engine}, **meta)
+    assert read_run(folder).engine.get("async_scheduling") is ahead
+    assert validate_run(folder, hardware="rtx-pro-6000-1")["settings"].get("serving.schedule_ahead", False) is bool(ahead)
+
+
 def test_a_broken_row_stops_nothing_and_is_named(tmp_path: Path) -> None:
     rows = (row(2), row(0, input_toks=100.0), row(1), row(3, output_toks=0), row(4, arrival_time="noon"))
     lines = [*(json.dumps(one) for one in rows), '{"request_id": "cut o']

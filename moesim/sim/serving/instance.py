@@ -107,6 +107,8 @@ class Instance:
         """When every stage is free."""
         self.until = 0.0
         """End of the latest step; a request that arrives before is seen then."""
+        self.step = 0
+        """Number of the latest step that was begun by itself: those planned after it count with it."""
         self.flight: Flight | None = None
         """The latest step, if others are planned after it."""
         self.sums = StepSums()
@@ -114,6 +116,17 @@ class Instance:
 
     def start(self, now: float) -> Flight | None:
         """Form a batch and run it; return its step, or None if nothing can run now."""
+        flight = self._form(now)
+        if flight is None:
+            held = [replica.waiting[0].not_before for replica in self.replicas if replica.waiting and replica.waiting[0].not_before > replica.step]
+            if held:  # nothing else runs: there is no step to wait for
+                self.step = max(held) - 1
+                flight = self._form(now)
+        return flight
+
+    def _form(self, now: float) -> Flight | None:
+        for replica in self.replicas:
+            replica.step = self.step + 1
         for index in self.idle:
             works = [replica.schedule(replica.lanes[index]) for replica in self.replicas]
             sequences = decodes = swapped = 0
@@ -126,6 +139,7 @@ class Instance:
                     swapped = work.swap_tokens
             if not sequences:
                 continue
+            self.step += 1
             pool, time = self.pool, self.curves.step(works)
             # Every replica has a host process of its own.
             flight = Flight(index, works, time, pool.host_s + self._sequence_s * sequences, now)
@@ -172,14 +186,32 @@ class Instance:
             self.flight = flight
             self._plan(flight, int(count))
 
-    def cut(self, now: float) -> bool:
-        """Keep of a plan the steps that have begun before `now`; return whether it ends earlier than it did."""
+    def cut(self, now: float, ahead: int = 0) -> bool:
+        """Keep of a plan the steps that have begun before `now`, and `ahead` more; return whether it ends earlier than it did."""
         flight = self.flight
         if flight is None or not flight.more or flight.end_s(flight.more - 1) < now:
             return False
         # A step begins when the one before it ends.
-        self._plan(flight, bisect_left(range(flight.more), now, key=flight.end_s))
+        more = min(bisect_left(range(flight.more), now, key=flight.end_s) + ahead, flight.more)
+        if more == flight.more:
+            return False
+        self._plan(flight, more)
         return True
+
+    def step_end(self, now: float) -> float:
+        """Return when the step that runs ends, or the latest one that ran."""
+        flight = self.flight
+        if flight is None or not flight.more:
+            return self.until
+        return flight.end_s(bisect_left(range(flight.more), now, key=flight.end_s))
+
+    def first_open(self, now: float) -> int:
+        """Return the number of the first step whose batch is not chosen yet, where batches are chosen when the step before begins."""
+        if now >= self.until:
+            return self.step
+        flight = self.flight
+        last_begun = flight is None or not flight.more or flight.end_s(flight.more - 1) < now
+        return self.step + (2 if last_begun else 1)
 
     def _plan(self, flight: Flight, more: int) -> None:
         flight.more = more

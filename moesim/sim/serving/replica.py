@@ -45,6 +45,7 @@ class Sequence:
         "source",
         "reserved",
         "partner",
+        "not_before",
         "moving",
     )
 
@@ -77,6 +78,8 @@ class Sequence:
         """Whether it asks for blocks before its prompt is computed elsewhere."""
         self.partner: tuple[Any, Replica, Sequence] | None = None
         """Decoding instance, replica and sequence there that hold blocks for what this one computes."""
+        self.not_before = 0
+        """Number of the first step of the instance whose batch was not chosen when it came."""
         self.moving = False
         """Whether its KV cache is on its way, or to come."""
 
@@ -113,7 +116,7 @@ class Work:
 
     def __init__(self) -> None:
         self.settled = False
-        """Whether the next step is the same unless a sequence ends or comes: no prompt runs, and the queue is empty or was asked in vain."""
+        """Whether the next step is the same unless a sequence ends or comes: no prompt runs, and the queue is empty or was asked in vain, not too early."""
         self.chunks: list[tuple[int, int, Sequence]] = []
         """New tokens, KV length at the end, and sequence of every prompt chunk."""
         self.decodes = 0
@@ -139,6 +142,8 @@ class Replica:
         self.running = 0
         self.arriving: list[Sequence] = []
         """Sequences that were given blocks for a KV cache from a prefill instance, and wait for it."""
+        self.step = 0
+        """Number of the step whose batch is chosen."""
         self.preemptions = 0
         self.recomputed_tokens = 0
         self._admitted = 0
@@ -169,7 +174,8 @@ class Replica:
             if self.waiting and self.preemptions == before:
                 self._admit(lane, work, budget)
         work.decodes, work.contexts = lane.decoding, lane.contexts
-        work.settled = not work.chunks and not lane.partial and not work.swap_tokens and self.preemptions == before
+        due = bool(self.waiting) and self.waiting[0].not_before > self.step
+        work.settled = not work.chunks and not lane.partial and not work.swap_tokens and self.preemptions == before and not due
         return work
 
     def _reserve(self, lane: Lane, work: Work) -> None:
@@ -223,6 +229,8 @@ class Replica:
         settings, pool, waiting = self.settings, self.pool, self.waiting
         while waiting and self.running < settings.max_num_seqs:
             sequence = waiting[0]
+            if sequence.not_before > self.step:
+                return
             if settings.admission_reserve and not self._has_room(sequence):
                 return
             if sequence.swapped or sequence.reserved or sequence.source is not None:

@@ -37,6 +37,9 @@ class ServingSettings:
     admission_reserve: float = 0.0
     """Share of the tokens that running requests have yet to make which stays free when one is admitted, which then needs room for all its own; 0: none
     does, and sequences are preempted when blocks run out (vLLM). 1: nobody is ever preempted (TensorRT-LLM)."""
+    schedule_ahead: bool = False
+    """Whether the batch of a step is chosen when the step before it begins, as hosts do that work ahead of the device: what arrives meanwhile waits for one
+    step more."""
     prefix_cache: bool = True
     """Whether prompts that begin alike share KV blocks; takes effect where the requests have block ids."""
     all2all: str = "auto"

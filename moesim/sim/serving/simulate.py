@@ -171,9 +171,14 @@ class Simulation:
                 if least < 0 or load < least:
                     best, chosen, least = instance, replica, load
         chosen.waiting.append(sequence)
-        self._interrupt(best, now)
-        if best.until > sequence.arrival_s and not best.idle:
-            sequence.queued_s = best.until
+        ends = best.step_end(now)
+        if self._settings.schedule_ahead:
+            sequence.not_before = best.first_open(now)
+            self._interrupt(best, now, 1)
+        else:
+            self._interrupt(best, now)
+        if ends > sequence.arrival_s and not best.idle:
+            sequence.queued_s = ends
         self._dirty[id(best)] = best
 
     def _start(self, instance: Instance, now: float) -> None:
@@ -188,9 +193,9 @@ class Simulation:
         if instance.idle and instance.free_s[0] > now:
             self._push(instance.free_s[0], _WAKE, instance, None)
 
-    def _interrupt(self, instance: Instance, now: float) -> None:
-        """End the steps that an instance has planned with the one that runs."""
-        if instance.cut(now) and instance.flight is not None:
+    def _interrupt(self, instance: Instance, now: float, ahead: int = 0) -> None:
+        """End the steps that an instance has planned with the one that runs, or so many later."""
+        if instance.cut(now, ahead) and instance.flight is not None:
             self._push(instance.until, _END, instance, instance.flight)
 
     def _end(self, instance: Instance, flight: Flight, now: float) -> None:

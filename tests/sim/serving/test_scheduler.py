@@ -134,11 +134,12 @@ def test_separate_batches_never_mix() -> None:
     pp=st.integers(1, 3),
     gain=st.sampled_from([1.0, 1.7, 3.0]),
     reserve=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
+    ahead=st.booleans(),
 )
 # Two prompts in two lanes of a pipeline once undid each other for ever.
-@example(seed=153274, mode="separate", swap=False, chunked=True, pp=3, gain=3.0, reserve=0.0)
+@example(seed=153274, mode="separate", swap=False, chunked=True, pp=3, gain=3.0, reserve=0.0, ahead=False)
 @settings(max_examples=60, deadline=None)
-def test_nothing_is_lost(seed: int, mode: str, swap: bool, chunked: bool, pp: int, gain: float, reserve: float) -> None:
+def test_nothing_is_lost(seed: int, mode: str, swap: bool, chunked: bool, pp: int, gain: float, reserve: float, ahead: bool) -> None:
     rows = draw(seed, 25, prompt=60, output=30, gap=0.03)
     chosen = ServingSettings(
         max_num_seqs=5,
@@ -151,6 +152,7 @@ def test_nothing_is_lost(seed: int, mode: str, swap: bool, chunked: bool, pp: in
         acceptance=gain,
         draft_tokens=2 if gain > 1 else 0,
         admission_reserve=reserve,
+        schedule_ahead=ahead,
     )
     simulation = Simulation(requests_of(rows), chosen, pool(linear, blocks=26, pp=pp, dp=2, coupled=True))
     done = simulation()
@@ -265,6 +267,19 @@ def test_nothing_is_lost_between_prefill_and_decode(seed: int, reserve: float, s
             assert replica.pool.free == replica.pool.capacity and replica.running == 0 and not replica.arriving
 
 
+def test_batches_chosen_ahead_let_what_comes_wait_for_a_step_more() -> None:
+    """Steps of 1 s; `b` comes in the step from 2 to 3: alone it runs in the next one, chosen ahead in the one after; into an idle instance at once."""
+    one: Callable[[int, int], float] = lambda prompt, decodes: 1.0  # noqa: E731
+    rows = [Request("a", 0.0, 4, 9), Request("b", 2.5, 4, 3), Request("c", 2.75, 4, 3), Request("late", 40.5, 4, 2)]
+    chosen = ServingSettings(max_num_seqs=4, max_num_batched_tokens=16)
+    (_, now), (_, ahead) = (run(rows, replace(chosen, schedule_ahead=value), pool(one)) for value in (False, True))
+    assert now == {"a": (1.0, 9.0), "b": (4.0, 6.0), "c": (4.0, 6.0), "late": (41.5, 42.5)}
+    assert ahead == {"a": (1.0, 9.0), "b": (5.0, 7.0), "c": (5.0, 7.0), "late": (41.5, 42.5)}
+    # The last step ends at 2: nothing runs that `b` could wait for.
+    _, times = run([Request("a", 0.0, 4, 2), Request("b", 1.5, 4, 2)], replace(chosen, schedule_ahead=True), pool(one))
+    assert times == {"a": (1.0, 2.0), "b": (3.0, 4.0)}
+
+
 def test_goodput_counts_what_meets_both_levels() -> None:
     rows = [Request("a", 0.0, 10, 3), Request("b", 0.0, 10, 3), Request("c", 0.0, 10, 3)]
     chosen = ServingSettings(max_num_seqs=1, max_num_batched_tokens=16, slo_ttft_ms=4500, slo_tpot_ms=1000)
@@ -321,11 +336,12 @@ def test_across_lanes_the_older_prompt_goes_first_and_the_younger_waits() -> Non
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("split", [False, True])
-def test_planned_steps_change_no_time(seed: int, split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_planned_steps_change_no_time(seed: int, split: bool, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several instances, with prefill instances or not, few blocks: planning up to the next end and cutting plans gives the times of single steps."""
     generator = np.random.Generator(np.random.PCG64(seed))
     rows = [Request(str(n), float(at), *generator.integers(1, 60, 2).tolist()) for n, at in enumerate(np.cumsum(generator.exponential(3.0, 60)))]
-    chosen = ServingSettings(max_num_seqs=6, max_num_batched_tokens=32, block_size=4, prefill_instances=2 * split, sequence_us=1e3)
+    chosen = ServingSettings(max_num_seqs=6, max_num_batched_tokens=32, block_size=4, prefill_instances=2 * split, sequence_us=1e3, schedule_ahead=ahead)
 
     def step_s(prompt: int, decodes: int) -> float:
         return 0.1 + 0.01 * prompt + 0.003 * decodes
