@@ -186,16 +186,16 @@ def test_one_client_waits_for_nobody() -> None:
 
 
 def test_overheads_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that were simulated with overheads of the grid give these overheads."""
+    """Rows that were simulated with overheads of the grid give these overheads, where nobody falls in step with batches that are chosen ahead."""
     true = Overhead(step_us=700.0, sequence_us=40.0, front_ms=30.0)
-    runner = Runner("h100-sxm-1", overheads=Overheads(by_version={("vllm", "1"): true}))
+    runner = Runner("h100-sxm-1", overheads=Overheads(by_version={("vllm", "0.13"): true}))
     rows = []
     for clients, prompt in ((1, 200), (2, 400), (4, 300), (8, 200), (12, 500), (16, 300)):
-        asked = point(id=f"2026_01_01_{clients}", model="llama-3.1-8b", clients=clients, prompt=prompt, output=60)
+        asked = point(id=f"2026_01_01_{clients}", version="0.13", model="llama-3.1-8b", clients=clients, prompt=prompt, output=60)
         guess = runner.predict(asked)
         rows.append(replace(asked, ttft_ms=guess.ttft_ms, tpot_ms=guess.tpot_ms))
     found = fit_overheads(rows, Runner("h100-sxm-1", overheads=NONE), tmp_path / "o.json")["overheads"]
-    (own,) = [one for one in found if one["version"] == "1"]
+    (own,) = [one for one in found if one["version"] == "0.13"]
     assert own["step_us"] == pytest.approx(true.step_us, abs=100) and own["sequence_us"] == pytest.approx(true.sequence_us, abs=10)
     assert own["front_ms"] == pytest.approx(true.front_ms, abs=10) and own["mean_abs_tpot_error"] < 0.01
     assert read_overheads(tmp_path / "o.json").of(rows[0]).step_us == own["step_us"]
