@@ -15,7 +15,7 @@ from moesim.api.served_routing import FAMILIES, served_routing
 from moesim.api.serving_deployment import deployment_of, group_with
 from moesim.api.validation import validate_run
 from moesim.cli.validate import print_run
-from moesim.sim.serving.replica import Work
+from moesim.sim.serving.sequences import Work
 from moesim.sim.settings import Settings
 
 ENGINE = {

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moesim.costs import CostModel, Provenance
+from moesim.costs.provenance import Timing
 from moesim.costs.tables import Tables
 from moesim.costs.transfer import NEEDED, factors, peak_flops
 from moesim.errors import CostError, HardwareError
@@ -75,7 +76,7 @@ def test_a_copy_of_a_donor_with_few_shapes_takes_its_times(name: str) -> None:
     own, copy = (CostModel(one, model, backend="vllm") for one in (donor, replace(donor, tables=None, calibrated_from="rtx-pro-6000")))
     tokens = np.array([1.0, 16.0, 100.0, 1000.0, 2048.0])
     length = np.full(5, 900.0)
-    calls: list[Callable[[CostModel], object]] = [
+    calls: list[Callable[[CostModel], Timing]] = [
         lambda costs: costs.attention_projections(tokens),
         lambda costs: costs.attention_core(phase="decode", sequences=tokens, new_tokens=tokens, context=length),
         lambda costs: costs.attention_core(phase="prefill", sequences=np.ones(5), new_tokens=tokens, context=tokens),
@@ -85,8 +86,13 @@ def test_a_copy_of_a_donor_with_few_shapes_takes_its_times(name: str) -> None:
     ]
     for call in calls:
         there, here = call(own), call(copy)
-        np.testing.assert_allclose(here.seconds, there.seconds, rtol=0.02)  # type: ignore[attr-defined]
-        assert set(np.unique(here.provenance)) == {Provenance.EXTRAPOLATED}  # type: ignore[attr-defined]
+        np.testing.assert_allclose(here.seconds, there.seconds, rtol=0.02)
+        assert set(np.unique(here.provenance)) == {Provenance.EXTRAPOLATED}
+    if model.moe_layer_ids:
+        for slots in (np.ones((2, 8), dtype=np.int64), np.full((2, 64), 100), np.arange(64)[None] ** 2):
+            there, here = own.experts(slots), copy.experts(slots)
+            np.testing.assert_allclose(here.seconds, there.seconds, rtol=0.02)
+            assert set(np.unique(here.provenance)) == {Provenance.EXTRAPOLATED}
     mixed = [costs.mixed_factor(chunk=tokens, prefix=length, decodes=tokens, context=length) for costs in (own, copy)]
     np.testing.assert_allclose(mixed[1], mixed[0], rtol=0.02)
     assert mixed[0].max() > 1.2 or not model.moe_layer_ids, "Qwen3's head shape is in the table of mixed batches"

@@ -18,7 +18,7 @@ import numpy as np
 
 from moesim.costs.group import Group
 from moesim.costs.step import StepModel
-from moesim.sim.serving.replica import Work
+from moesim.sim.serving.sequences import Work
 
 MAX_EXACT = 16384
 """Most points of a table by tokens."""

@@ -11,7 +11,8 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from moesim.sim.serving.curves import StepCurves, StepTime
-from moesim.sim.serving.replica import Replica, Sequence, Work
+from moesim.sim.serving.replica import Replica
+from moesim.sim.serving.sequences import Sequence, Work
 from moesim.sim.serving.settings import ServingSettings
 
 

@@ -21,7 +21,8 @@ from typing import Any
 from moesim.errors import SimulationError
 from moesim.sim.serving.instance import Flight, Instance, Pool, StepSums
 from moesim.sim.serving.metrics import Sample
-from moesim.sim.serving.replica import Replica, Sequence
+from moesim.sim.serving.replica import Replica
+from moesim.sim.serving.sequences import Sequence
 from moesim.sim.serving.settings import ServingSettings
 from moesim.traces.requests.document import Request, Requests
 

@@ -12,7 +12,7 @@ from moesim.costs.step import Batch, StepModel
 from moesim.hardware.load import load_cluster
 from moesim.model.hf_config import load_model
 from moesim.sim.serving.curves import Line, StepCurves
-from moesim.sim.serving.replica import Sequence, Work
+from moesim.sim.serving.sequences import Sequence, Work
 from moesim.traces.requests.document import Request
 
 BUILT = {

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from moesim.errors import InputError
 from moesim.sim.serving.instance import Instance
-from moesim.sim.serving.replica import Replica, Sequence
+from moesim.sim.serving.replica import Replica
+from moesim.sim.serving.sequences import Sequence
 from moesim.sim.serving.settings import ServingSettings
 from moesim.sim.serving.simulate import ServingRun, Simulation
 from moesim.traces.requests.document import Request

@@ -10,7 +10,7 @@ from typing import Any, cast
 from moesim.costs.group import Group
 from moesim.sim.serving.curves import StepCurves, StepTime
 from moesim.sim.serving.instance import Pool
-from moesim.sim.serving.replica import Work
+from moesim.sim.serving.sequences import Work
 from moesim.sim.serving.settings import ServingSettings
 from moesim.sim.serving.simulate import ServingRun, Simulation
 from moesim.traces.requests.document import Request, Requests
