@@ -240,10 +240,8 @@ class ExpertCost:
         return self._roofline_law(expert_tp)
 
     def _grouped(self, dtype: str, expert_tp: int, sorts: bool, missing: str) -> ExpertLaw | None:
-        """Return the law of the device's own grouped products, its donor's where that one has no table of whole layers; of the nearest shape, in proportion
-        to hidden·ffn, where this one is lacking.
-        """
-        rows = self._tables.rows("grouped_gemm", *GROUPED, where={"moe_dtype": dtype}, transfer=not self._tables.has("moe", "latency_s"))
+        """Return the law of the device's own grouped products; of the nearest shape, in proportion to hidden·ffn, where it lacks this one."""
+        rows = self._tables.rows("grouped_gemm", *GROUPED, where={"moe_dtype": dtype}, transfer=False)
         if rows is None or self._tables.own("moe"):
             return None
         model = self._model
@@ -251,7 +249,7 @@ class ExpertCost:
         distance = np.abs(np.log2(rows["hidden_size"] / model.hidden_size)) + np.abs(np.log2(rows["inter_size"] / width))
         best = int(np.argmin(distance))
         mine = (rows["hidden_size"] == rows["hidden_size"][best]) & (rows["inter_size"] == rows["inter_size"][best])
-        worst = max(rows.worst, Provenance.MEASURED if distance[best] == 0 and model.gated_ffn else Provenance.CALIBRATED)
+        worst = Provenance.MEASURED if distance[best] == 0 and model.gated_ffn else Provenance.CALIBRATED
         if worst > Provenance.MEASURED:
             self._policy.fall_back("experts", self._tables.label("grouped_gemm"), missing, worst)
         scale = model.hidden_size * width / float(rows["hidden_size"][best] * rows["inter_size"][best]) * (1.0 if model.gated_ffn else 2 / 3)

@@ -71,7 +71,7 @@ def test_tables_of_few_shapes_move_like_full_ones(kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-30b-a3b"])
 def test_a_copy_of_a_donor_with_few_shapes_takes_its_times(name: str) -> None:
-    """Dense products of shapes that the donor's table lacks are corrected by its shapes there and here; no time is a bare roofline's."""
+    """Dense products of shapes that the donor's table lacks are corrected by its shapes there and here; none of these times is a bare roofline's."""
     donor, model = load_cluster("rtx-pro-6000-1"), load_model(name)
     own, copy = (CostModel(one, model, backend="vllm") for one in (donor, replace(donor, tables=None, calibrated_from="rtx-pro-6000")))
     tokens = np.array([1.0, 16.0, 100.0, 1000.0, 2048.0])
@@ -88,11 +88,6 @@ def test_a_copy_of_a_donor_with_few_shapes_takes_its_times(name: str) -> None:
         there, here = call(own), call(copy)
         np.testing.assert_allclose(here.seconds, there.seconds, rtol=0.02)
         assert set(np.unique(here.provenance)) == {Provenance.EXTRAPOLATED}
-    if model.moe_layer_ids:
-        for slots in (np.ones((2, 8), dtype=np.int64), np.full((2, 64), 100), np.arange(64)[None] ** 2):
-            there, here = own.experts(slots), copy.experts(slots)
-            np.testing.assert_allclose(here.seconds, there.seconds, rtol=0.02)
-            assert set(np.unique(here.provenance)) == {Provenance.EXTRAPOLATED}
     mixed = [costs.mixed_factor(chunk=tokens, prefix=length, decodes=tokens, context=length) for costs in (own, copy)]
     np.testing.assert_allclose(mixed[1], mixed[0], rtol=0.02)
     assert mixed[0].max() > 1.2 or not model.moe_layer_ids, "Qwen3's head shape is in the table of mixed batches"
